@@ -1,0 +1,49 @@
+"""jaxlin: linearized fine-tuning of transformer language models."""
+
+from jaxlin import optim
+from jaxlin.data.dataset import Dataset
+from jaxlin.errors import InputError, TrainingDivergedError
+from jaxlin.linearize import linearize
+from jaxlin.models.load import load_model
+from jaxlin.models.model import Model
+from jaxlin.models.probe import probe_head
+from jaxlin.ntk.engine import ntk
+from jaxlin.ntk.kernel import Kernel
+from jaxlin.peft.function import merge
+from jaxlin.peft.lora import lora
+from jaxlin.peft.select import bias_only, full, head_only, select
+from jaxlin.theory.regression import KernelRegression, kernel_regression
+from jaxlin.theory.spectrum import Spectrum, spectrum
+from jaxlin.training.compare import Comparison, compare
+from jaxlin.training.trainer import TrainConfig, TrainResult, predict, train
+from jaxlin.tunable import Tunable
+
+__all__ = [
+    "Comparison",
+    "Dataset",
+    "InputError",
+    "Kernel",
+    "KernelRegression",
+    "Model",
+    "Spectrum",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingDivergedError",
+    "Tunable",
+    "bias_only",
+    "compare",
+    "full",
+    "head_only",
+    "kernel_regression",
+    "linearize",
+    "load_model",
+    "lora",
+    "merge",
+    "ntk",
+    "optim",
+    "predict",
+    "probe_head",
+    "select",
+    "spectrum",
+    "train",
+]

@@ -1,0 +1,1 @@
+"""Text in, deterministic batches of few shapes out."""

@@ -1,0 +1,126 @@
+"""Examples as host arrays, cut into batches of few shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxlin.errors import InputError
+
+MAX_BUCKETS = 4
+_SEQUENCE_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Examples as columns, with the sequence lengths they are batched at.
+
+    Attributes:
+        columns: Host arrays by name; the leading axis of each is the example. Sequence columns
+            (`input_ids`, `attention_mask`, `token_type_ids`) are padded on the right to one length.
+        lengths: Number of tokens of each example up to its last live one `[N]`; `None` for data
+            without sequence columns, which is never cut.
+        buckets: At most four ascending lengths; a batch is cut to the smallest that fits it, so that
+            a compiled function meets at most four shapes.
+    """
+
+    columns: Mapping[str, np.ndarray]
+    lengths: np.ndarray | None = None
+    buckets: tuple[int, ...] = ()
+
+    @classmethod
+    def from_columns(cls, columns: Mapping[str, Any]) -> Dataset:
+        """Builds a dataset from arrays, choosing buckets by the lengths where there is an `attention_mask`.
+
+        Raises:
+            InputError: If there is no column or example, or the columns differ in length.
+        """
+        arrays = {name: np.asarray(value) for name, value in columns.items()}
+        sizes = {name: value.shape[0] if value.ndim else None for name, value in arrays.items()}
+        if not arrays or len(set(sizes.values())) != 1 or None in sizes.values():
+            raise InputError(f"columns must be arrays with one leading axis, the example; their lengths are {sizes}")
+        if 0 in sizes.values():
+            raise InputError("the data set holds no example")
+        if "attention_mask" not in arrays:
+            return cls(arrays)
+        mask = arrays["attention_mask"].astype(bool)
+        lengths = mask.shape[1] - np.argmax(mask[:, ::-1], axis=1)
+        lengths = np.where(mask.any(axis=1), lengths, 1)
+        return cls(arrays, lengths, choose_buckets(lengths, mask.shape[1]))
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return next(iter(self.columns.values())).shape[0]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """One column."""
+        return self.columns[name]
+
+    def take(self, indices: np.ndarray) -> Dataset:
+        """Returns the examples at `indices`, with buckets of their own."""
+        return Dataset.from_columns({name: value[indices] for name, value in self.columns.items()})
+
+    def batch(self, indices: np.ndarray, size: int | None = None) -> dict[str, np.ndarray]:
+        """Returns a batch, cut to the smallest bucket that holds it.
+
+        Args:
+            indices: Examples, at least one.
+            size: Number of rows; rows beyond `indices` repeat the first (so they are always valid
+                input) and carry `weight` 0.
+
+        Returns:
+            The columns and `weight` `[size]`, float32.
+        """
+        filler = (size or len(indices)) - len(indices)
+        rows = np.concatenate([indices, np.full(filler, indices[0])])
+        weight = np.concatenate([np.ones(len(indices)), np.zeros(filler)]).astype(np.float32)
+        out = {name: value[rows] for name, value in self.columns.items()}
+        if self.lengths is not None:
+            longest = int(self.lengths[indices].max())
+            width = next(bucket for bucket in self.buckets if bucket >= longest)
+            out.update({name: out[name][:, :width] for name in _SEQUENCE_COLUMNS if name in out})
+        return {**out, "weight": weight}
+
+    def chunks(self, size: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """Yields `(indices, batch)` over all examples, those of one bucket together.
+
+        Every batch has exactly `size` rows; the first `len(indices)` are the examples.
+        """
+        if self.lengths is None:
+            groups = [np.arange(len(self))]
+        else:
+            bucket = np.searchsorted(self.buckets, self.lengths)
+            groups = [np.flatnonzero(bucket == b) for b in range(len(self.buckets))]
+        for group in groups:
+            for start in range(0, len(group), size):
+                indices = group[start : start + size]
+                yield indices, self.batch(indices, size)
+
+    def sha256(self) -> str:
+        """Hash of the content of all columns."""
+        digest = hashlib.sha256()
+        for name in sorted(self.columns):
+            value = np.ascontiguousarray(self.columns[name])
+            digest.update(f"{name}{value.dtype}{value.shape}".encode())
+            digest.update(value.tobytes())
+        return digest.hexdigest()
+
+
+def as_dataset(data: Dataset | Mapping[str, Any]) -> Dataset:
+    """Returns `data` as a `Dataset`; a mapping of arrays is one whose columns they are."""
+    return data if isinstance(data, Dataset) else Dataset.from_columns(data)
+
+
+def choose_buckets(lengths: np.ndarray, longest: int) -> tuple[int, ...]:
+    """Chooses at most four lengths, multiples of 8 where they fit, that waste little padding.
+
+    Args:
+        lengths: Lengths of the examples.
+        longest: Length the columns are padded to; no bucket exceeds it.
+    """
+    ceil8 = np.minimum(-(-lengths // 8) * 8, longest)
+    return tuple(sorted({int(np.quantile(ceil8, q, method="higher")) for q in (0.4, 0.7, 0.9, 1.0)}))

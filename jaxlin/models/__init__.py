@@ -1,0 +1,1 @@
+"""Pretrained models as Flax modules and parameters."""

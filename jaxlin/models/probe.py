@@ -1,0 +1,72 @@
+"""The linear probe: a closed-form ridge head on the frozen features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from jaxlin.data.dataset import Dataset, as_dataset
+from jaxlin.errors import InputError
+from jaxlin.models.model import Model, with_head
+from jaxlin.tunable import CLASSIFIER
+
+
+@jax.jit
+def _features(model: Model, batch: Mapping[str, Any]) -> jax.Array:
+    return model.features(model.params, batch)
+
+
+def frozen_features(model: Model, data: Dataset | Mapping[str, Any], chunk: int = 32) -> Float[np.ndarray, "N D"]:
+    """Returns what the head reads for every example, float64 `[N, D]`."""
+    data = as_dataset(data)
+    model.check_batch(data.columns)
+    out: np.ndarray | None = None
+    for indices, batch in data.chunks(min(chunk, len(data))):
+        values = np.asarray(_features(model, batch), np.float64)[: len(indices)]
+        if out is None:
+            out = np.zeros((len(data), values.shape[1]))
+        out[indices] = values
+    assert out is not None  # a Dataset is never empty
+    return out
+
+
+def probe_head(
+    model: Model,
+    batch: Dataset | Mapping[str, Any],
+    y: Float[np.ndarray, "N C"],
+    ridge: float | None = None,
+) -> Model:
+    """Returns `model` with the head of closed-form ridge regression on its frozen features (LP-FT's start).
+
+    The head minimises `½‖features·W + b − y‖² + (ridge/2)‖W‖²`, summed over examples, the bias free.
+
+    Args:
+        model: Its present head is ignored.
+        batch: Training examples: a `Dataset` or a dict of arrays.
+        y: Targets `[N, C]`: one-hot, or ±1 or the score for C = 1.
+        ridge: Strength; `None` chooses it by leave-one-out error on a logarithmic grid relative to the
+            features' largest squared singular value.
+
+    Returns:
+        The model with the new head, in the old head's dtype.
+
+    Raises:
+        InputError: If `y` does not fit the examples and outputs, or `ridge` is negative.
+    """
+    data, num_labels = as_dataset(batch), model.params[CLASSIFIER]["bias"].shape[0]
+    if np.shape(y) != (len(data), num_labels):
+        raise InputError(f"y has shape {np.shape(y)}; expected (examples, outputs) = {(len(data), num_labels)}")
+    if ridge is not None and ridge < 0:
+        raise InputError(f"ridge={ridge}; expected at least 0, or None to choose it")
+    from sklearn.linear_model import RidgeCV
+
+    features = frozen_features(model, data)
+    top = np.linalg.norm(features - features.mean(axis=0), ord=2) ** 2
+    alphas = top * np.logspace(-7, 0, 22) if ridge is None else [max(ridge, 1e-12 * top)]
+    fit = RidgeCV(alphas=alphas).fit(features, y)
+    kernel = np.atleast_2d(fit.coef_).T
+    return with_head(model, {"kernel": kernel, "bias": np.atleast_1d(fit.intercept_)})

@@ -1,0 +1,192 @@
+"""Per-example Jacobians in chunks, and their Gram matrices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from jaxlin.data.dataset import Dataset
+from jaxlin.errors import InputError
+from jaxlin.tunable import Batch, Tunable, leaf_paths
+
+Progress = Callable[[int, int], None]
+"""Called with examples done and in all."""
+
+MAX_CHUNK = 16
+_GRAM_COLUMNS = 1 << 14
+
+
+@jax.jit
+def _outputs_and_jacobian(apply: Callable[[PyTree, Batch], Array], theta: PyTree, batch: Batch) -> tuple[Array, PyTree]:
+    def one(example: Batch) -> tuple[Array, PyTree]:
+        single = {name: value[None] for name, value in example.items()}
+        outputs, pullback = jax.vjp(lambda p: apply(p, single)[0], theta)
+        (rows,) = jax.vmap(pullback)(jnp.eye(outputs.shape[0], dtype=outputs.dtype))
+        return outputs, rows
+
+    return jax.vmap(one)(batch)
+
+
+def to_float64(tree: PyTree) -> PyTree:
+    """Returns `tree` with its floating-point leaves as float64 host arrays, for use under `jax.enable_x64`."""
+
+    def cast(leaf: Any) -> Any:
+        host = np.asarray(leaf)
+        return host.astype(np.float64) if jnp.issubdtype(host.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Jacobian:
+    """Outputs and their derivatives with respect to theta, of every example.
+
+    Attributes:
+        outputs: `f(theta)`, `[N, C]`.
+        rows: Leaf path to `[N, C, size]`; leaves whose Jacobian is exactly zero everywhere are left out
+            (LoRA's A where B = 0).
+    """
+
+    outputs: Float[np.ndarray, "N C"]
+    rows: Mapping[str, Float[np.ndarray, "N C size"]]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by `rows`."""
+        return sum(rows.nbytes for rows in self.rows.values())
+
+
+def num_outputs(tun: Tunable, data: Dataset) -> int:
+    """Returns C, without computing anything.
+
+    Raises:
+        InputError: If the outputs of `tun` are not `[B, C]`.
+    """
+    shape = jax.eval_shape(tun.apply, tun.theta0, data.batch(np.zeros(1, int))).shape
+    if len(shape) != 2 or shape[0] != 1:
+        raise InputError(f"apply must return outputs [B, C]; for one example it returned shape {shape}")
+    return shape[1]
+
+
+def jacobian_bytes(tun: Tunable, data: Dataset) -> int:
+    """Returns the size of the Jacobian in theta0's dtypes, vanishing leaves counted."""
+    row = sum(leaf.size * leaf.dtype.itemsize for leaf in map(jnp.asarray, jax.tree.leaves(tun.theta0)))
+    return len(data) * num_outputs(tun, data) * row
+
+
+def jacobian(
+    tun: Tunable,
+    data: Dataset,
+    theta: PyTree | None = None,
+    *,
+    dtype: str | None = None,
+    precision: str = "highest",
+    memory_budget: int = 4 << 30,
+    progress: Progress | None = None,
+) -> Jacobian:
+    """Computes the Jacobian of the outputs of every example with respect to theta.
+
+    One forward and C backward passes an example, in chunks of at most 16 examples of one length.
+
+    Args:
+        tun: The model.
+        data: The examples.
+        theta: Where; default `tun.theta0`.
+        dtype: `"float64"` computes everything in float64; `None` keeps the parameters' dtypes.
+        precision: Of matrix products on the device.
+        memory_budget: Largest size of the whole Jacobian in bytes.
+        progress: Called after each chunk.
+
+    Raises:
+        InputError: If the Jacobian does not fit the budget, or `dtype` is neither.
+    """
+    if dtype not in (None, "float64"):
+        raise InputError(f'dtype={dtype!r} is unknown; expected "float64", or None for that of the parameters')
+    tun.check_batch(data.columns)
+    size = jacobian_bytes(tun, data) * (2 if dtype == "float64" else 1)
+    if size > memory_budget:
+        raise InputError(
+            f"the Jacobian of {len(data)} examples with respect to {tun.num_params:,} parameters takes "
+            f"{size / 2**30:.1f} GiB, more than memory_budget={memory_budget / 2**30:.1f} GiB; use fewer examples, "
+            'tune less, or raise the budget (engine="neural_tangents" does not hold it whole)'
+        )
+    chunk = int(np.clip(memory_budget // 16 // max(size // len(data), 1), 1, min(MAX_CHUNK, len(data))))
+    apply, theta = tun.apply, tun.theta0 if theta is None else theta
+    if dtype == "float64":
+        apply, theta = to_float64((apply, theta))
+    outputs: np.ndarray | None = None
+    buffers: list[np.ndarray | None] = []
+    done = 0
+    with (
+        jax.enable_x64(dtype == "float64" or jax.config.read("jax_enable_x64")),
+        jax.default_matmul_precision(precision),
+    ):
+        for indices, batch in data.chunks(chunk):
+            f, rows = jax.device_get(_outputs_and_jacobian(apply, theta, batch))
+            leaves, n = jax.tree.leaves(rows), len(indices)
+            if outputs is None:
+                outputs = np.zeros((len(data), f.shape[1]), f.dtype)
+                buffers = [None] * len(leaves)
+            outputs[indices] = f[:n]
+            for i, leaf in enumerate(leaves):
+                flat = leaf[:n].reshape(n, f.shape[1], -1)
+                if buffers[i] is None and flat.any():
+                    buffers[i] = np.zeros((len(data), *flat.shape[1:]), flat.dtype)
+                if (buffer := buffers[i]) is not None:
+                    buffer[indices] = flat
+            done += n
+            if progress is not None:
+                progress(done, len(data))
+    assert outputs is not None  # a Dataset is never empty
+    named = zip(leaf_paths(theta), buffers, strict=True)
+    return Jacobian(outputs, {path: buffer for path, buffer in named if buffer is not None})
+
+
+def gram(
+    rows1: Float[np.ndarray, "N1 C size"], rows2: Float[np.ndarray, "N2 C size"]
+) -> Float[np.ndarray, "N1 N2 C C"]:
+    """Returns `J1 J2ᵀ` of one leaf, summed in float64; exactly symmetric where both are one array."""
+    (n1, c, size), n2 = rows1.shape, rows2.shape[0]
+    total = np.zeros((n1 * c, n2 * c))
+    for start in range(0, size, _GRAM_COLUMNS):
+        part1 = rows1[..., start : start + _GRAM_COLUMNS].reshape(n1 * c, -1).astype(np.float64)
+        same = rows1 is rows2  # then NumPy calls syrk
+        part2 = part1 if same else rows2[..., start : start + _GRAM_COLUMNS].reshape(n2 * c, -1).astype(np.float64)
+        total += part1 @ part2.T
+    return np.ascontiguousarray(total.reshape(n1, c, n2, c).transpose(0, 2, 1, 3))
+
+
+def measure_epsilon(
+    tun: Tunable, data: Dataset, theta: PyTree | None, computed: Jacobian, examples: int, precision: str
+) -> float | None:
+    """Returns the relative Frobenius error of some rows of a Jacobian, recomputed in float64 (theory 6).
+
+    Args:
+        tun: The model.
+        data: The examples.
+        theta: Where; default `tun.theta0`.
+        computed: Their Jacobian.
+        examples: How many examples, spread evenly; 0 measures nothing.
+        precision: Of the recomputation's matrix products.
+
+    Returns:
+        ε_J, at least float64's own rounding; `None` if nothing was measured.
+    """
+    if not examples:
+        return None
+    chosen = np.unique(np.linspace(0, len(data) - 1, min(examples, len(data))).astype(int))
+    reference = jacobian(tun, data.take(chosen), theta, dtype="float64", precision=precision)
+    error = scale = 0.0
+    for path in set(reference.rows) | set(computed.rows):
+        exact = reference.rows[path] if path in reference.rows else np.zeros(())
+        rows = computed.rows[path][chosen] if path in computed.rows else np.zeros(())
+        error += float(np.sum((rows.astype(np.float64) - exact) ** 2))
+        scale += float(np.sum(exact**2))
+    floor = float(np.finfo(np.float64).eps) * 10
+    return max((error / scale) ** 0.5, floor) if scale else floor

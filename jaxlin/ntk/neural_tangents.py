@@ -1,0 +1,298 @@
+"""The bridge to neural-tangents 0.6.5 on today's JAX, and its kernels as an engine.
+
+The library's last release predates the removal of several JAX names and requires TensorFlow for a part
+(`neural_tangents.experimental`) that its kernels never use. `load()` supplies those names from
+public JAX API, keeps that part out, and replaces three private functions whose JAX counterparts changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import types
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.core
+import jax.extend.core as jex
+import numpy as np
+from jax.interpreters import ad
+from jaxtyping import Array, Float, PyTree
+
+from jaxlin.data.dataset import Dataset
+from jaxlin.errors import InputError
+from jaxlin.ntk.jacobian import Progress, gram, jacobian, num_outputs
+from jaxlin.tunable import Batch, Tunable, leaf_paths
+
+IMPLEMENTATIONS = ("JACOBIAN_CONTRACTION", "NTK_VECTOR_PRODUCTS", "STRUCTURED_DERIVATIVES", "AUTO")
+CHECK_TOLERANCE = 1e-4
+"""Largest relative deviation from float64 at which a float32 kernel is returned."""
+
+_NESTED = ("remat2", "checkpoint", "remat", "pjit", "jit", "closed_call")
+
+
+def _supply_names() -> None:
+    """Puts back what neural-tangents imports and JAX no longer has."""
+    sys.modules.setdefault("neural_tangents.experimental", types.ModuleType("neural_tangents.experimental"))
+    for name in ("Jaxpr", "JaxprEqn", "Literal", "Var", "Primitive"):
+        if name not in vars(jax.core):
+            setattr(jax.core, name, getattr(jex, name))
+    if "DShapedArray" not in vars(jax.core):  # only ever compared with a type
+        jax.core.DShapedArray = type("DShapedArray", (), {})  # type: ignore[attr-defined]
+    if "jax.util" not in sys.modules:
+        util = types.ModuleType("jax.util")
+        util.safe_zip = lambda *xs: list(zip(*xs, strict=True))  # type: ignore[attr-defined]
+        util.safe_map = lambda f, *xs: [f(*args) for args in zip(*xs, strict=True)]  # type: ignore[attr-defined]
+        sys.modules["jax.util"] = util
+    supplied = {
+        "zeros_like_p": jex.Primitive("zeros_like"),  # a key of a table, never met
+        "config": types.SimpleNamespace(jax_enable_checks=False),
+        "source_info_util": types.SimpleNamespace(transform_name_stack=lambda *_: contextlib.nullcontext()),
+    }
+    for name, value in supplied.items():
+        if name not in vars(ad):
+            setattr(ad, name, value)
+
+
+class _Linear:
+    """Stands for a value that depends linearly on the tangents."""
+
+
+def _run(eqn: Any, values: list[Any]) -> list[Any]:
+    if eqn.primitive.name == "split":  # several outputs, which the library's rules do not know: slices
+        axis, ends = eqn.params["axis"], np.cumsum(eqn.params["sizes"])
+        return [
+            jax.lax.slice_in_dim(values[0], int(end - size), int(end), axis=axis)
+            for size, end in zip(eqn.params["sizes"], ends, strict=True)
+        ]
+    out = eqn.primitive.bind(*values, **eqn.params)
+    return out if eqn.primitive.multiple_results else [out]
+
+
+def _walk(closed: Any, args: list[Any], program: list[Any]) -> list[Any]:
+    """Opens nested calls, runs what is known, and lists the linear equations in `program`."""
+    jaxpr = getattr(closed, "jaxpr", closed)
+    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args), strict=True))
+
+    def read(var: Any) -> Any:
+        return var.val if isinstance(var, jex.Literal) else env[var]
+
+    for eqn in jaxpr.eqns:
+        values = [read(var) for var in eqn.invars]
+        if eqn.primitive.name in _NESTED:
+            inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
+            outs = _walk(inner if hasattr(inner, "consts") else jex.ClosedJaxpr(inner, ()), values, program)
+        elif any(isinstance(value, _Linear) for value in values):
+            outs = [_Linear() for _ in eqn.outvars]
+            program.append((eqn, values, outs))
+        else:
+            outs = _run(eqn, values)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(var) for var in jaxpr.outvars]
+
+
+def _linear_jaxpr(f_jvp: Callable[..., Any], flat: list[Array]) -> Any:
+    """Traces a linear map as one flat jaxpr, without nested calls."""
+    args: list[_Linear] = [_Linear() for _ in flat]
+    program: list[Any] = []
+    outs = _walk(jax.make_jaxpr(f_jvp)(*flat), args, program)
+
+    def replay(*tangents: Array) -> list[Any]:
+        env: dict[Any, Any] = dict(zip(args, tangents, strict=True))
+
+        def get(value: Any) -> Any:
+            return env[value] if isinstance(value, _Linear) else value
+
+        for eqn, values, results in program:
+            env.update(zip(results, _run(eqn, [get(value) for value in values]), strict=True))
+        return [get(value) for value in outs]
+
+    return jax.make_jaxpr(replay)(*flat)
+
+
+def _replace_functions(empirical: Any) -> None:
+    """Replaces the private functions of neural-tangents that meet a changed JAX, by public API."""
+
+    def primals_out_and_pullback(
+        fn: Callable[..., Any], mode: Any, j_rules: bool, s_rules: bool, fwd: Any, *primals_in: Any
+    ) -> tuple[Any, Callable[..., Any]]:
+        flat, tree = jax.tree.flatten(primals_in)
+        with jax.disable_jit():
+            primals_out, f_jvp = jax.linearize(lambda *xs: fn(*jax.tree.unflatten(tree, xs)), *flat)
+            closed = _linear_jaxpr(f_jvp, flat)
+
+        def pullback(*cts_in: Any) -> Any:
+            outs = empirical._backward_pass(
+                closed.jaxpr,
+                mode=mode,
+                consts=closed.consts,
+                primals_in=[ad.UndefinedPrimal(var.aval) for var in closed.jaxpr.invars],
+                cotangents_in=tuple(jax.tree.leaves(cts_in)),
+                _j_rules=j_rules,
+                _s_rules=s_rules,
+                _fwd=fwd,
+            )
+            return jax.tree.unflatten(tree, outs)
+
+        return primals_out, pullback
+
+    def eqn_vjp_fn(eqn: Any, cts_in: Any, *invals: Any) -> tuple[Any, ...]:
+        if eqn is None:
+            return (cts_in,)
+        linear = [i for i, value in enumerate(invals) if ad.is_undefined_primal(value)]
+        outs: list[Any] = [None] * len(invals)
+        if not linear or isinstance(cts_in, ad.Zero):
+            return tuple(outs)
+
+        def f(*xs: Any) -> Any:
+            args = list(invals)
+            for i, x in zip(linear, xs, strict=True):
+                args[i] = x
+            return eqn.primitive.bind(*args, **eqn.params)
+
+        cts = jax.linear_transpose(f, *(invals[i].aval for i in linear))(
+            [cts_in] if eqn.primitive.multiple_results else cts_in
+        )
+        for i, ct in zip(linear, cts, strict=True):
+            outs[i] = ct
+        return tuple(outs)
+
+    def get_flops(f: Callable[..., Any], optimize: bool, *args: Any, **kwargs: Any) -> float:
+        lowered = jax.jit(f).lower(*args, **kwargs)
+        analysis = (lowered.compile() if optimize else lowered).cost_analysis()
+        first: Any = analysis[0] if isinstance(analysis, list | tuple) else analysis
+        return first["flops"]
+
+    empirical._get_primals_out_and_pullback = primals_out_and_pullback
+    empirical._eqn_vjp_fn = eqn_vjp_fn
+    empirical._get_flops = get_flops
+
+
+@functools.cache
+def load() -> types.ModuleType:
+    """Returns the module `neural_tangents`, made to run on the installed JAX.
+
+    Raises:
+        ImportError: If it cannot be imported; says which versions met.
+    """
+    try:
+        _supply_names()
+        import neural_tangents
+        from neural_tangents._src import empirical
+
+        _replace_functions(empirical)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"neural-tangents cannot be bridged to JAX {jax.__version__}: {error}. Install neural-tangents 0.6.5 "
+            'with a JAX from 0.10 to 0.12, or use engine="jacobian"'
+        ) from error
+    return neural_tangents
+
+
+@functools.partial(jax.jit, static_argnames=("chosen", "implementation"))
+def _kernel_tile(
+    apply: Callable[[PyTree, Batch], Array],
+    theta: PyTree,
+    batch1: Batch,
+    batch2: Batch | None,
+    chosen: tuple[int, ...],
+    implementation: str,
+) -> Array:
+    """Kernel `[B1, B2, C, C]` of the leaves at positions `chosen`; `batch2=None` for that of batch1 with itself."""
+    nt = load()
+    leaves, tree = jax.tree.flatten(theta)
+
+    def f(tuned: list[Array], batch: Batch) -> Array:
+        full = list(leaves)
+        for i, leaf in zip(chosen, tuned, strict=True):
+            full[i] = leaf
+        return apply(jax.tree.unflatten(tree, full), batch)
+
+    kernel_fn = nt.empirical_ntk_fn(
+        f,
+        trace_axes=(),
+        vmap_axes=(dict.fromkeys(batch1, 0), 0, {}),
+        implementation=nt.NtkImplementation[implementation],
+    )
+    return kernel_fn(batch1, batch2, [leaves[i] for i in chosen])
+
+
+def _check_entries(
+    tun: Tunable, data1: Dataset, data2: Dataset, theta: PyTree, total: np.ndarray, implementation: str
+) -> float:
+    """Compares the first and last example's entries with float64; returns the relative deviation."""
+    ends1, ends2 = (np.unique([0, len(data) - 1]) for data in (data1, data2))
+    exact1 = jacobian(tun, data1.take(ends1), theta, dtype="float64").rows
+    exact2 = exact1 if data2 is data1 else jacobian(tun, data2.take(ends2), theta, dtype="float64").rows
+    exact = sum(gram(exact1[path], exact2[path]) for path in exact1 if path in exact2)
+    deviation = np.abs(total[np.ix_(ends1, ends2)] - exact).max() / max(np.abs(exact).max(), 1e-300)
+    if not deviation <= CHECK_TOLERANCE:
+        raise FloatingPointError(
+            f"neural-tangents' {implementation} kernel deviates from float64 by {deviation:.1e} relative in entries "
+            f'checked (at most {CHECK_TOLERANCE:.0e} is expected); a compiler bug is likely: use engine="jacobian"'
+        )
+    return float(deviation)
+
+
+def neural_tangents_parts(
+    tun: Tunable,
+    data1: Dataset,
+    data2: Dataset | None,
+    theta: PyTree,
+    blocks: Mapping[str, tuple[str, ...]],
+    implementation: str,
+    chunk: int = 8,
+    progress: Progress | None = None,
+) -> dict[str, Float[np.ndarray, "N1 N2 C C"]]:
+    """Computes block kernels by neural-tangents, one pass a block.
+
+    Before it returns, the entries of the first and last example are compared with float64: products of
+    jvp and vjp meet a bug of XLA's CPU compiler (jaxlib <= 0.10.2) that is wrong by 1e-3 and silent.
+
+    Args:
+        tun: The model.
+        data1: Rows.
+        data2: Columns; `None` for the rows again, then only the upper triangle is computed.
+        theta: Where.
+        blocks: Block name to leaf paths.
+        implementation: One of `IMPLEMENTATIONS`.
+        chunk: Examples a tile side.
+        progress: Called after each tile, with tiles in the place of examples.
+
+    Returns:
+        Block name to kernel, float64 `[N1, N2, C, C]`.
+
+    Raises:
+        InputError: If the implementation is unknown.
+        FloatingPointError: If the check fails.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(f"implementation={implementation!r} is unknown; expected one of {', '.join(IMPLEMENTATIONS)}")
+    other, c = data1 if data2 is None else data2, num_outputs(tun, data1)
+    chunks1 = list(data1.chunks(min(chunk, len(data1))))
+    chunks2 = chunks1 if data2 is None else list(data2.chunks(min(chunk, len(data2))))
+    tiles = [(i, j) for i in range(len(chunks1)) for j in range(len(chunks2)) if data2 is not None or j >= i]
+    position = {path: i for i, path in enumerate(leaf_paths(theta))}
+    parts: dict[str, np.ndarray] = {}
+    for b, (name, paths) in enumerate(blocks.items()):
+        part = np.zeros((len(data1), len(other), c, c))
+        chosen = tuple(position[path] for path in paths)
+        for t, (i, j) in enumerate(tiles):
+            (rows, batch1), (columns, batch2) = chunks1[i], chunks2[j]
+            diagonal = data2 is None and i == j
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # the library's own use of JAX
+                tile = _kernel_tile(tun.apply, theta, batch1, None if diagonal else batch2, chosen, implementation)
+            tile = np.asarray(tile, np.float64)[: len(rows), : len(columns)]
+            part[np.ix_(rows, columns)] = tile
+            if data2 is None and not diagonal:
+                part[np.ix_(columns, rows)] = tile.transpose(1, 0, 3, 2)
+            if progress is not None:
+                progress(b * len(tiles) + t + 1, len(blocks) * len(tiles))
+        # Rounding leaves tiles on the diagonal symmetric to 1e-7 only; a symmetric kernel is so exactly.
+        parts[name] = part if data2 is not None else (part + part.transpose(1, 0, 3, 2)) / 2
+    _check_entries(tun, data1, other, theta, np.sum(list(parts.values()), axis=0), implementation)
+    return parts

@@ -1,0 +1,1 @@
+"""What is tuned: Model in, Tunable out."""

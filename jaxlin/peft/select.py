@@ -1,0 +1,79 @@
+"""Tuning a subset of a model's own parameters."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from jaxlin.errors import InputError
+from jaxlin.models.model import Model
+from jaxlin.peft.function import PeftFunction, split_params
+from jaxlin.tunable import CLASSIFIER, Tunable
+
+
+def near_matches(pattern: str, names: list[str]) -> str:
+    """Returns the names most like `pattern`, for an error message."""
+    tails = {name: name.rpartition("/")[2] for name in names}
+    ranked = sorted(
+        names,
+        key=lambda name: -max(difflib.SequenceMatcher(None, pattern, s).ratio() for s in (name, tails[name])),
+    )
+    return ", ".join(ranked[:3])
+
+
+def require_live_head(model: Model) -> None:
+    """Refuses a zero head that stays frozen.
+
+    Raises:
+        InputError: If the head's kernel is zero.
+    """
+    if not bool(jnp.any(model.params[CLASSIFIER]["kernel"])):
+        raise InputError(
+            "the head is zero and frozen: every gradient and the kernel would vanish; "
+            "train the head, or start it as 'random' or 'probe'"
+        )
+
+
+def select(model: Model, pattern: str) -> Tunable:
+    """Tunes the parameters whose path matches a regular expression.
+
+    Args:
+        model: The pretrained model.
+        pattern: Searched for in the `/`-joined paths, such as `encoder/layer_0/attention/query/kernel`.
+
+    Returns:
+        A Tunable whose theta is the matching part of `model.params`; one block a module.
+
+    Raises:
+        InputError: If nothing matches (near matches are listed), or the pattern is no regular
+            expression, or the head is zero and not among what is tuned.
+    """
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{pattern!r} is not a regular expression: {error}") from error
+    paths = list(flatten_dict(model.params, sep="/"))
+    theta, frozen = split_params(model.params, lambda path: expression.search(path) is not None)
+    if not theta:
+        raise InputError(f"{pattern!r} matches no parameter; near: {near_matches(pattern, paths)}")
+    if not expression.search(f"{CLASSIFIER}/kernel"):
+        require_live_head(model)
+    return Tunable(PeftFunction(frozen, model.module), theta)
+
+
+def full(model: Model) -> Tunable:
+    """Tunes every parameter."""
+    return select(model, "")
+
+
+def head_only(model: Model) -> Tunable:
+    """Tunes the classification head: a linear model, which is its own linearization."""
+    return select(model, f"^{CLASSIFIER}/")
+
+
+def bias_only(model: Model, train_head: bool = True) -> Tunable:
+    """Tunes the biases of all modules (BitFit), and the whole head unless `train_head` is false."""
+    return select(model, rf"/bias$|^{CLASSIFIER}/" if train_head else rf"^(?!{CLASSIFIER}/).*/bias$")

@@ -1,0 +1,75 @@
+"""Closed forms of the linearized dynamics (theory 2).
+
+With `s = μ + λ`, the parameters after time t are `δ_t = −J₀ᵀ V φ_t(s) Vᵀ r₀`; each rule of descent has its own
+φ. All are for the *summed* loss `½‖r‖² + (λ/2)‖δ‖²`; `jaxlin.training.losses` converts from a trainer's mean.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxlin.errors import InputError
+
+
+def phi_limit(s: Float[np.ndarray, " m"], noise_floor: float = 0.0) -> Float[np.ndarray, " m"]:
+    """φ at infinity, `1/s`; 0 where `s` does not exceed the noise floor (the pseudo-inverse)."""
+    live = s > noise_floor
+    return np.where(live, 1 / np.where(live, s, 1), 0)
+
+
+def phi_gradient_descent(s: Float[np.ndarray, " m"], steps: float, learning_rate: float) -> Float[np.ndarray, " m"]:
+    """φ after gradient-descent steps, `(1 − (1 − ηs)^t)/s`, and ηt at s = 0.
+
+    Raises:
+        InputError: If the step is not below `2/max(s)`, where descent diverges.
+    """
+    top = float(np.max(s, initial=0))
+    if not 0 < learning_rate * max(top, 0) < 2 and top > 0:
+        raise InputError(
+            f"gradient descent diverges at learning_rate={learning_rate:g}: expected above 0 and below "
+            f"2/(μ₁ + λ) = {2 / top:g} (for the summed loss)"
+        )
+    x = learning_rate * s
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # For x < 1 by log1p and expm1: no digits are lost where x is small.
+        small = -np.expm1(steps * np.log1p(-np.minimum(x, 0.5))) / s
+        large = (1 - np.sign(1 - x) ** steps * np.abs(1 - x) ** steps) / s
+    return np.where(s <= 0, learning_rate * steps, np.where(x < 0.5, small, large))
+
+
+def phi_flow(s: Float[np.ndarray, " m"], time: float) -> Float[np.ndarray, " m"]:
+    """φ of gradient flow, `(1 − e^{−st})/s`, and t at s = 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(s > 0, -np.expm1(-s * time) / s, time)
+
+
+def phi_heavy_ball(
+    s: Float[np.ndarray, " m"], steps: int, learning_rate: float, momentum: float
+) -> Float[np.ndarray, " m"]:
+    """φ after heavy-ball steps `v ← bv + g`, `θ ← θ − ηv`, by powers of the 2×2 recursion of each direction.
+
+    Args:
+        s: μ + λ.
+        steps: t.
+        learning_rate: η.
+        momentum: b, at least 0 and below 1.
+
+    Raises:
+        InputError: If b is out of range, or η is not below `2(1 + b)/max(s)`, where it diverges.
+    """
+    top = float(np.max(s, initial=0))
+    if not 0 <= momentum < 1:
+        raise InputError(f"momentum={momentum}; expected at least 0 and below 1")
+    if top > 0 and not 0 < learning_rate * top < 2 * (1 + momentum):
+        raise InputError(
+            f"heavy ball diverges at learning_rate={learning_rate:g}: expected below 2(1+b)/(μ₁+λ) = "
+            f"{2 * (1 + momentum) / top:g} (for the summed loss)"
+        )
+    # State (a, v, 1) for r₀ = −1, so that φ is a itself: v ← b v + s a − 1, a ← a − η v.
+    step = np.zeros((len(s), 3, 3))
+    step[:, 1, 0], step[:, 1, 1], step[:, 1, 2] = s, momentum, -1
+    step[:, 0] = -learning_rate * step[:, 1]
+    step[:, 0, 0] += 1
+    step[:, 2, 2] = 1
+    return np.linalg.matrix_power(step, steps)[:, 0, 2]

@@ -1,0 +1,1 @@
+"""Training of full and linearized models by the same code."""

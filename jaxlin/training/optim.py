@@ -1,0 +1,138 @@
+"""The pull towards the pretrained weights, as optax transformations (theory 1)."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from jaxlin.errors import InputError
+
+MODES = ("coupled", "selective", "decoupled", "prox", "spd")
+
+
+class ProximalState(NamedTuple):
+    """State of `proximal`.
+
+    Attributes:
+        theta0: The point that is pulled to: the parameters given to `init`.
+        lam: λ as an array, so that a sweep over it compiles once (`state._replace(lam=...)`).
+        steps: Steps taken, for a learning-rate schedule.
+        inner: State of the wrapped optimizer.
+    """
+
+    theta0: PyTree
+    lam: Array
+    steps: Array
+    inner: optax.OptState
+
+
+def _inner_product(a: PyTree, b: PyTree) -> Array:
+    return jax.tree.reduce(jnp.add, jax.tree.map(jnp.vdot, a, b))
+
+
+def _spd(lam: Array, g: Array, step: Array, delta: Array) -> Array:
+    """One tensor's step under selective projection decay: back from `θ + T(g)` where it moved outwards."""
+    ahead = delta + step
+    norm = jnp.linalg.norm(ahead)
+    moved = jnp.where(norm > 0, (norm - jnp.linalg.norm(delta)) / jnp.where(norm > 0, norm, 1), 0)
+    active = jnp.vdot(g, delta) > 0
+    return step - jnp.where(active, lam * jnp.clip(moved, 0, 1), 0).astype(step.dtype) * ahead
+
+
+def proximal(
+    inner: optax.GradientTransformation,
+    lam: float,
+    mode: str = "coupled",
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    *,
+    per_tensor: bool = False,
+) -> optax.GradientTransformation:
+    r"""Wraps an optimizer with an :math:`\ell_2` pull to where the parameters started.
+
+    With :math:`T(g)` the inner optimizer's step from gradient g (sign included), :math:`\delta=\theta-\theta_0`, the
+    new parameters are (theory 1)
+
+    .. math::
+        \text{coupled:}   &\quad \theta + T(g+\lambda\delta) \\
+        \text{selective:} &\quad \theta + T(g+\lambda s\delta), \quad s = 1[\langle g,\delta\rangle \ge 0] \\
+        \text{decoupled:} &\quad \theta + T(g) - \eta\lambda\delta \\
+        \text{prox:}      &\quad (\theta + T(g) + \eta\lambda\theta_0)/(1+\eta\lambda) \\
+        \text{spd:}       &\quad \tilde\theta - \lambda\rho(\tilde\theta-\theta_0) \text{ where } \langle g,\delta\rangle>0,
+        \quad \tilde\theta = \theta + T(g)
+
+    with :math:`\rho = \mathrm{clip}((\|\tilde\theta-\theta_0\|-\|\theta-\theta_0\|)/\|\tilde\theta-\theta_0\|, 0, 1)`
+    by tensor. The gradient given to `update` is that of the data loss alone.
+
+    Args:
+        inner: An optax optimizer, learning rate included.
+        lam: λ ≥ 0 in the normalisation of the loss that is differentiated: for the mean over n examples it
+            is λ/n of theory 0 (`spd`: a dimensionless strength).
+        mode: One of the five.
+        learning_rate: η of `decoupled` and `prox`, a number or a schedule of the step.
+        per_tensor: Whether `selective` decides for each tensor apart (as SPD does) rather than for all of θ.
+
+    Returns:
+        The transformation; `update` needs `params`. Its state is a `ProximalState`.
+
+    Raises:
+        InputError: If λ is negative or NaN, the mode is unknown, or η is missing where it is needed.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, jaxlin as jl
+        >>> tx = jl.optim.proximal(optax.sgd(0.5), lam=1.0)
+        >>> theta = jnp.array([2.0])
+        >>> state = tx.init(jnp.zeros(1))  # pulled to 0
+        >>> updates, state = tx.update(jnp.array([1.0]), state, theta)
+        >>> float(updates[0])  # -0.5 (1 + 1·2)
+        -1.5
+
+    References:
+        Tian et al. 2024, "Rethinking Weight Decay for Robust Fine-Tuning" (Selective Projection Decay).
+    """
+    if isinstance(lam, float | int) and not lam >= 0:
+        raise InputError(f"lam={lam}; expected at least 0")
+    if mode not in MODES:
+        raise InputError(f"pull mode {mode!r} is unknown; expected one of {', '.join(MODES)}")
+    if mode in ("decoupled", "prox") and learning_rate is None:
+        raise InputError(f"mode={mode!r} needs the learning_rate: its pull is scaled by it")
+
+    def init(params: PyTree) -> ProximalState:
+        theta0 = jax.tree.map(jnp.array, params)  # a copy: params may be donated to a step
+        return ProximalState(theta0, jnp.asarray(lam, jnp.float32), jnp.zeros((), jnp.int32), inner.init(params))
+
+    def update(grads: PyTree, state: ProximalState, params: PyTree | None = None) -> tuple[PyTree, ProximalState]:
+        if params is None:
+            raise ValueError("proximal needs the parameters: call update(grads, state, params)")
+        delta = jax.tree.map(jnp.subtract, params, state.theta0)
+
+        def scaled(factor: Any, tree: PyTree) -> PyTree:
+            return jax.tree.map(lambda x: jnp.asarray(factor, x.dtype) * x, tree)
+
+        pulled = grads
+        if mode == "coupled":
+            pulled = jax.tree.map(jnp.add, grads, scaled(state.lam, delta))
+        elif mode == "selective":
+            if per_tensor:
+                active = jax.tree.map(lambda g, d: jnp.vdot(g, d) >= 0, grads, delta)
+            else:
+                whole = _inner_product(grads, delta) >= 0
+                active = jax.tree.map(lambda _: whole, grads)
+            pulled = jax.tree.map(
+                lambda g, d, s: g + jnp.where(s, state.lam, 0).astype(d.dtype) * d, grads, delta, active
+            )
+        moves, inner_state = inner.update(pulled, state.inner, params)
+        if mode == "spd":
+            moves = jax.tree.map(lambda g, t, d: _spd(state.lam, g, t, d), grads, moves, delta)
+        elif mode in ("decoupled", "prox"):
+            rate: Any = learning_rate(state.steps) if callable(learning_rate) else learning_rate
+            strength = rate * state.lam
+            moves = jax.tree.map(jnp.subtract, moves, scaled(strength, delta))
+            if mode == "prox":
+                moves = scaled(1 / (1 + strength), moves)
+        return moves, ProximalState(state.theta0, state.lam, state.steps + 1, inner_state)
+
+    return optax.GradientTransformation(init, update)

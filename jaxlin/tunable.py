@@ -1,0 +1,150 @@
+"""The one thing that is fine-tuned: a function of its trainable parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+Batch = Mapping[str, Any]
+"""Arrays by name (`input_ids`, `attention_mask`, `labels`, …); the leading axis of each is the example."""
+
+Blocks = Mapping[str, tuple[str, ...]]
+"""Names of disjoint groups of parameters; each is a tuple of paths of leaves of theta."""
+
+LORA_NAMES = ("lora_A", "lora_B")
+
+CLASSIFIER = "classifier"
+"""Name of the top-level module that maps pooled features to logits."""
+
+
+def leaf_paths(tree: PyTree) -> tuple[str, ...]:
+    """Returns the `/`-joined path of every leaf, in the order of `jax.tree.leaves`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return tuple(jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
+
+
+def parameter_role(path: str) -> str:
+    """Returns what a leaf is in a comparison: LoRA's `"A"` or `"B"`, the `"head"`, or `"other"`."""
+    name = path.rpartition("/")[2]
+    if name in LORA_NAMES:
+        return name.removeprefix("lora_")
+    return "head" if path.startswith(f"{CLASSIFIER}/") else "other"
+
+
+def group_paths(paths: tuple[str, ...], by: str) -> dict[str, tuple[str, ...]]:
+    """Groups leaf paths into blocks.
+
+    Args:
+        paths: Paths of the leaves, `/`-joined.
+        by: `"leaf"`: each by itself; `"module"`: the leaves of one module, LoRA's A and B apart;
+            `"layer"`: the leaves of one `layer_<i>`, LoRA's A and B apart, what lies in no layer by
+            its top-level module.
+
+    Returns:
+        Block name to paths, in the order in which the blocks are met.
+
+    Raises:
+        ValueError: If `by` is none of the three.
+    """
+    if by not in ("leaf", "module", "layer"):
+        raise ValueError(f'blocks={by!r} is unknown; expected "leaf", "module" or "layer"')
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        module, _, name = path.rpartition("/")
+        suffix = f"/{name}" if name in LORA_NAMES else ""
+        if by == "leaf":
+            key = path
+        elif by == "module":
+            key = (module or name) + (suffix if module else "")
+        else:
+            layer = re.search(r"(?:^|/)(layer_\d+)(?:/|$)", path)
+            key = (layer.group(1) if layer else path.split("/")[0]) + suffix
+        groups.setdefault(key, []).append(path)
+    return {key: tuple(members) for key, members in groups.items()}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PlainFunction:
+    """A Python function as a pytree without leaves, so that it can cross a `jit` boundary."""
+
+    fn: Callable[[PyTree, Batch], Array] = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, theta: PyTree, batch: Batch) -> Array:
+        """Returns `fn(theta, batch)`."""
+        return self.fn(theta, batch)
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True)
+class Tunable:
+    """A function of its trainable parameters, its start, and a partition of them into blocks.
+
+    A registered pytree: `theta0` and whatever frozen weights `apply` holds are leaves, so a `jit` that
+    takes a `Tunable` (or its `apply`) as an argument compiles no weight in as a constant.
+
+    Attributes:
+        apply: `apply(theta, batch) -> outputs [B, C]`: a plain function, or a callable pytree whose
+            leaves are frozen weights. It must treat examples independently of one another.
+        theta0: The parameters at the start, a pytree of floating-point arrays.
+        blocks: Disjoint groups of leaves of theta that cover it, by name; `None` stands for one block
+            a module (see `group_paths`). Paths are `/`-joined keys.
+    """
+
+    apply: Callable[[PyTree, Batch], Array]
+    theta0: PyTree
+    blocks: Blocks = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        # Not run by unflattening, which may hold anything: tracers, None, shape structs.
+        if jax.tree_util.all_leaves([self.apply]):
+            object.__setattr__(self, "apply", PlainFunction(self.apply))
+        paths = leaf_paths(self.theta0)
+        if not paths:
+            raise ValueError("theta0 has no leaves: there is nothing to tune")
+        if self.blocks is None:
+            object.__setattr__(self, "blocks", group_paths(paths, "module"))
+            return
+        listed = [path for members in self.blocks.values() for path in members]
+        if sorted(listed) != sorted(paths):
+            wrong = sorted(set(listed) ^ set(paths)) or sorted({p for p in listed if listed.count(p) > 1})
+            raise ValueError(
+                f"blocks must name every leaf of theta0 once; these are missing, unknown or repeated: {wrong[:5]}"
+            )
+
+    @property
+    def num_params(self) -> int:
+        """Number of trainable parameters."""
+        return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(self.theta0))
+
+    def check_batch(self, batch: Batch) -> None:
+        """Checks inputs on the host, where `apply` has a `check_batch` of its own (text models do)."""
+        check = getattr(self.apply, "check_batch", None)
+        if check is not None:
+            check(batch)
+
+    def grouped(self, blocks: str | Blocks | None) -> dict[str, tuple[str, ...]]:
+        """Returns a partition of theta: the Tunable's own (`None`), one of `group_paths`, or the one given."""
+        if blocks is None:
+            return dict(self.blocks)
+        if isinstance(blocks, str):
+            return group_paths(leaf_paths(self.theta0), blocks)
+        return dict(dataclasses.replace(self, blocks=blocks).blocks)
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], tuple[tuple[str, tuple[str, ...]], ...]]:
+        """Leaves and static data, for JAX."""
+        return (self.apply, self.theta0), tuple((k, tuple(v)) for k, v in self.blocks.items())
+
+    @classmethod
+    def tree_unflatten(cls, blocks: tuple[tuple[str, tuple[str, ...]], ...], children: tuple[Any, Any]) -> Tunable:
+        """The inverse of `tree_flatten`, without checks."""
+        self = object.__new__(cls)
+        for name, value in zip(("apply", "theta0", "blocks"), (*children, dict(blocks)), strict=True):
+            object.__setattr__(self, name, value)
+        return self
