@@ -1,0 +1,154 @@
+"""Labelled text with a training and a validation split."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+from jaxlin.data.dataset import Dataset
+from jaxlin.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextSplit:
+    """Texts and labels.
+
+    Attributes:
+        texts: One tuple an example: one text, or a pair.
+        labels: Integer classes, or floating-point scores `[N]`.
+    """
+
+    texts: tuple[tuple[str, ...], ...]
+    labels: Shaped[np.ndarray, " N"]
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.texts)
+
+    def take(self, indices: np.ndarray) -> TextSplit:
+        """Returns the examples at `indices`."""
+        return TextSplit(tuple(self.texts[i] for i in indices), self.labels[indices])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """A text classification or regression task.
+
+    Attributes:
+        name: For titles and logs.
+        train: Training split; no text of it is also in `validation`.
+        validation: Validation split.
+        label_names: Names of the classes by id; empty for scores.
+        provenance: Where the text came from, for the record.
+    """
+
+    name: str
+    train: TextSplit
+    validation: TextSplit
+    label_names: tuple[str, ...]
+    provenance: Mapping[str, Any]
+
+    @property
+    def num_labels(self) -> int:
+        """Number of outputs: the number of classes, 1 for scores."""
+        return max(len(self.label_names), 1)
+
+    def sha256(self) -> str:
+        """Hash of all texts and labels."""
+        rows = [[split.texts, split.labels.tolist()] for split in (self.train, self.validation)]
+        return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
+
+
+def make_task(
+    name: str,
+    train: TextSplit,
+    validation: TextSplit,
+    label_names: tuple[str, ...],
+    provenance: Mapping[str, Any],
+) -> Task:
+    """Builds a task, dropping (and counting in the provenance) training examples whose text is in validation.
+
+    Raises:
+        InputError: If a split is empty, or the training split has a single class.
+    """
+    seen = {_normalised(text) for text in validation.texts}
+    kept = np.array([i for i, text in enumerate(train.texts) if _normalised(text) not in seen], int)
+    dropped = len(train) - len(kept)
+    train = train.take(kept)
+    for split, what in ((train, "training"), (validation, "validation")):
+        if not len(split):
+            raise InputError(f"task {name!r}: the {what} split holds no example")
+    if label_names and len(np.unique(train.labels)) < 2:
+        only = label_names[train.labels[0]]
+        raise InputError(f"task {name!r}: all {len(train)} training examples have the one label {only!r}; expected two")
+    return Task(name, train, validation, label_names, {**provenance, "train_rows_also_in_validation_dropped": dropped})
+
+
+def _normalised(text: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(" ".join(part.lower().split()) for part in text)
+
+
+def subsample(split: TextSplit, size: int | None, seed: int) -> TextSplit:
+    """Returns at most `size` examples, with the classes' shares kept; the same for the same seed.
+
+    Raises:
+        InputError: If `size` is less than one example a class.
+    """
+    if size is None or size >= len(split):
+        return split
+    classes = split.labels.dtype.kind != "f"
+    least = len(np.unique(split.labels)) if classes else 1
+    if size < least:
+        raise InputError(f"a subset of {size} example(s) is too small; expected at least {least}, one a class")
+    from sklearn.model_selection import train_test_split
+
+    order = np.arange(len(split))
+    if len(split) - size < least:  # too few are left over to be stratified
+        return split.take(np.sort(np.random.default_rng(seed).permutation(order)[:size]))
+    stratify = split.labels if classes and np.bincount(split.labels.astype(int)).max() > 1 else None
+    try:
+        chosen, _ = train_test_split(order, train_size=size, stratify=stratify, random_state=seed)
+    except ValueError:  # a class with a single example cannot be stratified
+        chosen, _ = train_test_split(order, train_size=size, random_state=seed)
+    return split.take(np.sort(chosen))
+
+
+def tokenize(split: TextSplit, tokenizer: Any, max_length: int) -> tuple[Dataset, int]:
+    """Turns texts into a `Dataset`.
+
+    Args:
+        split: Texts and labels.
+        tokenizer: A Hugging Face tokenizer.
+        max_length: Tokens a text is truncated to, special tokens counted.
+
+    Returns:
+        The dataset (`input_ids`, `attention_mask`, `token_type_ids` where the tokenizer makes them,
+        `labels`), and how many texts were truncated.
+
+    Raises:
+        InputError: If `max_length` leaves no room for text.
+    """
+    pairs = len(split.texts[0]) == 2
+    fields = [list(column) for column in zip(*split.texts, strict=True)]
+    special = tokenizer.num_special_tokens_to_add(pair=pairs)
+    if max_length <= special + pairs:
+        raise InputError(f"max_seq_length={max_length} leaves no room for text beside {special} special tokens")
+    # Every option explicit: a tokenizer.json may embed truncation and padding of its own.
+    full = tokenizer(*fields, truncation=False, padding=False, verbose=False)
+    truncated = sum(len(ids) > max_length for ids in full["input_ids"])
+    encoded = tokenizer(*fields, truncation=True, max_length=max_length, padding=False)
+    longest = max(len(ids) for ids in encoded["input_ids"])
+    columns: dict[str, np.ndarray] = {"labels": split.labels}
+    pad = {"input_ids": tokenizer.pad_token_id or 0, "attention_mask": 0, "token_type_ids": 0}
+    for name, value in pad.items():
+        if name in encoded:
+            columns[name] = np.full((len(split), longest), value, np.int32)
+            for row, ids in zip(columns[name], encoded[name], strict=True):
+                row[: len(ids)] = ids
+    return Dataset.from_columns(columns), truncated
