@@ -88,12 +88,12 @@ def _labels(
                 f"{files[0]} has the label {ids.max()} but only {len(set(train))} classes; expected ids 0, 1, …"
             )
     else:
-        scores = [_as_numbers(values, float) for values in (train, validation)]
-        if scores[0] is not None and scores[1] is not None:
-            for values, file in zip(scores, files, strict=True):
-                if not np.isfinite(values).all():
+        scores, scores_validation = _as_numbers(train, float), _as_numbers(validation, float)
+        if scores is not None and scores_validation is not None:
+            for numbers, file in ((scores, files[0]), (scores_validation, files[1])):
+                if not np.isfinite(numbers).all():
                     raise InputError(f"{file} has a label that is NaN or infinite")
-            return scores[0], scores[1], ()
+            return scores, scores_validation, ()
         names = tuple(sorted(set(train)))
         if len(names) > 100:
             raise InputError(
@@ -106,7 +106,7 @@ def _labels(
         for number, value in enumerate(canonical, start=2):
             if value not in where:
                 raise InputError(
-                    f"{file}, line {number}: label {value!r} lies outside the training file's classes: {', '.join(names)}"
+                    f"{file}, line {number}: label {value!r} is none of the training file's classes: {', '.join(names)}"
                 )
         out.append(np.array([where[value] for value in canonical]))
     return out[0], out[1], names

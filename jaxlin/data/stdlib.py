@@ -63,7 +63,7 @@ AREAS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("doctest", "bdb", "traceback", "cProfile", "profile", "tracemalloc"),
     ),
 }
-MAX_ROWS = {"train": 200, "validation": 80}
+MAX_ROWS = {"train": 140, "validation": 60}
 """At most so many rows a class and split, drawn with a fixed seed."""
 
 MASK = "this package"
@@ -107,7 +107,7 @@ def load_stdlib_task(stdlib: Path | None = None) -> Task:
         stdlib: Folder of the standard library's sources; default: the running Python's.
 
     Returns:
-        A task of four classes, at most 280 rows each, no text twice. The text depends on the Python
+        A task of four classes, at most 200 rows each, no text twice. The text depends on the Python
         version, which the provenance records.
 
     Raises:

@@ -8,7 +8,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -76,11 +76,11 @@ class Model:
         """
         if all(isinstance(value, np.ndarray) for value in batch.values()):
             self.check_batch(batch)
-        return self.module.apply({"params": params}, batch)
+        return cast(Array, self.module.apply({"params": params}, batch))
 
     def features(self, params: PyTree, batch: Batch) -> Float[Array, "B D"]:
         """Returns what the classification head reads, `[B, D]`."""
-        return self.module.apply({"params": params}, batch, output_features=True)
+        return cast(Array, self.module.apply({"params": params}, batch, output_features=True))
 
     def check_batch(self, batch: Batch) -> None:
         """Checks inputs on the host; see `check_text_batch`."""
@@ -169,8 +169,8 @@ def new_head(kind: str, rng: int | Array, width: int, num_labels: int, scale: fl
     return {"kernel": kernel if kind == "random" else jnp.zeros(shape), "bias": jnp.zeros(num_labels)}
 
 
-def with_head(model: Model, head: Mapping[str, Array]) -> Model:
+def with_head(model: Model, head: Mapping[str, Array | np.ndarray]) -> Model:
     """Returns `model` with another classification head."""
     old = model.params[CLASSIFIER]
-    cast = {name: jnp.asarray(value, old[name].dtype) for name, value in head.items()}
-    return dataclasses.replace(model, params={**model.params, CLASSIFIER: cast})
+    new = {name: jnp.asarray(value, old[name].dtype) for name, value in head.items()}
+    return dataclasses.replace(model, params={**model.params, CLASSIFIER: new})

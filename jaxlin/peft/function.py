@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -31,7 +31,8 @@ def _lora_added(scale: float) -> Iterator[Callable[[], int]]:
         module = context.module
         if context.method_name == "__call__" and module.has_variable(LORA, "lora_A"):
             hits += 1
-            a, b = (module.get_variable(LORA, name) for name in LORA_NAMES)
+            a: Array = module.get_variable(LORA, "lora_A")
+            b: Array = module.get_variable(LORA, "lora_B")
             y = y + scale * ((args[0] @ a) @ b)
         return y
 
@@ -73,11 +74,11 @@ class PeftFunction:
         params, factors = self.variables(theta)
         variables = {"params": unflatten_dict(params, sep="/")}
         if not factors:
-            return self.module.apply(variables, batch)
+            return cast(Array, self.module.apply(variables, batch))
         variables[LORA] = unflatten_dict(factors, sep="/")
         # Entered inside the traced function: outside of it a cached trace would ignore the context.
         with _lora_added(self.scale) as hits:
-            logits = self.module.apply(variables, batch)
+            logits = cast(Array, self.module.apply(variables, batch))
         if 2 * hits() != len(factors):
             raise RuntimeError(
                 f"{len(factors) // 2} modules have LoRA factors, but {hits()} calls met one; "

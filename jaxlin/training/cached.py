@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -43,18 +43,37 @@ class CachedLinear:
         return outputs
 
 
-def cached_linearized(tun: Tunable, data: Dataset, jac: Jacobian) -> tuple[Tunable, Dataset]:
-    """Returns the linearization of `tun` on `data` as a Tunable of cached Jacobians, and its data.
+def cached_linearized(
+    tun: Tunable, data: Sequence[Dataset], jacobians: Sequence[Jacobian]
+) -> tuple[Tunable, list[Dataset]]:
+    """Returns the linearization of `tun` as a Tunable of cached Jacobians, and the data it works on.
 
-    The data's examples are row numbers, in `data`'s order, so that a trainer meets them in the same
-    order as the originals. The trajectory equals that of `linearize(tun)` to rounding.
+    The new datasets hold row numbers, with the lengths of the originals, so that a trainer meets the
+    examples in the same order. The trajectory equals that of `linearize(tun)` to rounding.
 
     Args:
-        tun: The model that was linearized at its `theta0`.
-        data: The examples.
-        jac: Their Jacobian at `theta0`.
+        tun: The model, linearized at its `theta0`.
+        data: Datasets, such as a training and an evaluation split.
+        jacobians: Their Jacobians at `theta0`.
+
+    Returns:
+        The cached linear model and one dataset for each of `data`.
     """
-    rows = {path: jnp.asarray(value) for path, value in jac.rows.items()}
-    columns = {INDEX: np.arange(len(data)), **{k: v for k, v in data.columns.items() if k == "labels"}}
-    linear = CachedLinear(tun.theta0, jnp.asarray(jac.outputs), rows)
-    return dataclasses.replace(tun, apply=linear), Dataset.from_columns(columns)
+    paths = [path for path in leaf_paths(tun.theta0) if any(path in jac.rows for jac in jacobians)]
+
+    def stack(path: str) -> Array:
+        shape = next(jac.rows[path].shape for jac in jacobians if path in jac.rows)
+        parts = [
+            jac.rows.get(path, np.zeros((len(part), *shape[1:]), jac.outputs.dtype))
+            for part, jac in zip(data, jacobians, strict=True)
+        ]
+        return jnp.asarray(np.concatenate(parts))
+
+    outputs = jnp.asarray(np.concatenate([jac.outputs for jac in jacobians]))
+    out, start = [], 0
+    for part in data:
+        columns = {INDEX: np.arange(start, start + len(part)), "labels": part["labels"]}
+        out.append(Dataset(columns, part.lengths, part.buckets))
+        start += len(part)
+    linear = CachedLinear(tun.theta0, outputs, {path: stack(path) for path in paths})
+    return dataclasses.replace(tun, apply=linear), out

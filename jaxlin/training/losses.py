@@ -71,6 +71,13 @@ def accuracy(outputs: np.ndarray, labels: np.ndarray) -> float | None:
     return float(np.mean(predicted(outputs) == labels))
 
 
+def evaluate(outputs: Float[np.ndarray, "N C"], labels: np.ndarray, loss: str) -> dict[str, float | None]:
+    """Returns mean `loss` and `accuracy` (`None` where labels are scores) of outputs."""
+    with jax.enable_x64(True):
+        value = float(jnp.mean(LOSSES[loss](jnp.asarray(outputs), jnp.asarray(labels))))
+    return {"loss": value, "accuracy": accuracy(outputs, labels)}
+
+
 def predicted(outputs: np.ndarray) -> np.ndarray:
     """Predicted class of each example: the largest output, or the sign for C = 1."""
     return outputs.argmax(axis=1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).astype(int)

@@ -61,7 +61,8 @@ def proximal(
         \text{selective:} &\quad \theta + T(g+\lambda s\delta), \quad s = 1[\langle g,\delta\rangle \ge 0] \\
         \text{decoupled:} &\quad \theta + T(g) - \eta\lambda\delta \\
         \text{prox:}      &\quad (\theta + T(g) + \eta\lambda\theta_0)/(1+\eta\lambda) \\
-        \text{spd:}       &\quad \tilde\theta - \lambda\rho(\tilde\theta-\theta_0) \text{ where } \langle g,\delta\rangle>0,
+        \text{spd:}       &\quad \tilde\theta - \lambda\rho(\tilde\theta-\theta_0)
+        \text{ where } \langle g,\delta\rangle>0,
         \quad \tilde\theta = \theta + T(g)
 
     with :math:`\rho = \mathrm{clip}((\|\tilde\theta-\theta_0\|-\|\theta-\theta_0\|)/\|\tilde\theta-\theta_0\|, 0, 1)`

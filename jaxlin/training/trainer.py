@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.ntk.jacobian import num_outputs
-from jaxlin.training.losses import LOSSES, accuracy, check_labels, to_mean
+from jaxlin.training.losses import LOSSES, check_labels, evaluate, to_mean
 from jaxlin.training.optim import MODES, proximal
 from jaxlin.tunable import Batch, Tunable
 
@@ -51,6 +51,8 @@ class TrainConfig:
         lam: λ of the pull for the *summed* loss (theory 0), whatever the batch size.
         pull: Mode of `jaxlin.optim.proximal`.
         seed: Of the data order.
+        group_by_length: Put examples of like length into a batch, so that little is padding; the order of the
+            batches is random. Full-batch descent takes no notice of it.
         eval_steps: Evaluate every so many steps; `None`: at the end only.
     """
 
@@ -65,6 +67,7 @@ class TrainConfig:
     lam: float = 0.0
     pull: str = "coupled"
     seed: int = 0
+    group_by_length: bool = False
     eval_steps: int | None = None
 
     def check(self) -> None:
@@ -177,23 +180,41 @@ def predict(tun: Tunable, theta: PyTree, data: Dataset | Batch, chunk: int = 32)
     return out
 
 
-def evaluate(outputs: Float[np.ndarray, "N C"], labels: np.ndarray, loss: str) -> dict[str, float | None]:
-    """Returns mean `loss` and `accuracy` (`None` where labels are scores) of outputs."""
-    with jax.enable_x64(True):
-        value = float(jnp.mean(LOSSES[loss](jnp.asarray(outputs), jnp.asarray(labels))))
-    return {"loss": value, "accuracy": accuracy(outputs, labels)}
+def epoch_order(data: Dataset, config: TrainConfig, epoch: int) -> np.ndarray:
+    """Returns the order of the examples in one epoch; depends on their number and lengths, batch size and seed only."""
+    n, size = len(data), config.batch_size
+    if size >= n:
+        return np.arange(n)
+    rng = np.random.default_rng((config.seed, epoch))
+    order = rng.permutation(n)
+    if not config.group_by_length or data.lengths is None:
+        return order
+    order = order[np.argsort(data.lengths[order], kind="stable")]
+    whole = order[: n - n % size].reshape(-1, size)
+    # A last partial batch, of the longest examples, stays last.
+    return np.concatenate([whole[rng.permutation(len(whole))].reshape(-1), order[n - n % size :]])
 
 
 def batches(data: Dataset, config: TrainConfig) -> Iterator[np.ndarray]:
-    """Yields the examples of each step; depends on the number of examples, batch size and seed only."""
+    """Yields the examples of each step."""
     n, size = len(data), config.batch_size
     for step in range(config.total_steps(n)):
         epoch, within = divmod(step, config.steps_per_epoch(n))
-        if size >= n:
-            order = np.arange(n)
-        elif within == 0:
-            order = np.random.default_rng((config.seed, epoch)).permutation(n)
+        if within == 0:
+            order = epoch_order(data, config, epoch)
         yield order[within * size : (within + 1) * size]
+
+
+def check_data(tun: Tunable, data: Dataset, loss: str) -> None:
+    """Checks that inputs and labels fit the model and the loss.
+
+    Raises:
+        InputError: If they do not; says what.
+    """
+    if "labels" not in data.columns:
+        raise InputError(f"the data has no column 'labels'; it has {sorted(data.columns)}")
+    tun.check_batch(data.columns)
+    check_labels(data["labels"], num_outputs(tun, data), loss)
 
 
 def train(
@@ -230,10 +251,7 @@ def train(
     held_out = None if eval is None else as_dataset(eval)
     for part in (data, held_out):
         if part is not None:
-            if "labels" not in part.columns:
-                raise InputError(f"the data has no column 'labels'; it has {sorted(part.columns)}")
-            tun.check_batch(part.columns)
-            check_labels(part["labels"], num_outputs(tun, part), config.loss)
+            check_data(tun, part, config.loss)
     n = len(data)
     total = config.total_steps(n)
     schedule = _Schedule(config.learning_rate, config.lr_scheduler_type, int(config.warmup_ratio * total), total)

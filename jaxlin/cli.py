@@ -1,0 +1,61 @@
+"""The command line: parses, calls an experiment, turns its errors into one sentence."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from jaxlin.errors import InputError, TrainingDivergedError
+from jaxlin.experiments.compare import CompareConfig
+from jaxlin.experiments.compare import run as run_compare
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def _set_up() -> None:
+    """Quietens imports and keeps compiled programs, unless the environment says otherwise."""
+    import jax
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "jaxlin" / "compiled"))
+
+
+def compare(config: Annotated[CompareConfig, tyro.conf.arg(name="")]) -> None:
+    """Fine-tune a model in full and linearized, over a sweep of pulls λ, and say how close the two are."""
+    run_compare(config)
+
+
+def doctor() -> None:
+    """Print versions, devices, precision, what can be imported, and where models and data are found."""
+    from jaxlin.experiments.doctor import report
+
+    for topic, text in report().items():
+        print(f"{topic:>18}  {text}")
+
+
+def main() -> None:
+    """Runs the command line; exits with 2 on bad input, 1 on a failed run, 130 when interrupted."""
+    _set_up()
+    debug = "--debug" in sys.argv
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"compare": compare, "doctor": doctor},
+            prog="jaxlin",
+            description="Linearized fine-tuning of transformer language models.",
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+    except (InputError, TrainingDivergedError) as error:
+        if debug:
+            raise
+        print(f"jaxlin: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED)
+    except KeyboardInterrupt:
+        print("jaxlin: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

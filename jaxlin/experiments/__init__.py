@@ -1,0 +1,1 @@
+"""Experiments: a configuration in, tables and figures out. No numerics live here."""

@@ -1,0 +1,121 @@
+"""The folder that a run writes: logs while it goes, results at its end."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlin.errors import InputError
+
+PACKAGES = ("jaxlin", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "transformers", "tokenizers", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN: they become words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON at once or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def write_csv(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows of equal keys as CSV; `None` is an empty field."""
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(table[0]))
+        writer.writeheader()
+        writer.writerows(table)
+
+
+class RunFolder:
+    """Output folder of one run, with its per-step log.
+
+    Attributes:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path, overwrite: bool) -> None:
+        """Checks the folder; nothing is made before `open`.
+
+        Raises:
+            InputError: If it is no folder, cannot be written, or holds something and `overwrite` is false, or
+                holds what is not a run.
+        """
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise InputError(f"--output_dir {path} is a file; expected a folder")
+        if path.is_dir() and any(path.iterdir()):
+            if not overwrite:
+                raise InputError(
+                    f"--output_dir {path} is not empty; give another folder, or --overwrite_output_dir to replace a run"
+                )
+            if not (path / "config.json").exists():
+                raise InputError(f"--output_dir {path} holds something that is not a run; it is not overwritten")
+        parent = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+        if not os.access(parent, os.W_OK):
+            raise InputError(f"--output_dir {path} cannot be written: no permission in {parent}")
+
+    def open(self, config: Mapping[str, Any]) -> None:
+        """Makes the folder (emptying an old run's) and writes the configuration.
+
+        Raises:
+            InputError: If the folder cannot be made.
+        """
+        try:
+            for old in ("all_results.json", "table.csv", "log.jsonl", "run.log"):
+                (self.path / old).unlink(missing_ok=True)
+            for folder in ("tensorboard", "figures"):
+                for file in sorted((self.path / folder).rglob("*"), reverse=True):
+                    file.rmdir() if file.is_dir() else file.unlink()
+            (self.path / "figures").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output_dir {self.path} cannot be made: {error.strerror}") from error
+        write_json(self.path / "config.json", config)
+        self._steps = (self.path / "log.jsonl").open("w", encoding="utf-8")
+        self._lines = (self.path / "run.log").open("w", encoding="utf-8")
+        self._boards: dict[str, Any] = {}
+
+    def line(self, text: str) -> None:
+        """Adds a line to `run.log`, with the time."""
+        self._lines.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._lines.flush()
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Adds a training row to `log.jsonl` and to the TensorBoard run of its arm and λ."""
+        self._steps.write(json.dumps(_finite(row)) + "\n")
+        self._steps.flush()
+        run = f"{row['arm']}_lam_{row['lam_over_mu1']:.3g}"
+        if run not in self._boards:
+            from tensorboardX import SummaryWriter
+
+            self._boards[run] = SummaryWriter(str(self.path / "tensorboard" / run))
+        for name, value in row.items():
+            if name not in ("arm", "lam", "lam_over_mu1", "step") and value is not None:
+                self._boards[run].add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Closes the logs."""
+        for board in self._boards.values():
+            board.close()
+        self._steps.close()
+        self._lines.close()

@@ -1,0 +1,208 @@
+"""Figures. One colour for one thing everywhere; readable at column width and without colour vision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from jaxlin.theory.spectrum import Spectrum
+    from jaxlin.training.trainer import Row
+
+# Okabe & Ito's palette.
+COLOURS = {
+    "full": "#0072B2",
+    "linearized": "#D55E00",
+    "full_A_frozen": "#009E73",
+    "kernel_regression": "#CC79A7",
+    "start": "#999999",
+    "majority_class": "#000000",
+    "linear_probe": "#E69F00",
+}
+NAMES = {
+    "full": "full",
+    "linearized": "linearized",
+    "full_A_frozen": "full, A frozen",
+    "kernel_regression": "kernel regression",
+    "start": "start (θ₀)",
+    "majority_class": "majority class",
+    "linear_probe": "linear probe",
+}
+_STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.5,
+    "legend.frameon": False,
+    "legend.fontsize": 7,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4,
+    "svg.fonttype": "none",
+    "figure.constrained_layout.use": True,
+}
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(_STYLE):
+        return plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """Writes `<path>.png` and `<path>.svg`, and closes the figure."""
+    import matplotlib.pyplot as plt
+
+    files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    with plt.rc_context(_STYLE):
+        for file in files:
+            figure.savefig(file, dpi=200)
+    plt.close(figure)
+    return files
+
+
+def _lam_axis(axis: Axes, shares: Sequence[float]) -> np.ndarray:
+    """Puts λ/μ₁ on a log axis with λ = 0 at its left end; returns the positions."""
+    positive = [share for share in shares if share > 0]
+    low = min(positive, default=1.0)
+    zero = low / 10
+    axis.set_xscale("log")
+    ticks = ([zero] if len(positive) < len(shares) else []) + positive
+    axis.set_xticks(ticks, ["0" if tick == zero else f"$10^{{{np.log10(tick):.2g}}}$" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("pull λ/μ₁")
+    return np.array([share if share > 0 else zero for share in shares])
+
+
+def _series(table: Sequence[Row], arm: str, column: str) -> tuple[list[float], list[float]]:
+    rows = [row for row in table if row["arm"] == arm and row["lam"] is not None and row[column] is not None]
+    rows.sort(key=lambda row: row["lam"])
+    return [row["lam_over_mu1"] for row in rows], [row[column] for row in rows]
+
+
+def _lines(axis: Axes, table: Sequence[Row], lines: Sequence[tuple[str, str, str, str, str]]) -> None:
+    """Draws `(arm, column, label, colour, style)` against λ/μ₁; zeros are left out of a log axis."""
+    for arm, column, label, colour, style in lines:
+        shares, values = _series(table, arm, column)
+        if shares:
+            x = _lam_axis(axis, shares)
+            y = np.array(values, float)
+            axis.plot(
+                x, np.where(y > 0, y, np.nan) if axis.get_yscale() == "log" else y, style, color=colour, label=label
+            )
+
+
+def comparison(table: Sequence[Row], history: Mapping[tuple[str, float], Sequence[Row]], title: str) -> Figure:
+    """Draws a comparison: parameters, outputs, evaluation loss against λ, and training loss against steps.
+
+    Args:
+        table: Of a `Comparison`.
+        history: `(arm, λ)` to training rows.
+        title: What was compared, with sample sizes.
+
+    Returns:
+        The figure, for `save`.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = _figure(2, 2, 7.0, 5.2)
+    full, linear = COLOURS["full"], COLOURS["linearized"]
+    with plt.rc_context(_STYLE):
+        figure.suptitle(title, fontsize=8.5)
+        (parameters, outputs), (losses, training) = axes
+        parameters.set_yscale("log")
+        gap = "#000000"
+        _lines(
+            parameters,
+            table,
+            [
+                ("full", "distance", "‖θ−θ₀‖ full", full, "o-"),
+                ("linearized", "distance", "‖θ̄−θ₀‖ linearized", linear, "s--"),
+                ("full", "parameter_gap", "‖θ−θ̄‖", gap, "^-"),
+                ("full", "parameter_gap_A", "  of it in A", gap, "v:"),
+            ],
+        )
+        parameters.set(title="(a) How far the parameters move", ylabel="Euclidean norm")
+        parameters.legend()
+        outputs.set_yscale("log")
+        _lines(
+            outputs,
+            table,
+            [
+                ("full", "output_gap_eval", "absolute ‖f−f̄‖", gap, "^-"),
+                ("full", "output_gap_relative_eval", "relative to ‖f−f₀‖", full, "o--"),
+            ],
+        )
+        outputs.set(title="(b) Output gap, evaluation examples", ylabel="Frobenius norm | ratio")
+        outputs.legend()
+        _lines(
+            losses,
+            table,
+            [
+                (arm, "loss_eval", NAMES[arm], COLOURS[arm], style)
+                for arm, style in (("full", "o-"), ("linearized", "s--"), ("kernel_regression", "D:"))
+            ],
+        )
+        for arm in ("start", "majority_class"):
+            for row in table:
+                if row["arm"] == arm and row["loss_eval"] is not None:
+                    losses.axhline(row["loss_eval"], color=COLOURS[arm], lw=0.9, ls="-.", label=NAMES[arm])
+        losses.set(title="(c) Evaluation loss", ylabel="mean loss")
+        losses.legend()
+        lams = sorted({lam for _, lam in history})
+        shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(lams)))
+        shares = {row["lam"]: row["lam_over_mu1"] for row in table if row["lam"] is not None}
+        for lam, shade in zip(lams, shades, strict=True):
+            for arm, style in (("full", "-"), ("linearized", "--")):
+                rows = history.get((arm, lam), ())
+                label = f"λ/μ₁ = {shares[lam]:.3g}" if arm == "full" else None
+                training.plot(
+                    [row["step"] for row in rows],
+                    _smoothed([row["loss"] for row in rows]),
+                    style,
+                    color=shade,
+                    label=label,
+                )
+        training.set(
+            title="(d) Training: full (solid), linearized (dashed)", xlabel="step", ylabel="batch loss, smoothed"
+        )
+        training.legend()
+    return figure
+
+
+def _smoothed(values: Sequence[float], window: int = 9) -> np.ndarray:
+    """Centred running mean; shorter at the ends."""
+    series, half = np.asarray(values, float), window // 2
+    return np.array([series[max(0, i - half) : i + half + 1].mean() for i in range(len(series))])
+
+
+def spectrum(spec: Spectrum, title: str) -> Figure:
+    """Draws the eigenvalues with the noise they stand on."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = _figure(1, 1, 3.5, 2.7)
+    axis = axes[0, 0]
+    with plt.rc_context(_STYLE):
+        index = np.arange(1, len(spec.eigenvalues) + 1)
+        positive = spec.eigenvalues > 0
+        axis.loglog(index[positive], spec.eigenvalues[positive], ".", ms=2.5, color=COLOURS["full"], label="μᵢ of K₀")
+        axis.axhline(spec.resolution, color=COLOURS["linearized"], lw=0.9, ls="--", label="resolved to 10 %")
+        axis.axhline(spec.noise_floor, color=COLOURS["start"], lw=0.9, ls="-.", label="noise floor")
+        axis.set(title=title, xlabel="index", ylabel="eigenvalue")
+        axis.set_ylim(bottom=min(spec.noise_floor, spec.eigenvalues[positive].min(initial=np.inf)) / 5)
+        if spec.noise_floor > 0:
+            axis.set_ylim(bottom=spec.noise_floor / 10)
+        axis.legend()
+    return figure
