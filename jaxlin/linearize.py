@@ -13,7 +13,7 @@ from jaxlin.tunable import Batch, Tunable
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Linearized:
     """`f̄(theta) = f(at) + J(at) (theta - at)`, computed by one jvp (theory 1)."""
 

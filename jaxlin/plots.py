@@ -105,7 +105,7 @@ def _lines(axis: Axes, table: Sequence[Row], lines: Sequence[tuple[str, str, str
 
 
 def comparison(table: Sequence[Row], history: Mapping[tuple[str, float], Sequence[Row]], title: str) -> Figure:
-    """Draws a comparison: parameters, outputs, evaluation loss against λ, and training loss against steps.
+    """Draws a comparison: parameters, outputs, evaluation loss against λ; distance against steps.
 
     Args:
         table: Of a `Comparison`.
@@ -168,24 +168,12 @@ def comparison(table: Sequence[Row], history: Mapping[tuple[str, float], Sequenc
             for arm, style in (("full", "-"), ("linearized", "--")):
                 rows = history.get((arm, lam), ())
                 label = f"λ/μ₁ = {shares[lam]:.3g}" if arm == "full" else None
-                training.plot(
-                    [row["step"] for row in rows],
-                    _smoothed([row["loss"] for row in rows]),
-                    style,
-                    color=shade,
-                    label=label,
-                )
-        training.set(
-            title="(d) Training: full (solid), linearized (dashed)", xlabel="step", ylabel="batch loss, smoothed"
-        )
+                steps, values = [row["step"] for row in rows], [row["distance"] for row in rows]
+                training.plot(steps, values, style, color=shade, label=label)
+        training.set_yscale("log")
+        training.set(title="(d) ‖θ−θ₀‖: full (solid), linearized (dashed)", xlabel="step", ylabel="Euclidean norm")
         training.legend()
     return figure
-
-
-def _smoothed(values: Sequence[float], window: int = 9) -> np.ndarray:
-    """Centred running mean; shorter at the ends."""
-    series, half = np.asarray(values, float), window // 2
-    return np.array([series[max(0, i - half) : i + half + 1].mean() for i in range(len(series))])
 
 
 def spectrum(spec: Spectrum, title: str) -> Figure:

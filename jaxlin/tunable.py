@@ -82,7 +82,7 @@ class PlainFunction:
 
 
 @jax.tree_util.register_pytree_node_class
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tunable:
     """A function of its trainable parameters, its start, and a partition of them into blocks.
 

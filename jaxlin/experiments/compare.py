@@ -322,34 +322,33 @@ def _show(value: Any, form: str = ".3g") -> str:
     return "" if value is None else format(value, form)
 
 
-def gap_table(table: Sequence[Mapping[str, Any]], arm: str = "full") -> Table:
-    """Lays out how far an arm is from the linearized one, a row a λ."""
-    out = Table(title=f"{plots.NAMES[arm]} against linearized", title_justify="left", pad_edge=False)
-    parts = [part for part in ("A", "B", "head", "other") if f"parameter_gap_{part}" in table[0]]
-    gap_names = ["‖θ−θ̄‖", *(f"·{part}" for part in parts)]
-    heads = ["λ/μ₁", "λ", "‖θ−θ₀‖", "‖θ̄−θ₀‖", *gap_names, "‖f−f̄‖ train", "rel.", "‖f−f̄‖ eval", "rel.", "KL eval"]
-    for name in (*heads, "agree"):
-        out.add_column(name, justify="right", no_wrap=True)
+def gap_tables(table: Sequence[Mapping[str, Any]], arm: str = "full") -> list[Table]:
+    """Lays out how far an arm is from the linearized one, in parameters and in outputs, a row a λ."""
+    title = f"{plots.NAMES[arm]} (θ, f) against linearized (θ̄, f̄)"
     linear = {row["lam"]: row for row in table if row["arm"] == "linearized"}
-    columns = ["parameter_gap", *(f"parameter_gap_{part}" for part in parts)]
-    columns += [
-        "output_gap_train",
-        "output_gap_relative_train",
-        "output_gap_eval",
-        "output_gap_relative_eval",
-        "kl_eval",
-    ]
-    for row in table:
-        if row["arm"] == arm:
-            cells = [row["lam_over_mu1"], row["lam"], row["distance"], linear[row["lam"]]["distance"]]
-            cells += [row[column] for column in columns]
-            out.add_row(*map(_show, cells), _show(row["agreement_eval"], ".3f"))
-    return out
+    rows = [row for row in table if row["arm"] == arm]
+    parts = [part for part in ("A", "B", "head", "other") if rows[0].get(f"parameter_gap_{part}") is not None]
+    parameters = {"λ": "lam", "‖θ−θ₀‖": "distance", "‖θ̄−θ₀‖": "", "‖θ−θ̄‖": "parameter_gap"}
+    parameters |= {f"in {part}": f"parameter_gap_{part}" for part in parts}
+    outputs = {}
+    for split in ("train", "eval"):
+        outputs |= {f"‖f−f̄‖ {split}": f"output_gap_{split}", f"of ‖f−f₀‖ {split}": f"output_gap_relative_{split}"}
+    outputs |= {"KL(f‖f̄) eval": "kl_eval", "agree eval": "agreement_eval"}
+    tables = []
+    for what, columns in (("parameters", parameters), ("outputs", outputs)):
+        out = Table("λ/μ₁", *columns, title=f"{title}: {what}", title_justify="left")
+        for column in out.columns:
+            column.justify, column.no_wrap = "right", True
+        for row in rows:
+            cells = [row[key] if key else linear[row["lam"]]["distance"] for key in columns.values()]
+            out.add_row(*map(_show, [row["lam_over_mu1"], *cells]))
+        tables.append(out)
+    return tables
 
 
 def score_table(table: Sequence[Mapping[str, Any]]) -> Table:
     """Lays out loss and metric of every arm and baseline."""
-    out = Table(title="Loss and accuracy", title_justify="left", pad_edge=False)
+    out = Table(title="Loss and accuracy", title_justify="left")
     out.add_column("λ/μ₁", justify="right")
     out.add_column("model")
     for name in ("loss train", "loss eval", "acc. train", "acc. eval", "agrees with f₀"):
@@ -465,10 +464,10 @@ def run(config: CompareConfig) -> Comparison:
 def _print(result: Comparison, path: Path, seconds: float) -> None:
     console = Console()
     if not console.is_terminal:
-        console = Console(width=150)
+        console = Console(width=110)
     console.print(spectrum_line(result.summary), highlight=False, soft_wrap=True)
     for arm in ("full", FROZEN_A):
         if any(row["arm"] == arm for row in result.table):
-            console.print(gap_table(result.table, arm))
+            console.print(*gap_tables(result.table, arm))
     console.print(score_table(result.table))
     console.print(f"written to {path} in {seconds:.0f} s", highlight=False)

@@ -64,14 +64,14 @@ class Embeddings(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch) -> Float[Array, "B T D"]:
         """Returns the input of the first layer."""
-        config, ids = self.config, batch["input_ids"]
+        config, ids = self.config, jnp.asarray(batch["input_ids"])
 
         def embed(name: str, size: int, index: Array) -> Array:
             return nn.Embed(size, config.hidden_size, name=name)(index)
 
         x = embed("word", config.vocab_size, ids)
         x += embed("position", config.max_positions, jnp.arange(ids.shape[1])[None])
-        x += embed("token_type", config.type_vocab_size, batch.get("token_type_ids", jnp.zeros_like(ids)))
+        x += embed("token_type", config.type_vocab_size, jnp.asarray(batch.get("token_type_ids", jnp.zeros_like(ids))))
         return _layer_norm(config, "norm")(x)
 
 
@@ -154,7 +154,7 @@ class SequenceClassifier(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, output_features: bool = False) -> Float[Array, "B C"]:
         """Returns logits `[B, C]`, or the head's input `[B, D]` with `output_features`."""
-        mask = batch["attention_mask"]
+        mask = jnp.asarray(batch["attention_mask"])
         x = Encoder(self.config, name="encoder")(Embeddings(self.config, name="embeddings")(batch), mask)
         if self.head == "mean":
             weight = mask.astype(x.dtype)

@@ -167,8 +167,10 @@ def load_model(
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), {"input_ids": ids, "attention_mask": ids})
     expected = flatten_dict(shapes["params"], sep="/")
+    if head != own_head:  # a classifier trained on another pooling is no start
+        expected = {path: leaf for path, leaf in expected.items() if not path.startswith(f"{CLASSIFIER}/")}
     params, missing = load_params(folder, family, config.num_layers, expected)
-    head_is_new = bool(missing) or head != own_head  # a classifier trained on another pooling is no start
+    head_is_new = bool(missing) or head != own_head
     if head_is_new:
         params[CLASSIFIER] = new_head(head_init, rng, config.hidden_size, num_labels, config.initializer_range)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)

@@ -52,7 +52,7 @@ def _tokenizer(folder: str) -> Any:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A Flax Linen module with its pretrained parameters.
 

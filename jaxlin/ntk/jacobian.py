@@ -54,7 +54,7 @@ class Jacobian:
     """
 
     outputs: Float[np.ndarray, "N C"]
-    rows: Mapping[str, Float[np.ndarray, "N C size"]]
+    rows: Mapping[str, Float[np.ndarray, "N C _"]]
 
     @property
     def nbytes(self) -> int:

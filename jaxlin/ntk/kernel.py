@@ -50,7 +50,7 @@ class Kernel:
     symmetric: bool
     info: KernelInfo
     leaves: Mapping[str, tuple[str, ...]]
-    jacobian: Mapping[str, Float[np.ndarray, "N1 C size"]] | None = None
+    jacobian: Mapping[str, Float[np.ndarray, "N1 C _"]] | None = None
 
     @functools.cached_property
     def array(self) -> Float[np.ndarray, "N1 N2 C C"]:
@@ -58,7 +58,7 @@ class Kernel:
         parts = list(self.parts.values())
         return parts[0] if len(parts) == 1 else np.sum(parts, axis=0)
 
-    def matrix(self) -> Float[np.ndarray, "N1*C N2*C"]:
+    def matrix(self) -> Float[np.ndarray, "m1 m2"]:
         """The kernel as a matrix `[N1*C, N2*C]`, example-major: row `i*C + c` is output c of example i."""
         n1, n2, c, _ = self.array.shape
         return self.array.transpose(0, 2, 1, 3).reshape(n1 * c, n2 * c)

@@ -41,7 +41,7 @@ def _lora_added(scale: float) -> Iterator[Callable[[], int]]:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PeftFunction:
     """`(theta, batch) -> logits` of a Linen module, whatever part of it is theta.
 
@@ -59,7 +59,7 @@ class PeftFunction:
     module: nn.Module = dataclasses.field(metadata={"static": True})
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
 
-    def variables(self, theta: PyTree) -> tuple[dict[str, Array], dict[str, Array]]:
+    def variables(self, theta: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns flat dicts of the parameters and of the LoRA factors that `theta` and `frozen` make up."""
         leaves = {**flatten_dict(self.frozen, sep="/"), **flatten_dict(theta, sep="/")}
         factors = {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[2] in LORA_NAMES}

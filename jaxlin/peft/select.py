@@ -16,12 +16,11 @@ from jaxlin.tunable import CLASSIFIER, Tunable
 
 def near_matches(pattern: str, names: list[str]) -> str:
     """Returns the names most like `pattern`, for an error message."""
-    tails = {name: name.rpartition("/")[2] for name in names}
-    ranked = sorted(
-        names,
-        key=lambda name: -max(difflib.SequenceMatcher(None, pattern, s).ratio() for s in (name, tails[name])),
-    )
-    return ", ".join(ranked[:3])
+
+    def likeness(name: str) -> float:
+        return max(difflib.SequenceMatcher(None, pattern, part).ratio() for part in (name, *name.split("/")))
+
+    return ", ".join(sorted(names, key=likeness, reverse=True)[:3])
 
 
 def require_live_head(model: Model) -> None:

@@ -19,7 +19,7 @@ INDEX = "index"
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class CachedLinear:
     """`f̄(theta) = f₀ + J₀ (theta − at)` of the examples whose Jacobian is held.
 

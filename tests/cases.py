@@ -1,0 +1,92 @@
+"""The zoo of small models, data and PEFT choices that the tests share, and the dense float64 reference."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxlin as jl
+from jaxlin.data.dataset import as_dataset
+from jaxlin.ntk.jacobian import to_float64
+from jaxlin.tunable import leaf_paths
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY_BERT = GOLDEN / "tiny_bert"
+
+
+def tiny_model(num_labels=3, **options):
+    """The golden checkpoint: BERT, 2 layers, width 32, trained-looking random weights."""
+    return jl.load_model(str(TINY_BERT), num_labels, **options)
+
+
+def text_batch(n, seed=0, longest=20, num_labels=3):
+    """Random token ids of uneven lengths, padded on the right, with labels."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, longest + 1, n)
+    lengths[0] = longest
+    mask = (np.arange(longest) < lengths[:, None]).astype(np.int32)
+    ids = np.where(mask, rng.integers(5, 110, (n, longest)), 0).astype(np.int32)
+    types = np.where(mask, (np.arange(longest) >= lengths[:, None] // 2), 0).astype(np.int32)
+    labels = rng.integers(0, num_labels, n)
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "labels": labels}
+
+
+def mlp(num_outputs=2, width=5, seed=0, dtype=jnp.float32):
+    """A plain function as a Tunable: tanh network on vectors of 4."""
+    k1, k2, k3 = jax.random.split(jax.random.key(seed), 3)
+    theta = {
+        "hidden": {"kernel": jax.random.normal(k1, (4, width)) / 2, "bias": 0.1 * jax.random.normal(k2, (width,))},
+        "out": {"kernel": jax.random.normal(k3, (width, num_outputs)) / width**0.5},
+    }
+    return jl.Tunable(mlp_apply, jax.tree.map(lambda leaf: leaf.astype(dtype), theta))
+
+
+def mlp_apply(theta, batch):
+    x = jnp.asarray(batch["x"], theta["out"]["kernel"].dtype)
+    return jnp.tanh(x @ theta["hidden"]["kernel"] + theta["hidden"]["bias"]) @ theta["out"]["kernel"]
+
+
+def vectors(n, seed=0, num_labels=2):
+    rng = np.random.default_rng(seed)
+    return {"x": rng.normal(size=(n, 4)), "labels": rng.integers(0, num_labels, n)}
+
+
+PEFT = {
+    "lora": lambda model: jl.lora(model, rank=3, alpha=6),
+    "lora-all-modules": lambda model: jl.lora(model, rank=2, targets=r".*(attention|mlp)/\w+"),
+    "lora-frozen-A": lambda model: jl.lora(model, rank=3, freeze_A=True),
+    "lora-frozen-head": lambda model: jl.lora(model, rank=3, train_head=False, layers=[1]),
+    "head": jl.head_only,
+    "bias": jl.bias_only,
+    "select": lambda model: jl.select(model, "layer_1/attention"),
+    "full": jl.full,
+}
+
+
+def moved(tun, scale=0.1, seed=0):
+    """A theta away from theta0, with B ≠ 0."""
+    leaves, tree = jax.tree.flatten(tun.theta0)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    drawn = [x + scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, drawn)
+
+
+def reference_jacobian(tun, data, theta=None):
+    """Dense float64 Jacobian [N*C, P] by one jacrev over the whole batch, and the leaf path of every column."""
+    data = as_dataset(data)
+    with jax.enable_x64(True):
+        apply, theta = to_float64((tun.apply, tun.theta0 if theta is None else theta))
+        batch = data.batch(np.arange(len(data)))
+        jac = jax.jacrev(lambda p: apply(p, batch))(theta)
+        rows = [np.asarray(leaf) for leaf in jax.tree.leaves(jac)]
+    assert all(leaf.dtype == np.float64 for leaf in rows)
+    n, c = rows[0].shape[:2]
+    columns = np.concatenate(
+        [np.full(leaf.size // (n * c), path) for path, leaf in zip(leaf_paths(theta), rows, strict=True)]
+    )
+    return np.concatenate([leaf.reshape(n * c, -1) for leaf in rows], axis=1), columns
+
+
+def relative_error(found, expected):
+    return np.abs(np.asarray(found, np.float64) - expected).max() / max(np.abs(expected).max(), 1e-300)

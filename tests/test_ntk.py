@@ -1,0 +1,235 @@
+import contextlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxlin as jl
+from jaxlin.data.dataset import Dataset
+from jaxlin.ntk.jacobian import jacobian
+from jaxlin.ntk.neural_tangents import IMPLEMENTATIONS, load
+from jaxlin.tunable import leaf_paths
+from tests import cases
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["theta0", "elsewhere"])
+@pytest.mark.parametrize("name", cases.PEFT)
+def test_jacobian_engine_equals_the_dense_reference(model, batch, name, away):
+    tun = cases.PEFT[name](model)
+    theta = cases.moved(tun) if away else None
+    dense, columns = cases.reference_jacobian(tun, batch, theta)
+    kernel = jl.ntk(tun, batch, theta=theta, blocks="leaf")
+    assert cases.relative_error(kernel.matrix(), dense @ dense.T) < 5e-6
+    scale = np.abs(dense @ dense.T).max()
+    for block, part in kernel.blocks.items():
+        own = dense[:, columns == block]
+        assert np.abs(part.matrix() - own @ own.T).max() < 5e-6 * scale
+    assert kernel.info.engine == "jacobian"
+    assert 1e-9 < kernel.info.epsilon_J < 1e-5
+
+
+def test_float64_jacobian(model, batch):
+    tun = jl.lora(model, rank=3)
+    dense, _ = cases.reference_jacobian(tun, batch)
+    kernel = jl.ntk(tun, batch, dtype="float64")
+    assert cases.relative_error(kernel.matrix(), dense @ dense.T) < 1e-13
+    assert kernel.info.dtype == "float64"
+    assert not jax.config.read("jax_enable_x64")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["lora-frozen-head", "head", "select"])
+def test_neural_tangents_equals_the_jacobian_engine(model, name, implementation):
+    tun = cases.PEFT[name](model)
+    theta = cases.moved(tun)
+    text = {key: value[:3, :9] for key, value in cases.text_batch(3).items() if key != "labels"}
+    text["attention_mask"][1, 8] = 1  # one bucket: every tile shape is a compilation of the library's
+    ours = jl.ntk(tun, text, theta=theta, blocks="layer")
+    theirs = jl.ntk(tun, text, theta=theta, blocks="layer", engine="neural_tangents", implementation=implementation)
+    assert cases.relative_error(theirs.matrix(), ours.matrix()) < 2e-5
+    assert list(theirs.parts) == list(ours.parts)
+    for block in ours.parts:
+        assert cases.relative_error(theirs.parts[block], ours.parts[block]) < 2e-5
+    assert theirs.info.engine == f"neural_tangents:{implementation}"
+
+
+def test_engines_with_x64(x64, batch):
+    tun, data = cases.mlp(3), cases.vectors(5, num_labels=3)
+    dense, _ = cases.reference_jacobian(tun, data)
+    for engine in ("jacobian", "neural_tangents"):
+        assert cases.relative_error(jl.ntk(tun, data, engine=engine).matrix(), dense @ dense.T) < 1e-5
+    if x64:
+        tun = cases.mlp(3, dtype=jnp.float64)
+        dense, _ = cases.reference_jacobian(tun, data)
+        for engine in ("jacobian", "neural_tangents"):
+            assert cases.relative_error(jl.ntk(tun, data, engine=engine).matrix(), dense @ dense.T) < 1e-13
+
+
+def test_train_test_kernel_and_layout(model, batch):
+    tun, other = jl.lora(model, rank=3), cases.text_batch(4, seed=9, longest=12)
+    j1, _ = cases.reference_jacobian(tun, batch)
+    j2, _ = cases.reference_jacobian(tun, other)
+    for engine in ("jacobian", "neural_tangents"):
+        kernel = jl.ntk(tun, batch, other, engine=engine, blocks={"all": leaf_paths(tun.theta0)})
+        assert kernel.array.shape == (6, 4, 3, 3)
+        assert not kernel.symmetric
+        assert cases.relative_error(kernel.matrix(), j1 @ j2.T) < 1e-5
+        assert kernel.matrix()[3 * 2 + 1, 3 * 3 + 2] == kernel.array[2, 3, 1, 2]
+        with pytest.raises(jl.InputError, match="examples with themselves"):
+            jl.spectrum(kernel)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 7), st.integers(1, 3))
+def test_algebra(seed, n, c):
+    tun = cases.mlp(c, seed=seed % 17)
+    kernel = jl.ntk(tun, cases.vectors(n, seed), blocks="leaf", check_examples=0)
+    matrix = kernel.matrix()
+    np.testing.assert_array_equal(matrix, matrix.T)
+    assert np.linalg.eigvalsh(matrix).min() > -1e-12 * np.trace(matrix)
+    total = sum(block.array for block in kernel.blocks.values())
+    np.testing.assert_allclose(total, kernel.array, rtol=0, atol=1e-12 * np.abs(kernel.array).max())
+    first, *rest = kernel.parts
+    np.testing.assert_allclose(
+        kernel.subset([first]).array + kernel.subset(rest).array, kernel.array, atol=1e-12 * np.abs(kernel.array).max()
+    )
+
+
+def test_subset_is_the_kernel_of_lora_on_those_layers(model, batch):
+    everything = jl.ntk(jl.lora(model, rank=3), batch, keep_jacobian=True)
+    for layer in (0, 1):
+        chosen = everything.subset([f"encoder/layer_{layer}", "classifier"])
+        alone = jl.ntk(jl.lora(model, rank=3, layers=[layer]), batch)
+        assert cases.relative_error(chosen.array, alone.array) < 1e-6
+        expected = jl.spectrum(alone).eigenvalues
+        np.testing.assert_allclose(jl.spectrum(chosen).eigenvalues, expected, atol=1e-5 * expected[0])
+    with pytest.raises(jl.InputError, match="'encoder/layer_' is no block"):
+        everything.subset(["encoder/layer_"])
+    with pytest.raises(jl.InputError, match="at least one block"):
+        everything.subset([])
+
+
+def test_layer_blocks_by_name(model, batch):
+    kernel = jl.ntk(jl.lora(model, rank=3), batch, blocks="layer")
+    assert set(kernel.blocks) == {"classifier", *(f"layer_{i}/lora_{x}" for i in (0, 1) for x in "AB")}
+    assert not kernel.parts["layer_0/lora_A"].any()  # B = 0 at the start
+    assert kernel.subset(["layer_0"]).array.any()
+
+
+@given(st.integers(0, 10**6))
+def test_invariance_to_batch_order_and_padding(seed):
+    model, batch = cases.tiny_model(), cases.text_batch(5, seed=3, longest=11)
+    tun = jl.lora(model, rank=3)
+    order = np.random.default_rng(seed).permutation(5)
+    kernel = jl.ntk(tun, batch, check_examples=0).array
+    shuffled = {key: value[order] for key, value in batch.items()}
+    wider = {k: np.pad(v, ((0, 0), (0, seed % 9))) if v.ndim == 2 else v for k, v in shuffled.items()}
+    found = jl.ntk(tun, wider, check_examples=0).array
+    assert cases.relative_error(found, kernel[np.ix_(order, order)]) < 2e-6
+
+
+def test_invariance_to_chunk_and_bucket(model):
+    batch, tun = cases.text_batch(9, seed=5, longest=30), jl.lora(model, rank=2)
+    data = Dataset.from_columns(batch)
+    assert len(data.buckets) > 1
+    whole = jacobian(tun, Dataset(data.columns))  # one bucket
+    size = sum(rows.nbytes for rows in whole.rows.values())
+    for budget in (4 << 30, 4 * size):
+        found = jacobian(tun, data, memory_budget=budget)
+        for path, rows in whole.rows.items():
+            np.testing.assert_allclose(found.rows[path], rows, atol=2e-5 * np.abs(rows).max())
+    seen = []
+    jacobian(tun, data, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (9, 9)
+
+
+def test_zero_jacobian_of_a_is_left_out_only_where_it_is_zero(model, batch):
+    tun, data = jl.lora(model, rank=3), Dataset.from_columns(batch)
+    assert not any(path.endswith("lora_A") for path in jacobian(tun, data).rows)
+    assert any(path.endswith("lora_A") for path in jacobian(tun, data, cases.moved(tun)).rows)
+
+
+def gelu_network():
+    """Three residual layers with the tanh form of GELU that XLA's CPU compiler (jaxlib <= 0.10.2) gets wrong."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    w1, w2 = jax.random.normal(keys[0], (8, 16)), jax.random.normal(keys[1], (16, 8))
+    theta = {"a": jax.random.normal(keys[3], (8, 2)), "b": jax.random.normal(keys[4], (2, 16))}
+
+    def apply(theta, batch):
+        h = jnp.asarray(batch["x"], theta["a"].dtype)
+        for _ in range(3):
+            h = h + jax.nn.gelu(h @ w1 + h @ theta["a"] @ theta["b"]) @ w2
+        return h[:, :3]
+
+    return jl.Tunable(apply, theta)
+
+
+def test_a_wrong_neural_tangents_kernel_is_not_returned(monkeypatch):
+    data = {"x": np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)}
+    dense, _ = cases.reference_jacobian(gelu_network(), data)
+    assert cases.relative_error(jl.ntk(gelu_network(), data).matrix(), dense @ dense.T) < 1e-5
+    for implementation in ("JACOBIAN_CONTRACTION", "NTK_VECTOR_PRODUCTS"):
+        kernel = None
+        with contextlib.suppress(FloatingPointError):
+            kernel = jl.ntk(gelu_network(), data, engine="neural_tangents", implementation=implementation)
+        if kernel is not None:  # never a wrong one
+            assert cases.relative_error(kernel.matrix(), dense @ dense.T) < 1e-4
+    monkeypatch.setattr(sys.modules["jaxlin.ntk.neural_tangents"], "CHECK_TOLERANCE", 0.0)
+    with pytest.raises(FloatingPointError, match="JACOBIAN_CONTRACTION kernel deviates from float64"):
+        jl.ntk(gelu_network(), data, engine="neural_tangents")
+
+
+def test_the_bridge_keeps_tensorflow_out_and_fails_clearly(monkeypatch):
+    assert load().__version__ == "0.6.5"
+    assert "tensorflow" not in sys.modules
+    monkeypatch.setitem(sys.modules, "neural_tangents", None)
+    with pytest.raises(ImportError, match="cannot be bridged to JAX"):
+        load.__wrapped__()
+
+
+def test_frozen_weights_are_not_compiled_in(model, batch):
+    from jaxlin.ntk.jacobian import _outputs_and_jacobian
+
+    tun = jl.lora(model, rank=3)
+    columns = {k: jnp.asarray(v) for k, v in batch.items()}
+    closed = jax.make_jaxpr(_outputs_and_jacobian)(tun.apply, tun.theta0, columns)
+    assert all(np.size(const) < 200 for const in closed.consts)
+
+
+BAD = {
+    "engine": ({"engine": "fast"}, "engine='fast' is unknown"),
+    "dtype": ({"dtype": "float16"}, "dtype='float16' is unknown"),
+    "implementation": ({"engine": "neural_tangents", "implementation": "BEST"}, "'BEST' is unknown"),
+    "option of the other": ({"engine": "neural_tangents", "dtype": "float64"}, "options of engine"),
+    "memory": ({"memory_budget": 100}, "takes 0.0 GiB, more than memory_budget"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case):
+    options, message = BAD[case]
+    with pytest.raises(jl.InputError, match=message):
+        jl.ntk(cases.mlp(), cases.vectors(3), **options)
+
+
+def test_bad_outputs_and_data():
+    tun = jl.Tunable(lambda theta, batch: theta["w"] * batch["x"].sum(), {"w": jnp.ones(())})
+    with pytest.raises(jl.InputError, match=r"must return outputs \[B, C\]"):
+        jl.ntk(tun, cases.vectors(2))
+    with pytest.raises(jl.InputError, match="no example"):
+        jl.ntk(cases.mlp(), {"x": np.zeros((0, 4))})
+    with pytest.raises(jl.InputError, match="one leading axis"):
+        jl.ntk(cases.mlp(), {"x": np.zeros((3, 4)), "labels": np.zeros(2)})
+
+
+def test_one_example_and_duplicates(model, batch):
+    tun = jl.head_only(model)
+    one = jl.ntk(tun, {key: value[:1] for key, value in batch.items()})
+    assert one.array.shape == (1, 1, 3, 3)
+    twice = {key: np.concatenate([value[:2], value[:2]]) for key, value in batch.items()}
+    spec = jl.spectrum(jl.ntk(tun, twice, keep_jacobian=True))
+    assert spec.rank == 6
+    assert spec.condition_number_is_bound
