@@ -128,8 +128,7 @@ def tokenize(split: TextSplit, tokenizer: Any, max_length: int) -> tuple[Dataset
         max_length: Tokens a text is truncated to, special tokens counted.
 
     Returns:
-        The dataset (`input_ids`, `attention_mask`, `token_type_ids` where the tokenizer makes them,
-        `labels`), and how many texts were truncated.
+        The dataset (`input_ids`, `attention_mask`, `token_type_ids`, `labels`), and how many texts were truncated.
 
     Raises:
         InputError: If `max_length` leaves no room for text.
@@ -142,7 +141,7 @@ def tokenize(split: TextSplit, tokenizer: Any, max_length: int) -> tuple[Dataset
     # Every option explicit: a tokenizer.json may embed truncation and padding of its own.
     full = tokenizer(*fields, truncation=False, padding=False, verbose=False)
     truncated = sum(len(ids) > max_length for ids in full["input_ids"])
-    encoded = tokenizer(*fields, truncation=True, max_length=max_length, padding=False)
+    encoded = tokenizer(*fields, truncation=True, max_length=max_length, padding=False, return_token_type_ids=True)
     longest = max(len(ids) for ids in encoded["input_ids"])
     columns: dict[str, np.ndarray] = {"labels": split.labels}
     pad = {"input_ids": tokenizer.pad_token_id or 0, "attention_mask": 0, "token_type_ids": 0}

@@ -268,7 +268,8 @@ def prepare(config: CompareConfig) -> _Setting:
     arguments, seed = config.data, config.training.seed
     train_config = _train_config(config.training)
     train_config.check()
-    check_lams(config.training.lam_rel or _lams(config.training))
+    lams = _lams(config.training)
+    check_lams(config.training.lam_rel or lams)
     task = load_task(arguments)
     sizes = {"train": arguments.max_train_samples, "eval": arguments.max_eval_samples}
     splits = {

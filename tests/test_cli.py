@@ -1,0 +1,251 @@
+"""The real command line, on a tiny checkpoint and on bad input."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxlin import cli
+from tests import cases
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["jaxlin", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    before = jax.config.jax_compilation_cache_dir
+    yield call
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture
+def files(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = {}
+    for name, size in (("train", 24), ("validation", 10)):
+        rows = [
+            ("good film in a way" if i % 2 else "bad and dull") + f" {rng.integers(9999)}\t{i % 2}" for i in range(size)
+        ]
+        paths[name] = tmp_path / f"{name}.tsv"
+        paths[name].write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    return paths
+
+
+@pytest.fixture
+def arguments(tmp_path, files):
+    return {
+        "model_name_or_path": cases.TINY_BERT,
+        "head": "mean",
+        "train_file": files["train"],
+        "validation_file": files["validation"],
+        "lora_rank": 2,
+        "max_steps": 3,
+        "per_device_train_batch_size": 8,
+        "output_dir": tmp_path / "out",
+    }
+
+
+def flags(arguments):
+    listed = []
+    for name, value in arguments.items():
+        if value is False:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        listed += [f"--{name}", *values]
+    return ["compare", *listed]
+
+
+def test_a_run_writes_what_it_promises(run, arguments, tmp_path):
+    code, out, err = run(*flags({**arguments, "lam_rel": [0, 0.1], "with_frozen_A": True}))
+    assert code == 0, err
+    folder = tmp_path / "out"
+    results = json.loads((folder / "all_results.json").read_text())
+    with (folder / "table.csv").open() as stream:
+        table = list(csv.DictReader(stream))
+    assert [row["arm"] for row in table] == [row["arm"] for row in results["table"]]
+    arms = {"full", "linearized", "full_A_frozen", "kernel_regression", "majority_class", "start", "linear_probe"}
+    assert {row["arm"] for row in table} == arms
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 3 * 2 * 3
+    for name in ("compare.png", "compare.svg", "spectrum.png", "spectrum.svg"):
+        assert (folder / "figures" / name).stat().st_size > 5000
+    assert len(list((folder / "tensorboard").glob("*/events.out.tfevents.*"))) == 6
+    config = json.loads((folder / "config.json").read_text())
+    assert config["versions"]["jax"] == jax.__version__
+    assert len(config["data_sha256"]) == 64
+    assert config["arguments"]["training"]["lam_rel"] == [0, 0.1]
+    assert "training: 12/12" in (folder / "run.log").read_text()
+    for text in ("κ", "‖θ−θ̄‖", "λ/μ₁", "kernel regression", "majority class", "linear probe", "full, A frozen"):
+        assert text in out
+    assert "left" in err
+    assert "Traceback" not in err
+
+    again = run(*flags(arguments))
+    assert again[0] == 2
+    assert "is not empty; give another folder, or --overwrite_output_dir" in again[2]
+    code, _, err = run(*flags({**arguments, "lam_rel": [0.5], "overwrite_output_dir": True, "quiet": True}))
+    assert code == 0, err
+    assert not err
+    assert len(list((folder / "tensorboard").glob("*/events.out.tfevents.*"))) == 2
+
+
+def test_both_spellings(run, arguments):
+    dashed = [flag.replace("_", "-") if str(flag).startswith("--") else flag for flag in flags(arguments)]
+    code, _, err = run(*dashed, "--lams", "0", "--quiet")
+    assert code == 0, err
+
+
+def with_file(files, text):
+    files["train"].write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def damaged(tmp_path, edit):
+    folder = tmp_path / "model"
+    shutil.copytree(cases.TINY_BERT, folder)
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return {"model_name_or_path": folder}
+
+
+def poisoned(tensors):
+    tensors["bert.embeddings.word_embeddings.weight"][5, 5] = np.nan
+
+
+BAD = {
+    "unknown model": (lambda t, f: {"model_name_or_path": t / "none"}, "there is no folder"),
+    "not a hub id": (lambda t, f: {"model_name_or_path": "no such model!"}, "neither a folder nor a valid hub id"),
+    "folder without config": (lambda t, f: {"model_name_or_path": t}, "without config.json"),
+    "NaN in weights": (lambda t, f: damaged(t, poisoned), "holds NaN or infinity"),
+    "empty file": (lambda t, f: with_file(f, ""), "holds 0 line(s)"),
+    "one class": (lambda t, f: with_file(f, "sentence\tlabel\na b\t1\nc d\t1\n"), "the one label '1'"),
+    "label outside": (lambda t, f: with_file(f, "sentence\tlabel\na b\t0\nc d\t2\n"), None),
+    "missing column": (lambda t, f: with_file(f, "sentence\ttarget\na b\t1\n"), "no column 'label'"),
+    "missing file": (lambda t, f: {"train_file": t / "none.tsv"}, "cannot be read"),
+    "binary file": (lambda t, f: with_file(f, b"\xff\xfe\x00\x01"), "not UTF-8"),
+    "one of two files": (lambda t, f: {"validation_file": False}, "belong together"),
+    "two sources": (lambda t, f: {"task_name": "sst2"}, "give one of them"),
+    "negative lam": (lambda t, f: {"lams": ["-1"]}, "each at least 0"),
+    "lam no number": (lambda t, f: {"lams": ["much"]}, "expected numbers, or auto"),
+    "two grids": (lambda t, f: {"lams": ["1"], "lam_rel": [1]}, "give one of them"),
+    "rank 0": (lambda t, f: {"lora_rank": 0}, "LoRA rank 0: expected 1 to 32"),
+    "rank too large": (lambda t, f: {"lora_rank": 33}, "LoRA rank 33: expected 1 to 32"),
+    "no target": (lambda t, f: {"lora_targets": ["valeu"]}, "near: "),
+    "no layer": (lambda t, f: {"lora_layers": [7]}, "expected some of 0 to 1"),
+    "zero frozen head": (lambda t, f: {"head_init": "zero", "train_head": "False"}, None),
+    "optimizer": (lambda t, f: {"optimizer": "adamw"}, "is AdamW towards theta0"),
+    "steps": (lambda t, f: {"max_steps": -3}, "max_steps=-3"),
+    "length": (lambda t, f: {"max_seq_length": 2}, "leaves no room"),
+    "samples": (lambda t, f: {"max_train_samples": 1}, "at least 2"),
+    "output is a file": (lambda t, f: {"output_dir": f["train"]}, "is a file; expected a folder"),
+    "contradiction": (lambda t, f: {"peft": "head", "with_frozen_A": True}, "needs --peft lora"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence(run, arguments, files, tmp_path, case):
+    change, message = BAD[case]
+    changed = {**arguments, **(change(tmp_path, files) or {})}
+    if case == "label outside":
+        files["train"].write_text("sentence\tlabel\na b\t0\nc d\t1\n")
+        files["validation"].write_text("sentence\tlabel\nx y\t2\n")
+        message = "label '2' is none of the training file's classes"
+    if case == "zero frozen head":
+        changed.pop("train_head")
+        code, _, err = run(*flags(changed), "--no-train_head")
+        message = "the head is zero and frozen"
+    else:
+        code, _, err = run(*flags(changed))
+    assert code == 2
+    assert err.startswith("jaxlin: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_offline_and_not_cached(run, arguments, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, _, err = run(*flags({**arguments, "model_name_or_path": "nobody/nothing"}))
+    assert code == 2
+    assert "HF_HUB_OFFLINE is set" in err
+    assert "hf download nobody/nothing" in err
+
+
+def test_a_folder_that_is_no_run_is_never_overwritten(run, arguments, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("x")
+    code, _, err = run(*flags({**arguments, "overwrite_output_dir": True}))
+    assert code == 2
+    assert "not a run; it is not overwritten" in err
+    assert (tmp_path / "out" / "thesis.tex").exists()
+
+
+def test_truncation_is_counted_and_said(run, arguments, files):
+    code, _, err = run(*flags({**arguments, "max_seq_length": 9, "lams": ["0"]}))
+    assert code == 0, err
+    assert "24 of 24 train texts are longer than 9 tokens and were truncated" in err
+
+
+def test_divergence_keeps_the_log(run, arguments, tmp_path):
+    code, _, err = run(*flags({**arguments, "optimizer": "sgd", "learning_rate": 1e12, "max_steps": 30, "lams": ["0"]}))
+    assert code == 1
+    assert "at step" in err.splitlines()[-1]
+    assert "lower the learning rate" in err
+    assert (tmp_path / "out" / "log.jsonl").read_text()
+    assert not (tmp_path / "out" / "all_results.json").exists()
+    assert "stopped: arm 'full'" in (tmp_path / "out" / "run.log").read_text()
+
+
+def test_debug_shows_the_traceback(run, arguments):
+    with pytest.raises(ValueError, match="LoRA rank 0"):
+        run(*flags({**arguments, "lora_rank": 0, "debug": True}))
+
+
+def test_doctor(run, monkeypatch):
+    monkeypatch.delenv("JAXLIN_DATA", raising=False)
+    code, out, _ = run("doctor")
+    assert code == 0
+    for text in ("jax ", "devices", "0.6.5, bridged to jax", "embedded task", "JAXLIN_DATA", "absent (not used)"):
+        assert text in out
+
+
+def test_as_a_program():
+    program = [sys.executable, "-m", "jaxlin", "compare"]
+    shown = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True)
+    assert "--model-name-or-path" in shown.stdout
+    wrong = subprocess.run([*program, "--optimiser", "x"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
+def test_the_embedded_default(run, tmp_path):
+    """The main job as in the README, shortened."""
+    code, out, err = run("compare", "--output_dir", tmp_path / "out", "--max_steps", 4, "--lam_rel", 0, 1)
+    assert code == 0, err
+    table = json.loads((tmp_path / "out" / "all_results.json").read_text())["table"]
+    full = {row["lam_over_mu1"]: row for row in table if row["arm"] == "full"}
+    assert full[1.0]["output_gap_relative_eval"] < full[0.0]["output_gap_relative_eval"]
+    assert "κ" in out
+
+
+@pytest.mark.slow
+def test_shared_data_through_the_command_line(run, tmp_path, data_folder):
+    sizes = {"max_train_samples": 40, "max_eval_samples": 20, "max_steps": 4, "lam_rel": [0, 1]}
+    code, _, err = run(*flags({"data_dir": data_folder, "task_name": "mrpc", **sizes, "output_dir": tmp_path / "out"}))
+    assert code == 0, err

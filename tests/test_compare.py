@@ -1,0 +1,182 @@
+import numpy as np
+import pytest
+
+import jaxlin as jl
+from jaxlin.training.gaps import distances, kl_divergence, relative
+from tests import cases
+
+
+@pytest.fixture(scope="module")
+def setting():
+    model = cases.tiny_model(head="mean")
+    train, held_out = cases.text_batch(12, longest=12), cases.text_batch(7, seed=1, longest=12)
+    model = jl.probe_head(model, train, np.eye(3)[train["labels"]])
+    return jl.lora(model, rank=3), jl.lora(model, rank=3, freeze_A=True), train, held_out
+
+
+CONFIG = jl.TrainConfig(batch_size=4, max_steps=6, learning_rate=0.01, eval_steps=3)
+
+
+@pytest.fixture(scope="module", params=["cached", "streaming"])
+def result(request, setting):
+    tun, frozen, train, held_out = setting
+    seen = {"rows": [], "progress": []}
+    comparison = jl.compare(
+        tun,
+        train,
+        held_out,
+        CONFIG,
+        lam_rel=[0.0, 0.1],
+        extra_arms={"full_A_frozen": frozen},
+        linear_mode=request.param,
+        log=seen["rows"].append,
+        progress=lambda *args: seen["progress"].append(args),
+    )
+    return comparison, seen
+
+
+def rows_of(comparison, arm):
+    return [row for row in comparison.table if row["arm"] == arm]
+
+
+def test_table_has_every_arm_and_baseline(result):
+    comparison, _ = result
+    assert [row["arm"] for row in comparison.table if row["lam"] is None] == ["majority_class", "start"]
+    for arm in ("full", "full_A_frozen", "linearized", "kernel_regression"):
+        assert [row["lam_over_mu1"] for row in rows_of(comparison, arm)] == pytest.approx([0.0, 0.1])
+    assert len({tuple(row) for row in comparison.table}) == 1  # tidy: the same columns in every row
+
+
+def test_numbers_are_those_of_the_trained_models(result, setting):
+    comparison, _ = result
+    tun, _, train, held_out = setting
+    for row in rows_of(comparison, "full"):
+        theta, bar = (comparison.results[arm, row["lam"]].theta for arm in ("full", "linearized"))
+        assert row["distance"] == pytest.approx(distances(theta, tun.theta0)[""])
+        assert row["parameter_gap"] == pytest.approx(distances(theta, bar)[""])
+        parts = [row[f"parameter_gap_{part}"] for part in ("A", "B", "head")]
+        assert sum(part**2 for part in parts) ** 0.5 == pytest.approx(row["parameter_gap"])
+        for split, data in (("train", train), ("eval", held_out)):
+            f, f_bar = jl.predict(tun, theta, data), jl.predict(jl.linearize(tun), bar, data)
+            f0 = jl.predict(tun, tun.theta0, data)
+            assert row[f"output_gap_{split}"] == pytest.approx(np.linalg.norm(f - f_bar), rel=1e-3)
+            expected = np.linalg.norm(f - f_bar) / np.linalg.norm(f - f0)
+            assert row[f"output_gap_relative_{split}"] == pytest.approx(expected, rel=1e-3)
+            assert row[f"kl_{split}"] == pytest.approx(kl_divergence(f, f_bar), rel=1e-2)
+            assert row[f"agreement_{split}"] == np.mean(f.argmax(1) == f_bar.argmax(1))
+            assert row[f"agreement_f0_{split}"] == np.mean(f.argmax(1) == f0.argmax(1))
+            assert row[f"accuracy_{split}"] == np.mean(f.argmax(1) == data["labels"])
+            mean = 0.5 * np.mean(np.sum((f - np.eye(3)[data["labels"]]) ** 2, axis=1))
+            assert row[f"loss_{split}"] == pytest.approx(mean)
+
+
+def test_linearized_model_never_moves_a(result):
+    comparison, _ = result
+    assert all(row["distance_A"] == 0 for row in rows_of(comparison, "linearized"))
+    assert all(row["distance_A"] > 0 for row in rows_of(comparison, "full"))
+    frozen = rows_of(comparison, "full_A_frozen")
+    assert all(row["distance_A"] in (None, 0) and row["parameter_gap_A"] == 0 for row in frozen)
+
+
+def test_kernel_regression_rows_are_the_limit(result, setting):
+    comparison, _ = result
+    tun, _, train, held_out = setting
+    kernel, cross = jl.ntk(tun, train), jl.ntk(tun, held_out, train)
+    f0, f0_eval = jl.predict(tun, tun.theta0, train), jl.predict(tun, tun.theta0, held_out)
+    row = rows_of(comparison, "kernel_regression")[1]
+    fit = jl.kernel_regression(kernel, np.eye(3)[train["labels"]], f0, row["lam"])
+    expected = fit.test(cross, f0_eval)
+    mean = 0.5 * np.mean(np.sum((expected - np.eye(3)[held_out["labels"]]) ** 2, axis=1))
+    assert row["loss_eval"] == pytest.approx(mean, rel=1e-4)
+
+
+def test_summary_is_the_spectrum(result, setting):
+    comparison, _ = result
+    tun, _, train, _ = setting
+    mu = np.linalg.eigvalsh(jl.ntk(tun, train).matrix())
+    assert comparison.summary["mu_1"] == pytest.approx(mu[-1], rel=1e-6)
+    assert comparison.summary["kernel_examples"] == 12
+    assert comparison.summary["trace"] == pytest.approx(mu.sum(), rel=1e-6)
+    assert 1e-9 < comparison.summary["kernel"]["epsilon_J"] < 1e-5
+
+
+def test_log_and_progress(result):
+    comparison, seen = result
+    cached = comparison.summary["linearized_arm"].startswith("Jacobians")
+    assert len(seen["rows"]) == 3 * 2 * 6
+    assert {row["arm"] for row in seen["rows"]} == {"full", "linearized", "full_A_frozen"}
+    assert sum("eval_loss" in row for row in seen["rows"]) == 3 * 2 * 2
+    training = [done for phase, done, _ in seen["progress"] if phase == "training"]
+    assert training == list(range(1, (2 if cached else 3) * 2 * 6 + 1))
+    _, done, total = next(p for p in reversed(seen["progress"]) if p[0] == "Jacobians")
+    assert done == total == 19
+
+
+def test_both_arms_see_the_same_batches(setting):
+    tun, _, train, held_out = setting
+    comparison = jl.compare(tun, train, held_out, CONFIG, lams=[1e9], linear_mode="cached")
+    full, linear = (comparison.results[arm, 1e9].history for arm in ("full", "linearized"))
+    # The first batch is met at θ₀, where the two models are equal.
+    assert full[0]["loss"] == pytest.approx(linear[0]["loss"], rel=1e-5)
+
+
+def test_ratios_at_step_0_are_defined(setting):
+    tun, _, train, held_out = setting
+    comparison = jl.compare(tun, train, held_out, jl.TrainConfig(max_steps=1, learning_rate=1e-30), lams=[0.0])
+    (row,) = rows_of(comparison, "full")
+    assert row["output_gap_relative_eval"] == 0
+    assert row["output_gap_relative_train"] == 0
+    assert relative(1.0, 0.0) == float("inf")
+
+
+def test_kernel_of_a_subset_scales_mu1(setting):
+    tun, _, train, held_out = setting
+    comparison = jl.compare(tun, train, held_out, CONFIG, lams=[1.0], kernel_examples=5)
+    assert comparison.summary["kernel_examples"] == 5
+    assert comparison.summary["mu_1"] == pytest.approx(comparison.summary["mu_max"] * 12 / 5)
+    (row,) = rows_of(comparison, "kernel_regression")
+    assert row["loss_train"] is None  # not trained on all of it
+    assert row["loss_eval"] is not None
+
+
+def test_memory_budget_limits_the_kernel(setting):
+    tun, _, train, held_out = setting
+    comparison = jl.compare(tun, train, held_out, CONFIG, lams=[1.0], memory_budget=12 * 3 * tun.num_params * 4)
+    assert comparison.summary["linearized_arm"] == "jvp at every step"
+    assert comparison.summary["kernel_examples"] == 6
+
+
+def test_scores_leave_blank_what_is_undefined():
+    tun, rows = cases.mlp(1), cases.vectors(8)
+    data = {**rows, "labels": np.linspace(0, 5, 8)}
+    comparison = jl.compare(tun, data, data, jl.TrainConfig(max_steps=2), lams=[1.0])
+    (row,) = rows_of(comparison, "full")
+    assert row["kl_eval"] is None
+    assert row["accuracy_eval"] is None
+    assert row["agreement_eval"] is None
+    assert row["output_gap_eval"] > 0
+
+
+BAD = {
+    "negative": ({"lams": [-1.0]}, r"lams=\[-1.0\]"),
+    "empty": ({"lams": []}, "at least one"),
+    "twice": ({"lams": [1.0, 1.0]}, "given once"),
+    "word": ({"lams": "many"}, "lams='many'"),
+    "mode": ({"linear_mode": "fast"}, "linear_mode='fast'"),
+    "examples": ({"kernel_examples": 0}, "kernel_examples=0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(setting, case):
+    tun, _, train, held_out = setting
+    options, message = BAD[case]
+    with pytest.raises(jl.InputError, match=message):
+        jl.compare(tun, train, held_out, CONFIG, **options)
+
+
+def test_divergence_names_arm_and_lam():
+    tun = jl.Tunable(lambda theta, batch: theta["w"] ** 3 * batch["x"][:, :2], {"w": np.float32(1.0)})
+    config = jl.TrainConfig(optimizer="sgd", learning_rate=1e12, max_steps=60)
+    with pytest.raises(jl.TrainingDivergedError, match="arm 'full' at λ = 0: the loss is"):
+        jl.compare(tun, cases.vectors(4), cases.vectors(4), config, lams=[0.0])
