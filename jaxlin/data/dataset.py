@@ -36,6 +36,9 @@ class Dataset:
     def from_columns(cls, columns: Mapping[str, Any]) -> Dataset:
         """Builds a dataset from arrays, choosing buckets by the lengths where there is an `attention_mask`.
 
+        Returns:
+            The dataset, its columns as NumPy arrays.
+
         Raises:
             InputError: If there is no column or example, or the columns differ in length.
         """
@@ -121,6 +124,9 @@ def choose_buckets(lengths: np.ndarray, longest: int) -> tuple[int, ...]:
     Args:
         lengths: Lengths of the examples.
         longest: Length the columns are padded to; no bucket exceeds it.
+
+    Returns:
+        The lengths, ascending; the last holds the longest example.
     """
     ceil8 = np.minimum(-(-lengths // 8) * 8, longest)
     return tuple(sorted({int(np.quantile(ceil8, q, method="higher")) for q in (0.4, 0.7, 0.9, 1.0)}))

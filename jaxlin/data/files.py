@@ -117,6 +117,9 @@ def load_tsv_task(name: str, train_file: Path, validation_file: Path) -> Task:
 
     Integer labels are class ids 0 … C−1, other numbers scores (one output), anything else class names.
 
+    Returns:
+        The task, training rows whose text is also in validation left out.
+
     Raises:
         InputError: If a file cannot be read as TSV, a column is missing, a validation label is not among
             the training classes, or training has one class only.
@@ -138,6 +141,9 @@ def load_tsv_task(name: str, train_file: Path, validation_file: Path) -> Task:
 
 def load_folder_task(data_dir: Path, task_name: str) -> Task:
     """Builds a task from `data_dir/task_name/{train,validation}.tsv`.
+
+    Returns:
+        The task, as `load_tsv_task` builds it.
 
     Raises:
         InputError: If there is no such task (those there are listed), or as for `load_tsv_task`.

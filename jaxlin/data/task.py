@@ -74,6 +74,9 @@ def make_task(
 ) -> Task:
     """Builds a task, dropping (and counting in the provenance) training examples whose text is in validation.
 
+    Returns:
+        The task.
+
     Raises:
         InputError: If a split is empty, or the training split has a single class.
     """

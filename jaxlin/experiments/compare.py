@@ -205,6 +205,9 @@ def _train_config(arguments: TrainingArguments) -> TrainConfig:
 def load_task(arguments: DataArguments) -> Task:
     """Loads the task that the arguments name.
 
+    Returns:
+        The task, whole.
+
     Raises:
         InputError: If they contradict each other, or the data cannot be used.
     """
@@ -261,6 +264,9 @@ class _Setting:
 
 def prepare(config: CompareConfig) -> _Setting:
     """Loads model and data and checks that they fit.
+
+    Returns:
+        The setting of the run; the only long part is one pass of the frozen model, for the probe.
 
     Raises:
         InputError: If anything given cannot be used.
@@ -331,7 +337,7 @@ def gap_tables(table: Sequence[Mapping[str, Any]], arm: str = "full") -> list[Ta
     parts = [part for part in ("A", "B", "head", "other") if rows[0].get(f"parameter_gap_{part}") is not None]
     parameters = {"λ": "lam", "‖θ−θ₀‖": "distance", "‖θ̄−θ₀‖": "", "‖θ−θ̄‖": "parameter_gap"}
     parameters |= {f"in {part}": f"parameter_gap_{part}" for part in parts}
-    outputs = {}
+    outputs: dict[str, str] = {}
     for split in ("train", "eval"):
         outputs |= {f"‖f−f̄‖ {split}": f"output_gap_{split}", f"of ‖f−f₀‖ {split}": f"output_gap_relative_{split}"}
     outputs |= {"KL(f‖f̄) eval": "kl_eval", "agree eval": "agreement_eval"}
@@ -404,6 +410,7 @@ def run(config: CompareConfig) -> Comparison:
     Raises:
         InputError: If anything given cannot be used; nothing has been written then.
         TrainingDivergedError: If an arm diverges; the logs up to there are kept.
+        KeyboardInterrupt: If interrupted; likewise.
     """
     begin = time.monotonic()
     default = Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")

@@ -16,7 +16,7 @@ HEADS = ("mean", "cls", "pooler")
 
 
 def gelu_tanh(x: Array) -> Array:
-    """GELU in the tanh approximation, as `x · sigmoid(2u)`.
+    """Returns GELU in the tanh approximation, as `x · sigmoid(2u)`.
 
     The usual form `½x(1 + tanh u)` meets a rewrite of XLA's CPU compiler (jaxlib <= 0.10.2) that makes
     `jit(vmap(jvp ∘ vjp))` wrong by 1e-3 in float32; this one is the same function and does not.

@@ -103,6 +103,9 @@ def jacobian(
         memory_budget: Largest size of the whole Jacobian in bytes.
         progress: Called after each chunk.
 
+    Returns:
+        Outputs and Jacobian on the host, in the dtype of the computation.
+
     Raises:
         InputError: If the Jacobian does not fit the budget, or `dtype` is neither.
     """

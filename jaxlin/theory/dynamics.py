@@ -19,7 +19,7 @@ def phi_limit(s: Float[np.ndarray, " m"], noise_floor: float = 0.0) -> Float[np.
 
 
 def phi_gradient_descent(s: Float[np.ndarray, " m"], steps: float, learning_rate: float) -> Float[np.ndarray, " m"]:
-    """φ after gradient-descent steps, `(1 − (1 − ηs)^t)/s`, and ηt at s = 0.
+    """Returns φ after gradient-descent steps, `(1 − (1 − ηs)^t)/s`, and ηt at s = 0.
 
     Raises:
         InputError: If the step is not below `2/max(s)`, where descent diverges.
@@ -47,7 +47,7 @@ def phi_flow(s: Float[np.ndarray, " m"], time: float) -> Float[np.ndarray, " m"]
 def phi_heavy_ball(
     s: Float[np.ndarray, " m"], steps: int, learning_rate: float, momentum: float
 ) -> Float[np.ndarray, " m"]:
-    """φ after heavy-ball steps `v ← bv + g`, `θ ← θ − ηv`, by powers of the 2×2 recursion of each direction.
+    """Returns φ after heavy-ball steps `v ← bv + g`, `θ ← θ − ηv`, by powers of the 2×2 recursion of each direction.
 
     Args:
         s: μ + λ.

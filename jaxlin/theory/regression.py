@@ -123,6 +123,9 @@ def kernel_regression(
         f0: Outputs of the pretrained model `[N, C]`.
         ridge: λ of the summed loss `½‖f − y‖² + (λ/2)‖δ‖²`, at least 0.
 
+    Returns:
+        The predictor; one eigendecomposition, of the m × m kernel, serves all of its times.
+
     Raises:
         InputError: If the shapes do not fit, the ridge is negative, or the kernel is not symmetric or finite.
     """

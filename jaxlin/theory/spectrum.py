@@ -58,7 +58,7 @@ class Spectrum:
         return float(kept[0] / kept[-1]) if kept.size else float("nan")
 
     def regularized_condition_number(self, lam: float) -> float:
-        """κ_λ = (μ_max + λ)/(μ_min + λ), λ for the summed loss.
+        """Returns κ_λ = (μ_max + λ)/(μ_min + λ), λ for the summed loss.
 
         Raises:
             InputError: If λ is not positive.
@@ -68,7 +68,7 @@ class Spectrum:
         return float((self.eigenvalues[0] + lam) / (self.eigenvalues[-1] + lam))
 
     def effective_dimension(self, lam: float) -> float:
-        """Σ μ/(μ + λ), λ for the summed loss.
+        """Returns Σ μ/(μ + λ), λ for the summed loss.
 
         Raises:
             InputError: If λ is not positive.

