@@ -167,12 +167,12 @@ def comparison(table: Sequence[Row], history: Mapping[tuple[str, float], Sequenc
         for lam, shade in zip(lams, shades, strict=True):
             for arm, style in (("full", "-"), ("linearized", "--")):
                 rows = history.get((arm, lam), ())
-                label = f"λ/μ₁ = {shares[lam]:.3g}" if arm == "full" else None
+                label = f"{shares[lam]:.3g}" if arm == "full" else None
                 steps, values = [row["step"] for row in rows], [row["distance"] for row in rows]
                 training.plot(steps, values, style, color=shade, label=label)
         training.set_yscale("log")
         training.set(title="(d) ‖θ−θ₀‖: full (solid), linearized (dashed)", xlabel="step", ylabel="Euclidean norm")
-        training.legend()
+        training.legend(title="λ/μ₁", loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
