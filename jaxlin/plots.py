@@ -73,23 +73,29 @@ def save(figure: Figure, path: Path) -> list[Path]:
     return files
 
 
-def _lam_axis(axis: Axes, shares: Sequence[float]) -> np.ndarray:
-    """Puts λ/μ₁ on a log axis with λ = 0 at its left end; returns the positions."""
-    positive = [share for share in shares if share > 0]
-    low = min(positive, default=1.0)
-    zero = low / 10
+def strength(table: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Returns the column that tells the runs of a sweep apart, and its label: λ/μ₁, or λ where that has no unit."""
+    known = any(row["lam_over_mu1"] is not None for row in table)
+    return ("lam_over_mu1", "λ/μ₁") if known else ("lam", "λ")
+
+
+def _lam_axis(axis: Axes, values: Sequence[float], label: str) -> np.ndarray:
+    """Makes a log axis with 0 at its left end; returns the positions of `values`."""
+    positive = [value for value in values if value > 0]
+    zero = min(positive, default=1.0) / 10
     axis.set_xscale("log")
-    ticks = ([zero] if len(positive) < len(shares) else []) + positive
+    ticks = ([zero] if len(positive) < len(values) else []) + positive
     axis.set_xticks(ticks, ["0" if tick == zero else f"$10^{{{np.log10(tick):.2g}}}$" for tick in ticks])
     axis.minorticks_off()
-    axis.set_xlabel("pull λ/μ₁")
-    return np.array([share if share > 0 else zero for share in shares])
+    axis.set_xlabel(f"pull {label}")
+    return np.array([value if value > 0 else zero for value in values])
 
 
 def _series(table: Sequence[Row], arm: str, column: str) -> tuple[list[float], list[float]]:
-    rows = [row for row in table if row["arm"] == arm and row["lam"] is not None and row[column] is not None]
+    """Values of one arm by strength of the pull; empty where the column is blank or absent."""
+    rows = [row for row in table if row["arm"] == arm and row["lam"] is not None and row.get(column) is not None]
     rows.sort(key=lambda row: row["lam"])
-    return [row["lam_over_mu1"] for row in rows], [row[column] for row in rows]
+    return [row[strength(table)[0]] for row in rows], [row[column] for row in rows]
 
 
 def _lines(axis: Axes, table: Sequence[Row], lines: Sequence[tuple[str, str, str, str, str]]) -> None:
@@ -97,7 +103,7 @@ def _lines(axis: Axes, table: Sequence[Row], lines: Sequence[tuple[str, str, str
     for arm, column, label, colour, style in lines:
         shares, values = _series(table, arm, column)
         if shares:
-            x = _lam_axis(axis, shares)
+            x = _lam_axis(axis, shares, strength(table)[1])
             y = np.array(values, float)
             axis.plot(
                 x, np.where(y > 0, y, np.nan) if axis.get_yscale() == "log" else y, style, color=colour, label=label
@@ -163,7 +169,8 @@ def comparison(table: Sequence[Row], history: Mapping[tuple[str, float], Sequenc
         losses.legend()
         lams = sorted({lam for _, lam in history})
         shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(lams)))
-        shares = {row["lam"]: row["lam_over_mu1"] for row in table if row["lam"] is not None}
+        column, name = strength(table)
+        shares = {row["lam"]: row[column] for row in table if row["lam"] is not None}
         for lam, shade in zip(lams, shades, strict=True):
             for arm, style in (("full", "-"), ("linearized", "--")):
                 rows = history.get((arm, lam), ())
@@ -172,7 +179,7 @@ def comparison(table: Sequence[Row], history: Mapping[tuple[str, float], Sequenc
                 training.plot(steps, values, style, color=shade, label=label)
         training.set_yscale("log")
         training.set(title="(d) ‖θ−θ₀‖: full (solid), linearized (dashed)", xlabel="step", ylabel="Euclidean norm")
-        training.legend(title="λ/μ₁", loc="center left", bbox_to_anchor=(1, 0.5))
+        training.legend(title=name, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

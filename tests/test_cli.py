@@ -103,6 +103,23 @@ def test_a_run_writes_what_it_promises(run, arguments, tmp_path):
     assert len(list((folder / "tensorboard").glob("*/events.out.tfevents.*"))) == 2
 
 
+@pytest.mark.parametrize("peft", ["head", "full"])
+def test_other_peft(run, arguments, tmp_path, peft):
+    code, _, err = run(*flags({**arguments, "peft": peft, "lam_rel": [0, 1]}))
+    assert code == 0, err
+    assert (tmp_path / "out" / "figures" / "compare.png").exists()
+    if peft == "head":  # linear in its parameters: no gap but rounding
+        table = json.loads((tmp_path / "out" / "all_results.json").read_text())["table"]
+        assert all(row["output_gap_relative_eval"] < 1e-3 for row in table if row["arm"] == "full")
+
+
+def test_spd_and_cross_entropy_and_streaming(run, arguments):
+    options = {"pull": "spd", "lams": ["0", "0.5"], "loss": "cross_entropy", "linear_mode": "streaming"}
+    code, out, err = run(*flags({**arguments, **options}))
+    assert code == 0, err
+    assert "λ/μ₁" not in out
+
+
 def test_both_spellings(run, arguments):
     dashed = [flag.replace("_", "-") if str(flag).startswith("--") else flag for flag in flags(arguments)]
     code, _, err = run(*dashed, "--lams", "0", "--quiet")
@@ -152,6 +169,9 @@ BAD = {
     "length": (lambda t, f: {"max_seq_length": 2}, "leaves no room"),
     "samples": (lambda t, f: {"max_train_samples": 1}, "at least 2"),
     "output is a file": (lambda t, f: {"output_dir": f["train"]}, "is a file; expected a folder"),
+    "kernel examples": (lambda t, f: {"kernel_examples": 0}, "kernel_examples=0"),
+    "seed": (lambda t, f: {"seed": -1}, "seed=-1"),
+    "spd in units": (lambda t, f: {"pull": "spd", "lam_rel": [1]}, "give lams, not lam_rel"),
     "contradiction": (lambda t, f: {"peft": "head", "with_frozen_A": True}, "needs --peft lora"),
 }
 

@@ -180,3 +180,32 @@ def test_divergence_names_arm_and_lam():
     config = jl.TrainConfig(optimizer="sgd", learning_rate=1e12, max_steps=60)
     with pytest.raises(jl.TrainingDivergedError, match="arm 'full' at λ = 0: the loss is"):
         jl.compare(tun, cases.vectors(4), cases.vectors(4), config, lams=[0.0])
+
+
+def test_kernel_regression_is_the_end_of_coupled_descent_and_absent_elsewhere():
+    tun, data = cases.mlp(), cases.vectors(6)
+    mu1 = np.linalg.eigvalsh(jl.ntk(tun, data).matrix())[-1]
+    config = jl.TrainConfig(optimizer="sgd", learning_rate=6 / (2 * mu1), batch_size=6, max_steps=400)
+    ends = jl.compare(tun, data, data, config, lams=np.array([0.3 * mu1]))
+    (linear,), (fit,) = rows_of(ends, "linearized"), rows_of(ends, "kernel_regression")
+    assert linear["loss_train"] == pytest.approx(fit["loss_train"], rel=1e-4)
+    for pull in ("selective", "spd"):
+        few = jl.TrainConfig(max_steps=2, pull=pull)
+        assert not rows_of(jl.compare(tun, data, data, few, lams=[0.3]), "kernel_regression")
+
+
+def test_spd_has_no_unit_of_lam():
+    tun, data = cases.mlp(), cases.vectors(6)
+    config = jl.TrainConfig(max_steps=2, pull="spd")
+    table = jl.compare(tun, data, data, config).table
+    assert [row["lam"] for row in table if row["arm"] == "full"] == [0.0, 1e-3, 1e-2, 1e-1, 1.0]
+    assert all(row["lam_over_mu1"] is None for row in table)
+    with pytest.raises(jl.InputError, match="give lams, not lam_rel"):
+        jl.compare(tun, data, data, config, lam_rel=[1.0])
+
+
+def test_majority_is_the_best_constant_under_each_loss():
+    tun, data = cases.mlp(), {**cases.vectors(10), "labels": np.repeat([0, 1], [9, 1])}
+    for loss, best in (("squared", 0.5 * (0.9 * 0.02 + 0.1 * 1.62)), ("cross_entropy", 0.325083)):
+        comparison = jl.compare(tun, data, data, jl.TrainConfig(max_steps=1, loss=loss), lams=[1.0])
+        assert rows_of(comparison, "majority_class")[0]["loss_eval"] == pytest.approx(best, abs=1e-6)

@@ -145,6 +145,8 @@ BAD_FILES = {
     "negative label": ([[HEADER, "a\t-1", "b\t0"], GOOD], "label -1"),
     "large label": ([[HEADER, "a\t0", "b\t5000"], GOOD], "label 5000 but only 2 classes"),
     "nan score": ([[HEADER, "a\tnan", "b\t0.5"], GOOD], "NaN or infinite"),
+    "empty label": ([[HEADER, "a\t0", "b\t"], GOOD], "line 3: the label is empty"),
+    "commas": ([["text,label", "a,0"], GOOD], "separated by commas"),
     "ragged": ([[HEADER, "a\t0", "b"], GOOD], "line 3: 1 field"),
     "header only": ([[HEADER], GOOD], "holds 1 line"),
     "repeated column": ([["text\ttext\tlabel", "a\tb\t0"], GOOD], "column name twice"),

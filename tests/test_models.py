@@ -121,6 +121,9 @@ def test_probe_head_is_ridge_regression(batch):
     assert np.isfinite(chosen.params["classifier"]["kernel"]).all()
     with pytest.raises(jl.InputError, match="y has shape"):
         jl.probe_head(model, batch, y[:, :2])
+    same = {key: np.repeat(value[:1], 2, axis=0) for key, value in batch.items()}
+    flat = jl.probe_head(model, same, y[:2])  # features without variance: the mean target
+    np.testing.assert_allclose(flat.apply(flat.params, same), np.tile(y[:2].mean(axis=0), (2, 1)), atol=1e-6)
 
 
 def edited(tmp_path, edit=None, config=None):
@@ -152,6 +155,25 @@ def test_bad_checkpoint_is_named(tmp_path, case):
     edit, message = BAD_TENSORS[case]
     with pytest.raises(jl.InputError, match=message):
         jl.load_model(edited(tmp_path, edit), 3)
+
+
+def test_arguments_that_do_not_fit(tmp_path):
+    with pytest.raises(jl.InputError, match="head has 3 outputs, the task 2; a head 'mean' or 'cls'"):
+        jl.load_model(str(cases.TINY_BERT), 2)
+    with pytest.raises(jl.InputError, match="float64 needs JAX's x64 mode"), jax.enable_x64(False):
+        jl.load_model(cases.TINY_BERT, 3, dtype="float64")
+    with pytest.raises(jl.InputError, match="head_init='probe' is unknown"):
+        jl.load_model(str(cases.TINY_BERT), 3, head_init="probe")
+
+
+def test_bfloat16_checkpoint(tmp_path, model, batch):
+    def halve(tensors):
+        tensors.update({name: value.astype(jnp.bfloat16) for name, value in tensors.items()})
+
+    half = jl.load_model(edited(tmp_path, halve), 3)
+    logits = half.apply(half.params, batch)
+    assert logits.dtype == jnp.bfloat16
+    np.testing.assert_allclose(logits.astype(jnp.float32), model.apply(model.params, batch), atol=0.1)
 
 
 def test_old_layer_norm_names_and_missing_prefix_load(tmp_path, model, batch):

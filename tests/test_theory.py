@@ -71,9 +71,9 @@ def test_phi_keeps_its_digits():
     np.testing.assert_allclose(phi_gradient_descent(s, 5, 1.0)[:2], 5.0, rtol=1e-13)
     np.testing.assert_allclose(phi_heavy_ball(s, 7, 1.0, 0.0), phi_gradient_descent(s, 7, 1.0), rtol=1e-7)
     np.testing.assert_allclose(phi_flow(s, 3.0)[:2], 3.0, rtol=1e-13)
-    with pytest.raises(jl.InputError, match="diverges at learning_rate=2"):
+    with pytest.raises(jl.InputError, match="descent diverges at learning_rate=2"):
         phi_gradient_descent(s, 5, 2.0)
-    with pytest.raises(jl.InputError, match="heavy ball diverges"):
+    with pytest.raises(jl.InputError, match="descent diverges"):
         phi_heavy_ball(s, 5, 3.0, 0.5)
     with pytest.raises(jl.InputError, match="momentum=1"):
         phi_heavy_ball(s, 5, 1.0, 1.0)
@@ -127,6 +127,10 @@ def test_bad_regressions():
         fit.leave_one_out()
     with pytest.raises(jl.InputError, match="t=-1"):
         fit.train(-1)
+    with pytest.raises(jl.InputError, match="whole number"):
+        fit.train(2.5, learning_rate=1e-3)
+    with pytest.raises(jl.InputError, match="descent diverges"):
+        fit.train(learning_rate=1e6)
     with pytest.raises(jl.InputError, match="momentum needs"):
         fit.train(1, momentum=0.5)
     with pytest.raises(jl.InputError, match="kernel_test_train has a matrix of shape"):

@@ -299,6 +299,7 @@ def test_epochs_visit_every_example_once(group):
         assert sorted(order) == list(range(23))
     assert not np.array_equal(orders[0], orders[1])
     if group:
+        assert len({data.lengths[order[20:]].max() for order in orders}) > 1  # not always the longest
         longest = [data.lengths[orders[0][i : i + 5]] for i in range(0, 20, 5)]
         spread = np.mean([np.ptp(lengths) for lengths in longest])
         assert spread < np.ptp(data.lengths) / 2
@@ -365,6 +366,7 @@ BAD = {
     "rate": ({"learning_rate": 0.0}, "learning_rate=0.0"),
     "steps": ({"max_steps": -1}, "max_steps=-1"),
     "lam": ({"lam": -0.5}, "lam=-0.5"),
+    "seed": ({"seed": -1}, "seed=-1"),
     "warmup": ({"warmup_ratio": 1.0}, "warmup_ratio=1.0"),
 }
 
@@ -376,9 +378,22 @@ def test_bad_configurations(case):
         jl.train(cases.mlp(), cases.vectors(3), config=jl.TrainConfig(**values))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"), [("batch_size", 2.5, "2.5"), ("optimizer", optax.sgd, "optax.sgd")]
+)
+def test_wrong_types(name, value, message):
+    config = jl.TrainConfig()
+    object.__setattr__(config, name, value)  # as it is without the type checker of this test run
+    with pytest.raises(jl.InputError, match=message):
+        config.check()
+
+
 def test_bad_labels():
     tun, rows = cases.mlp(), cases.vectors(3)
     with pytest.raises(jl.InputError, match="label 2 lies outside the 2 classes"):
         jl.train(tun, {**rows, "labels": np.array([0, 1, 2])})
+    for labels in (rows["labels"][:, None], np.array(["a", "b", "a"])):
+        with pytest.raises(jl.InputError, match="expected"):
+            jl.train(tun, {**rows, "labels": labels})
     with pytest.raises(jl.InputError, match="no column 'labels'"):
         jl.train(tun, {"x": rows["x"]})

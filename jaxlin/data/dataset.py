@@ -46,6 +46,11 @@ class Dataset:
         sizes = {name: value.shape[0] if value.ndim else None for name, value in arrays.items()}
         if not arrays or len(set(sizes.values())) != 1 or None in sizes.values():
             raise InputError(f"columns must be arrays with one leading axis, the example; their lengths are {sizes}")
+        words = [name for name, value in arrays.items() if value.dtype.kind not in "biuf" and value.dtype.kind != "V"]
+        if words:
+            raise InputError(
+                f"column {words[0]!r} holds {arrays[words[0]].dtype}; expected numbers (tokenize text first)"
+            )
         if 0 in sizes.values():
             raise InputError("the data set holds no example")
         if "attention_mask" not in arrays:

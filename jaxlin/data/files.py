@@ -59,7 +59,12 @@ def read_tsv(file: Path) -> dict[str, list[str]]:
 
 def _text_columns(columns: dict[str, list[str]], file: Path) -> tuple[str, ...]:
     if LABEL not in columns:
-        raise InputError(f"{file} has no column {LABEL!r}; its columns: {', '.join(columns)}")
+        hint = (
+            "; is it separated by commas? Tabs are expected" if len(columns) == 1 and "," in next(iter(columns)) else ""
+        )
+        raise InputError(f"{file} has no column {LABEL!r}; its columns: {', '.join(columns)}{hint}")
+    if "" in columns[LABEL]:
+        raise InputError(f"{file}, line {columns[LABEL].index('') + 2}: the label is empty")
     for names in TEXT_COLUMNS:
         if all(name in columns for name in names):
             return names

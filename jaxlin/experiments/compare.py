@@ -28,7 +28,7 @@ from jaxlin.experiments.setting import (
     train_config,
 )
 from jaxlin.experiments.tables import gap_tables, score_table, spectrum_line
-from jaxlin.training.compare import Comparison, compare
+from jaxlin.training.compare import Comparison, check_comparison, compare
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,13 +72,13 @@ def _resolved(config: CompareConfig, setting: Setting) -> dict[str, Any]:
 
 def _write(folder: RunFolder, resolved: Mapping[str, Any], result: Comparison, title: str, seconds: float) -> None:
     write_csv(folder.path / "table.csv", result.table)
+    results = {"summary": {**result.summary, "seconds": seconds}, "table": result.table, "config": resolved}
+    write_json(folder.path / "all_results.json", results)
     history = {key: value.history for key, value in result.results.items()}
     figures = folder.path / "figures"
     plots.save(plots.comparison(result.table, history, title), figures / "compare")
     examples = result.summary["kernel_examples"]
     plots.save(plots.spectrum(result.spectrum, f"Spectrum of K₀, {examples} examples"), figures / "spectrum")
-    results = {"summary": {**result.summary, "seconds": seconds}, "table": result.table, "config": resolved}
-    write_json(folder.path / "all_results.json", results)  # last: its presence says that the run is whole
 
 
 def run(config: CompareConfig) -> Comparison:
@@ -99,6 +99,13 @@ def run(config: CompareConfig) -> Comparison:
     default = Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
     folder = RunFolder(config.output.output_dir or default, config.output.overwrite_output_dir)
     setting = prepare(config.model, config.data, config.tuned, config.training)
+    options: dict[str, Any] = {
+        "lams": lam_grid(config.training),
+        "lam_rel": config.training.lam_rel or None,
+        "linear_mode": config.training.linear_mode,
+        "kernel_examples": config.training.kernel_examples,
+    }
+    check_comparison(setting.tun, setting.data, train_config(config.training), **options)
     resolved = _resolved(config, setting)
     folder.open(resolved)
     source = setting.model.source
@@ -115,10 +122,8 @@ def run(config: CompareConfig) -> Comparison:
                 progress.say(f"the checkpoint has no head of this kind: a new one starts as {config.model.head_init}")
             for name, count in setting.truncated.items():
                 if count:
-                    limit = config.data.max_seq_length
-                    progress.say(
-                        f"{count} of {sizes[name]} {name} texts are longer than {limit} tokens and were truncated"
-                    )
+                    whole = f"{count} of {sizes[name]} {name} texts"
+                    progress.say(f"{whole} are longer than {setting.max_length} tokens and were truncated")
             dropped = setting.task.provenance["train_rows_also_in_validation_dropped"]
             if dropped:
                 progress.say(f"{dropped} training rows whose text is also in validation were dropped")
@@ -127,14 +132,11 @@ def run(config: CompareConfig) -> Comparison:
                 setting.data["train"],
                 setting.data["eval"],
                 train_config(config.training),
-                lams=lam_grid(config.training),
-                lam_rel=config.training.lam_rel or None,
                 extra_arms=setting.extra_arms,
                 baselines=setting.baselines,
-                linear_mode=config.training.linear_mode,
-                kernel_examples=config.training.kernel_examples,
                 log=folder.step,
                 progress=progress.update,
+                **options,
             )
         title = (
             f"{source.name}, {setting.task.name}: {sizes['train']} training and {sizes['eval']} evaluation examples, "
@@ -142,7 +144,7 @@ def run(config: CompareConfig) -> Comparison:
         )
         _write(folder, resolved, result, title, time.monotonic() - begin)
     except (TrainingDivergedError, KeyboardInterrupt) as error:
-        folder.line(f"stopped: {error or 'interrupted'}")
+        folder.line(f"stopped: {str(error) or 'interrupted'}")
         if isinstance(error, TrainingDivergedError):
             raise TrainingDivergedError(f"{error}; the log is in {folder.path}") from error
         raise
@@ -155,7 +157,7 @@ def run(config: CompareConfig) -> Comparison:
 def _print(result: Comparison, path: Path, seconds: float) -> None:
     console = Console()
     if not console.is_terminal:
-        console = Console(width=110)
+        console = Console(width=100)
     console.print(spectrum_line(result.summary), highlight=False, soft_wrap=True)
     for arm in ("full", FROZEN_A):
         if any(row["arm"] == arm for row in result.table):

@@ -104,7 +104,8 @@ class RunFolder:
         """Adds a training row to `log.jsonl` and to the TensorBoard run of its arm and λ."""
         self._steps.write(json.dumps(_finite(row)) + "\n")
         self._steps.flush()
-        run = f"{row['arm']}_lam_{row['lam_over_mu1']:.3g}"
+        share = row["lam_over_mu1"]
+        run = f"{row['arm']}_lam_{row['lam']:.3g}" if share is None else f"{row['arm']}_lam_{share:.3g}_mu1"
         if run not in self._boards:
             from tensorboardX import SummaryWriter
 

@@ -96,7 +96,7 @@ class TrainingArguments:
 
     Attributes:
         lams: Pull strengths λ for the summed loss; auto: 0, 1e-3, 1e-2, 1e-1, 1 in units of μ₁.
-        lam_rel: Pull strengths in units of μ₁, in place of lams.
+        lam_rel: Pull strengths in units of μ₁, in place of lams (not for spd, whose λ has no unit).
         pull: How the pull acts; see jaxlin.optim.proximal.
         loss: Squared loss on one-hot targets (the theory's) or cross_entropy.
         optimizer: One of sgd, momentum, adam, rmsprop, lion.
@@ -111,6 +111,7 @@ class TrainingArguments:
         linear_mode: Train the linearized arm from Jacobians computed once (cached) or by jvp (streaming).
         kernel_examples: At most so many training examples make the kernel.
         seed: Of head, A, subsets and data order.
+        precision: Of matrix products on the device; highest is true float32.
     """
 
     lams: tuple[str, ...] = ("auto",)
@@ -129,6 +130,7 @@ class TrainingArguments:
     linear_mode: Literal["auto", "cached", "streaming"] = "auto"
     kernel_examples: int = 1024
     seed: int = 0
+    precision: Literal["highest", "high", "default"] = "highest"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +181,7 @@ def train_config(arguments: TrainingArguments) -> TrainConfig:
         seed=arguments.seed,
         group_by_length=arguments.group_by_length,
         eval_steps=arguments.eval_steps,
+        precision=arguments.precision,
     )
 
 
@@ -236,6 +239,7 @@ class Setting:
     task: Task
     data: dict[str, Dataset]
     truncated: dict[str, int]
+    max_length: int
     model: Model
     tun: Tunable
     extra_arms: dict[str, Tunable]
@@ -264,8 +268,7 @@ def prepare(
     """
     seed = training.seed
     train_config(training).check()
-    lams = lam_grid(training)
-    check_lams(training.lam_rel or lams)
+    check_lams(lam_grid(training), training.lam_rel or None, training.pull)
     task = load_task(arguments)
     sizes = {"train": arguments.max_train_samples, "eval": arguments.max_eval_samples}
     splits = {
@@ -279,10 +282,10 @@ def prepare(
         head_init=head_init,
         rng=seed,
     )
-    limit = model.module.config.max_positions
+    max_length = min(arguments.max_seq_length, model.module.config.max_positions)
     data, truncated = {}, {}
     for name, split in splits.items():
-        data[name], truncated[name] = tokenize(split, model.tokenizer, min(arguments.max_seq_length, limit))
+        data[name], truncated[name] = tokenize(split, model.tokenizer, max_length)
         check_data(full(model), data[name], training.loss)
     tune(model, tuned, seed)  # for its errors, before the probe's pass over the data
     y = np.asarray(targets(data["train"]["labels"], task.num_labels), np.float64)
@@ -292,4 +295,4 @@ def prepare(
     probe = head_only(probed)
     baselines = {"linear_probe": {name: predict(probe, probe.theta0, part) for name, part in data.items()}}
     tun, extra_arms = tune(model, tuned, seed)
-    return Setting(task, data, truncated, model, tun, extra_arms, baselines)
+    return Setting(task, data, truncated, max_length, model, tun, extra_arms, baselines)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jaxtyping import PyTree
@@ -160,11 +161,16 @@ def load_params(folder: Path, family: Family, num_layers: int, expected: PyTree)
                 if path.endswith("kernel"):
                     value = value.T
                 if value.shape != expected[path].shape:
+                    if path.startswith(f"{CLASSIFIER}/"):
+                        raise InputError(
+                            f"{file}: the checkpoint's head has {value.shape[-1]} outputs, the task "
+                            f"{expected[path].shape[-1]}; a head 'mean' or 'cls' would be a new one"
+                        )
                     raise InputError(
                         f"{file}: tensor {name!r} gives {path} shape {value.shape}; the configuration says "
                         f"{expected[path].shape}"
                     )
-                if value.dtype.kind != "f":
+                if not jnp.issubdtype(value.dtype, jnp.floating):
                     raise InputError(f"{file}: tensor {name!r} has dtype {value.dtype}; expected floating point")
                 if not np.isfinite(value).all():
                     raise InputError(f"{file}: tensor {name!r} holds NaN or infinity")

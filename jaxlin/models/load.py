@@ -18,7 +18,7 @@ from jaxtyping import Array
 from jaxlin.errors import InputError
 from jaxlin.models.checkpoint import FAMILIES, load_params, weights_file
 from jaxlin.models.encoder import HEADS, SequenceClassifier
-from jaxlin.models.model import Model, ModelSource, new_head
+from jaxlin.models.model import HEAD_STARTS, Model, ModelSource, new_head
 from jaxlin.tunable import CLASSIFIER
 
 EMBEDDED_MODEL = "all-MiniLM-L6-v2"
@@ -123,7 +123,7 @@ def _auto_head(folder: Path, hf: Any) -> str:
 
 
 def load_model(
-    name_or_path: str = EMBEDDED_MODEL,
+    name_or_path: str | Path = EMBEDDED_MODEL,
     num_labels: int = 2,
     *,
     head: str = "auto",
@@ -154,6 +154,15 @@ def load_model(
     """
     if num_labels < 1:
         raise InputError(f"num_labels={num_labels}; expected at least 1")
+    if head_init not in HEAD_STARTS:
+        raise InputError(
+            f"head_init={head_init!r} is unknown; expected one of {', '.join(HEAD_STARTS)} (or probe_head)"
+        )
+    if dtype is not None and jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+        raise InputError(
+            f"dtype={jnp.dtype(dtype).name} needs JAX's x64 mode: jax.config.update('jax_enable_x64', True)"
+        )
+    name_or_path = str(name_or_path)
     folder = resolve_model(name_or_path)
     hf = _hf_config(folder)
     family = FAMILIES[hf.model_type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,12 +61,14 @@ def probe_head(
     data, num_labels = as_dataset(batch), model.params[CLASSIFIER]["bias"].shape[0]
     if np.shape(y) != (len(data), num_labels):
         raise InputError(f"y has shape {np.shape(y)}; expected (examples, outputs) = {(len(data), num_labels)}")
-    if ridge is not None and ridge < 0:
+    if ridge is not None and not 0 <= ridge < math.inf:
         raise InputError(f"ridge={ridge}; expected at least 0, or None to choose it")
     from sklearn.linear_model import RidgeCV
 
     features = frozen_features(model, data)
     top = np.linalg.norm(features - features.mean(axis=0), ord=2) ** 2
+    if not top > 0:  # all features are the same: the bias is all there is
+        return with_head(model, {"kernel": np.zeros((features.shape[1], num_labels)), "bias": np.mean(y, axis=0)})
     alphas = top * np.logspace(-7, 0, 22) if ridge is None else [max(ridge, 1e-12 * top)]
     fit = RidgeCV(alphas=alphas).fit(features, y)
     kernel = np.atleast_2d(fit.coef_).T

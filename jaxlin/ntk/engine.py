@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError
-from jaxlin.ntk.jacobian import Jacobian, Progress, gram, jacobian, measure_epsilon
+from jaxlin.ntk.jacobian import MEMORY_BUDGET, Jacobian, Progress, gram, jacobian, measure_epsilon
 from jaxlin.ntk.kernel import Kernel, KernelInfo
 from jaxlin.ntk.neural_tangents import neural_tangents_parts
 from jaxlin.tunable import Blocks, Tunable
@@ -30,7 +30,7 @@ def ntk(
     precision: str = "highest",
     implementation: str = "JACOBIAN_CONTRACTION",
     keep_jacobian: bool = False,
-    memory_budget: int = 4 << 30,
+    memory_budget: int = MEMORY_BUDGET,
     check_examples: int = 2,
     progress: Progress | None = None,
 ) -> Kernel:
@@ -74,14 +74,16 @@ def ntk(
             if data is not None:
                 tun.check_batch(data.columns)
         with jax.default_matmul_precision(precision):
-            parts = neural_tangents_parts(tun, data1, data2, theta, groups, implementation, progress=progress)
+            parts = neural_tangents_parts(
+                tun, data1, data2, theta, groups, implementation, memory_budget=memory_budget, progress=progress
+            )
         name = str(jnp.result_type(*jax.tree.leaves(theta)))
         info = KernelInfo(f"neural_tangents:{implementation}", name, name, precision, jax.default_backend(), None)
         return Kernel(parts, data2 is None, info, groups)
     options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
     jac1 = jacobian(tun, data1, theta, **options, progress=progress)
     jac2 = jac1 if data2 is None else jacobian(tun, data2, theta, **options)
-    epsilon = measure_epsilon(tun, data1, theta, jac1, check_examples, precision)
+    epsilon = measure_epsilon(tun, data1, theta, jac1, check_examples, precision, memory_budget)
     return kernel_from_jacobian(jac1, jac2, groups, precision, epsilon, keep_jacobian and data2 is None)
 
 

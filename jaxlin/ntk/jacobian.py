@@ -19,6 +19,10 @@ Progress = Callable[[int, int], None]
 """Called with examples done and in all."""
 
 MAX_CHUNK = 16
+
+MEMORY_BUDGET = 4 << 30
+"""Default limit of a Jacobian's size, in bytes."""
+
 _GRAM_COLUMNS = 1 << 14
 
 
@@ -87,7 +91,7 @@ def jacobian(
     *,
     dtype: str | None = None,
     precision: str = "highest",
-    memory_budget: int = 4 << 30,
+    memory_budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
 ) -> Jacobian:
     """Computes the Jacobian of the outputs of every example with respect to theta.
@@ -166,7 +170,13 @@ def gram(
 
 
 def measure_epsilon(
-    tun: Tunable, data: Dataset, theta: PyTree | None, computed: Jacobian, examples: int, precision: str
+    tun: Tunable,
+    data: Dataset,
+    theta: PyTree | None,
+    computed: Jacobian,
+    examples: int,
+    precision: str,
+    memory_budget: int = MEMORY_BUDGET,
 ) -> float | None:
     """Returns the relative Frobenius error of some rows of a Jacobian, recomputed in float64 (theory 6).
 
@@ -177,14 +187,17 @@ def measure_epsilon(
         computed: Their Jacobian.
         examples: How many examples, spread evenly; 0 measures nothing.
         precision: Of the recomputation's matrix products.
+        memory_budget: Bytes for the recomputed rows; fewer examples are taken where they need more.
 
     Returns:
         ε_J, at least float64's own rounding; `None` if nothing was measured.
     """
+    examples = min(examples, memory_budget // (2 * jacobian_bytes(tun, data) // len(data)))
     if not examples:
         return None
     chosen = np.unique(np.linspace(0, len(data) - 1, min(examples, len(data))).astype(int))
-    reference = jacobian(tun, data.take(chosen), theta, dtype="float64", precision=precision)
+    options: dict[str, Any] = {"dtype": "float64", "precision": precision, "memory_budget": memory_budget}
+    reference = jacobian(tun, data.take(chosen), theta, **options)
     error = scale = 0.0
     for path in set(reference.rows) | set(computed.rows):
         exact = reference.rows[path] if path in reference.rows else np.zeros(())

@@ -18,13 +18,14 @@ from typing import Any
 import jax
 import jax.core
 import jax.extend.core as jex
+import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad
 from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
-from jaxlin.ntk.jacobian import Progress, gram, jacobian, num_outputs
+from jaxlin.ntk.jacobian import MEMORY_BUDGET, Progress, gram, jacobian, jacobian_bytes, num_outputs
 from jaxlin.tunable import Batch, Tunable, leaf_paths
 
 IMPLEMENTATIONS = ("JACOBIAN_CONTRACTION", "NTK_VECTOR_PRODUCTS", "STRUCTURED_DERIVATIVES", "AUTO")
@@ -221,18 +222,21 @@ def _kernel_tile(
 
 
 def _check_entries(
-    tun: Tunable, data1: Dataset, data2: Dataset, theta: PyTree, total: np.ndarray, implementation: str
+    tun: Tunable, data1: Dataset, data2: Dataset, theta: PyTree, total: np.ndarray, implementation: str, budget: int
 ) -> float:
     """Compares the first and last example's entries with float64; returns the relative deviation."""
     ends1, ends2 = (np.unique([0, len(data) - 1]) for data in (data1, data2))
-    exact1 = jacobian(tun, data1.take(ends1), theta, dtype="float64").rows
-    exact2 = exact1 if data2 is data1 else jacobian(tun, data2.take(ends2), theta, dtype="float64").rows
+    options: dict[str, Any] = {"dtype": "float64", "memory_budget": budget}
+    exact1 = jacobian(tun, data1.take(ends1), theta, **options).rows
+    exact2 = exact1 if data2 is data1 else jacobian(tun, data2.take(ends2), theta, **options).rows
     exact = sum(gram(exact1[path], exact2[path]) for path in exact1 if path in exact2)
     deviation = np.abs(total[np.ix_(ends1, ends2)] - exact).max() / max(np.abs(exact).max(), 1e-300)
-    if not deviation <= CHECK_TOLERANCE:
+    dtype = jnp.result_type(*jax.tree.leaves(theta))
+    tolerance = max(CHECK_TOLERANCE, 20 * float(jnp.finfo(dtype).eps))
+    if not deviation <= tolerance:
         raise FloatingPointError(
             f"neural-tangents' {implementation} kernel deviates from float64 by {deviation:.1e} relative in entries "
-            f'checked (at most {CHECK_TOLERANCE:.0e} is expected); a compiler bug is likely: use engine="jacobian"'
+            f'checked (at most {tolerance:.0e} is expected of {dtype}); a compiler bug is likely: use engine="jacobian"'
         )
     return float(deviation)
 
@@ -245,6 +249,7 @@ def neural_tangents_parts(
     blocks: Mapping[str, tuple[str, ...]],
     implementation: str,
     chunk: int = 8,
+    memory_budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
 ) -> dict[str, Float[np.ndarray, "N1 N2 C C"]]:
     """Computes block kernels by neural-tangents, one pass a block.
@@ -260,18 +265,25 @@ def neural_tangents_parts(
         blocks: Block name to leaf paths.
         implementation: One of `IMPLEMENTATIONS`.
         chunk: Examples a tile side.
+        memory_budget: Bytes for the float64 Jacobian of the two examples that are checked.
         progress: Called after each tile, with tiles in the place of examples.
 
     Returns:
         Block name to kernel, float64 `[N1, N2, C, C]`.
 
     Raises:
-        InputError: If the implementation is unknown.
+        InputError: If the implementation is unknown, or the check does not fit the budget.
         FloatingPointError: If the check fails.
     """
     if implementation not in IMPLEMENTATIONS:
         raise InputError(f"implementation={implementation!r} is unknown; expected one of {', '.join(IMPLEMENTATIONS)}")
     other, c = data1 if data2 is None else data2, num_outputs(tun, data1)
+    needed = 4 * jacobian_bytes(tun, data1) // len(data1)
+    if needed > memory_budget:
+        raise InputError(
+            f"checking a kernel against float64 takes {needed / 2**30:.1f} GiB for two examples, more than "
+            f"memory_budget={memory_budget / 2**30:.1f} GiB; raise it, or tune less"
+        )
     chunks1 = list(data1.chunks(min(chunk, len(data1))))
     chunks2 = chunks1 if data2 is None else list(data2.chunks(min(chunk, len(data2))))
     tiles = [(i, j) for i in range(len(chunks1)) for j in range(len(chunks2)) if data2 is not None or j >= i]
@@ -294,5 +306,5 @@ def neural_tangents_parts(
                 progress(b * len(tiles) + t + 1, len(blocks) * len(tiles))
         # Rounding leaves tiles on the diagonal symmetric to 1e-7 only; a symmetric kernel is so exactly.
         parts[name] = part if data2 is not None else (part + part.transpose(1, 0, 3, 2)) / 2
-    _check_entries(tun, data1, other, theta, np.sum(list(parts.values()), axis=0), implementation)
+    _check_entries(tun, data1, other, theta, np.sum(list(parts.values()), axis=0), implementation, memory_budget)
     return parts

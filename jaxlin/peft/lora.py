@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Sequence
 
@@ -18,7 +19,7 @@ from jaxlin.tunable import CLASSIFIER, Tunable
 
 
 def target_modules(
-    model: Model, targets: str | Sequence[str], layers: Collection[int] | None
+    model: Model, targets: str | Sequence[str], layers: int | Collection[int] | None
 ) -> dict[str, tuple[int, int]]:
     """Returns the dense modules that LoRA adapts, path to `(d_in, d_out)`.
 
@@ -38,6 +39,8 @@ def target_modules(
     }
     layer_of = {path: re.search(r"(?:^|/)layer_(\d+)/", path) for path in shapes}
     present = {int(match.group(1)) for match in layer_of.values() if match}
+    if isinstance(layers, int):
+        layers = (layers,)
     if layers is not None:
         wrong = sorted(set(layers) - present)
         if wrong or not layers:
@@ -67,7 +70,7 @@ def lora(
     rank: int = 8,
     alpha: float = 8,
     targets: str | Sequence[str] = ("query", "value"),
-    layers: Collection[int] | None = None,
+    layers: int | Collection[int] | None = None,
     rng: int | Array = 0,
     *,
     train_head: bool = True,
@@ -100,6 +103,8 @@ def lora(
     limit = min(min(shape) for shape in modules.values())
     if not 1 <= rank <= limit:
         raise InputError(f"LoRA rank {rank}: expected 1 to {limit}, the smallest side of the adapted modules")
+    if not math.isfinite(alpha):
+        raise InputError(f"LoRA alpha {alpha}; expected a finite number")
     if not train_head:
         require_live_head(model)
     params = flatten_dict(model.params, sep="/")

@@ -18,23 +18,35 @@ def phi_limit(s: Float[np.ndarray, " m"], noise_floor: float = 0.0) -> Float[np.
     return np.where(live, 1 / np.where(live, s, 1), 0)
 
 
-def phi_gradient_descent(s: Float[np.ndarray, " m"], steps: float, learning_rate: float) -> Float[np.ndarray, " m"]:
+def check_stable(s: Float[np.ndarray, " m"], learning_rate: float, momentum: float = 0.0) -> None:
+    """Checks that descent with heavy-ball momentum converges.
+
+    Raises:
+        InputError: If momentum is not at least 0 and below 1, or η not above 0 and below `2(1 + b)/max(s)`.
+    """
+    if not 0 <= momentum < 1:
+        raise InputError(f"momentum={momentum}; expected at least 0 and below 1")
+    top = float(np.max(s, initial=0))
+    if not learning_rate > 0 or learning_rate * top >= 2 * (1 + momentum):
+        limit = 2 * (1 + momentum) / top if top > 0 else float("inf")
+        raise InputError(
+            f"descent diverges at learning_rate={learning_rate:g}: expected above 0 and below "
+            f"2(1+b)/(μ₁+λ) = {limit:g} (for the summed loss)"
+        )
+
+
+def phi_gradient_descent(s: Float[np.ndarray, " m"], steps: int, learning_rate: float) -> Float[np.ndarray, " m"]:
     """Returns φ after gradient-descent steps, `(1 − (1 − ηs)^t)/s`, and ηt at s = 0.
 
     Raises:
-        InputError: If the step is not below `2/max(s)`, where descent diverges.
+        InputError: If descent diverges.
     """
-    top = float(np.max(s, initial=0))
-    if not 0 < learning_rate * max(top, 0) < 2 and top > 0:
-        raise InputError(
-            f"gradient descent diverges at learning_rate={learning_rate:g}: expected above 0 and below "
-            f"2/(μ₁ + λ) = {2 / top:g} (for the summed loss)"
-        )
+    check_stable(s, learning_rate)
     x = learning_rate * s
     with np.errstate(divide="ignore", invalid="ignore"):
-        # For x < 1 by log1p and expm1: no digits are lost where x is small.
+        # For x < 1/2 by log1p and expm1: no digits are lost where x is small.
         small = -np.expm1(steps * np.log1p(-np.minimum(x, 0.5))) / s
-        large = (1 - np.sign(1 - x) ** steps * np.abs(1 - x) ** steps) / s
+        large = (1 - (1 - x) ** steps) / s
     return np.where(s <= 0, learning_rate * steps, np.where(x < 0.5, small, large))
 
 
@@ -56,16 +68,9 @@ def phi_heavy_ball(
         momentum: b, at least 0 and below 1.
 
     Raises:
-        InputError: If b is out of range, or η is not below `2(1 + b)/max(s)`, where it diverges.
+        InputError: If b is out of range, or descent diverges.
     """
-    top = float(np.max(s, initial=0))
-    if not 0 <= momentum < 1:
-        raise InputError(f"momentum={momentum}; expected at least 0 and below 1")
-    if top > 0 and not 0 < learning_rate * top < 2 * (1 + momentum):
-        raise InputError(
-            f"heavy ball diverges at learning_rate={learning_rate:g}: expected below 2(1+b)/(μ₁+λ) = "
-            f"{2 * (1 + momentum) / top:g} (for the summed loss)"
-        )
+    check_stable(s, learning_rate, momentum)
     # State (a, v, 1) for r₀ = −1, so that φ is a itself: v ← b v + s a − 1, a ← a − η v.
     step = np.zeros((len(s), 3, 3))
     step[:, 1, 0], step[:, 1, 1], step[:, 1, 2] = s, momentum, -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from jaxtyping import Float
 
 from jaxlin.errors import InputError
 from jaxlin.ntk.kernel import Kernel
-from jaxlin.theory.dynamics import phi_flow, phi_gradient_descent, phi_heavy_ball, phi_limit
+from jaxlin.theory.dynamics import check_stable, phi_flow, phi_gradient_descent, phi_heavy_ball, phi_limit
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,10 +50,14 @@ class KernelRegression:
             InputError: If t is negative, the step diverges, or momentum is given without a learning rate.
         """
         s = self.eigenvalues + self.ridge
-        if t is not None and t < 0:
-            raise InputError(f"t={t}; expected at least 0")
+        if t is not None and not 0 <= t < math.inf:
+            raise InputError(f"t={t}; expected at least 0 and finite (None: the limit)")
         if momentum and learning_rate is None:
             raise InputError("momentum needs a learning_rate: the closed form is that of the discrete recursion")
+        if learning_rate is not None and t is not None and t != int(t):
+            raise InputError(f"t={t} counts gradient-descent steps; expected a whole number")
+        if learning_rate is not None:
+            check_stable(s, learning_rate, momentum)
         if t is None:
             phi = phi_limit(s, self.noise_floor)
         elif learning_rate is None:
@@ -60,7 +65,7 @@ class KernelRegression:
         elif momentum:
             phi = phi_heavy_ball(s, int(t), learning_rate, momentum)
         else:
-            phi = phi_gradient_descent(s, t, learning_rate)
+            phi = phi_gradient_descent(s, int(t), learning_rate)
         residual = (self.f0 - self.y).reshape(-1)
         return -(self.eigenvectors @ (phi * (self.eigenvectors.T @ residual))).reshape(self.f0.shape)
 

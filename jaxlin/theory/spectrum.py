@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -78,6 +79,24 @@ class Spectrum:
         return float(np.sum(self.eigenvalues / (self.eigenvalues + lam)))
 
 
+def _triangular_factor(leaves: list[np.ndarray]) -> np.ndarray:
+    """Returns R with `RᵀR = J Jᵀ`, in float64, by QR of some columns of J at a time: J is never copied whole."""
+    m = leaves[0].shape[0] * leaves[0].shape[1]
+    width = max(8 * m, 1 << 12)
+    factor = np.zeros((0, m))
+    pending: list[np.ndarray] = []
+    for rows in leaves:
+        flat = rows.reshape(m, -1)
+        pending += [flat[:, start : start + width] for start in range(0, flat.shape[1], width)]
+        while sum(part.shape[1] for part in pending) >= width or (rows is leaves[-1] and pending):
+            taken = [pending.pop(0)]
+            while pending and sum(part.shape[1] for part in taken) < width:
+                taken.append(pending.pop(0))
+            columns = np.concatenate([factor, *(part.T for part in taken)])  # float64, as factor is
+            factor = np.asarray(np.linalg.qr(columns, mode="r"))
+    return factor
+
+
 def spectrum(kernel: Kernel) -> Spectrum:
     """Computes the eigenvalues of a symmetric kernel.
 
@@ -88,8 +107,8 @@ def spectrum(kernel: Kernel) -> Spectrum:
         kernel: A kernel of examples with themselves.
 
     Returns:
-        The spectrum. Its noise floor takes ε_J as measured; where it was not, 1e-6 for a float32
-        Jacobian and 1e-15 for float64 are assumed.
+        The spectrum. Its noise floor takes ε_J as measured; where it was not, ten times the rounding of
+        the Jacobian's dtype is assumed (1e-6 for float32).
 
     Raises:
         InputError: If the kernel is not symmetric, or holds NaN or infinity.
@@ -101,15 +120,14 @@ def spectrum(kernel: Kernel) -> Spectrum:
         raise InputError("the kernel holds NaN or infinity; check the model's weights and inputs")
     m = len(matrix)
     if kernel.jacobian:
-        stacked = np.concatenate([rows.reshape(m, -1).astype(np.float64) for rows in kernel.jacobian.values()], axis=1)
-        sigma = np.linalg.svd(np.linalg.qr(stacked.T, mode="r"), compute_uv=False)
+        sigma = np.linalg.svd(_triangular_factor(list(kernel.jacobian.values())), compute_uv=False)
         eigenvalues = np.zeros(m)
         eigenvalues[: len(sigma)] = sigma**2  # the rest are exact zeros: fewer parameters than outputs
         gram_eps = 0.0
     else:
         eigenvalues = np.clip(np.linalg.eigvalsh(matrix)[::-1], 0, None)
         gram_eps = float(np.finfo(info.gram_dtype).eps) * m**0.5
-    default = 1e-6 if info.dtype == "float32" else 1e-15
+    default = max(1e-15, 10 * float(jnp.finfo(info.dtype).eps))
     epsilon = info.epsilon_J if info.epsilon_J is not None else default
     top = float(eigenvalues[0])
     return Spectrum(

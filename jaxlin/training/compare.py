@@ -7,13 +7,14 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.linearize import linearize
 from jaxlin.ntk.engine import kernel_from_jacobian
-from jaxlin.ntk.jacobian import Jacobian, jacobian, jacobian_bytes, measure_epsilon
+from jaxlin.ntk.jacobian import MEMORY_BUDGET, Jacobian, jacobian, jacobian_bytes, measure_epsilon
 from jaxlin.ntk.kernel import Kernel
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.theory.spectrum import Spectrum, spectrum
@@ -95,7 +96,7 @@ class _Start:
             report = None if progress is None else (lambda now, _, base=done: progress("Jacobians", base + now, total))
             found[split] = jacobian(tun, part, precision=_PRECISION, memory_budget=budget, progress=report)
             done += len(part)
-        epsilon = measure_epsilon(tun, wanted["train"], None, found["train"], 2, _PRECISION)
+        epsilon = measure_epsilon(tun, wanted["train"], None, found["train"], 2, _PRECISION, budget)
         jac = found["train"]
         if hold and len(chosen) < n:
             jac = Jacobian(jac.outputs[chosen], {path: rows[chosen] for path, rows in jac.rows.items()})
@@ -131,31 +132,74 @@ class _Start:
         return out
 
 
-def _majority(data: Mapping[str, Dataset], num_outputs: int) -> dict[str, np.ndarray]:
-    """The best constant outputs under squared loss: class shares, or the mean score."""
+def _majority(data: Mapping[str, Dataset], num_outputs: int, loss: str) -> dict[str, np.ndarray]:
+    """The best constant outputs: class shares (their logarithms under cross-entropy), or the mean score."""
     mean = np.asarray(targets(data["train"]["labels"], num_outputs), np.float64).mean(axis=0)
+    if loss == "cross_entropy":
+        mean = np.log(np.maximum(mean, np.finfo(float).tiny))
     return {split: np.tile(mean, (len(part), 1)) for split, part in data.items()}
 
 
-def check_lams(lams: Sequence[float] | str) -> None:
+Lams = Sequence[float] | np.ndarray | str
+
+
+def check_lams(lams: Lams, lam_rel: Sequence[float] | np.ndarray | None, pull: str) -> None:
     """Checks a λ grid.
 
     Raises:
-        InputError: If it is empty, or holds a negative, infinite or repeated value, or is a word but `"auto"`.
+        InputError: If it is empty, holds a negative, infinite or repeated value, is a word but `"auto"`, or is
+            given in units of μ₁ where λ has none.
     """
-    if isinstance(lams, str):
+    if lam_rel is not None and pull == "spd":
+        raise InputError("pull='spd' has a λ without unit, a share of the way back; give lams, not lam_rel")
+    if lam_rel is None and isinstance(lams, str):
         if lams != "auto":
             raise InputError(f'lams={lams!r}; expected numbers or "auto"')
-    elif not lams or not all(0 <= lam < float("inf") for lam in lams) or len(set(lams)) < len(lams):
-        raise InputError(f"lams={list(lams)}; expected at least one λ, each at least 0, finite, and given once")
+        return
+    grid = np.atleast_1d(np.asarray(lams if lam_rel is None else lam_rel, float)).tolist()
+    if not grid or not all(0 <= lam < float("inf") for lam in grid) or len(set(grid)) < len(grid):
+        raise InputError(f"lams={grid}; expected at least one λ, each at least 0, finite, and given once")
 
 
-def _grid(lams: Sequence[float] | str, lam_rel: Sequence[float] | None, mu1: float, pull: str) -> list[float]:
-    if isinstance(lams, str):
-        # SPD's strength is a share of the way back, not a curvature: its grid has no unit.
-        scale = 1.0 if pull == "spd" else mu1
-        return [share * scale for share in (AUTO_LAMS if lam_rel is None else lam_rel)]
-    return [float(lam) for lam in lams]
+def _grid(lams: Lams, lam_rel: Sequence[float] | np.ndarray | None, mu1: float, pull: str) -> list[float]:
+    if lam_rel is None and not isinstance(lams, str):
+        return np.atleast_1d(np.asarray(lams, float)).tolist()
+    if not mu1 > 0:
+        raise InputError("the kernel at θ₀ vanishes, so that λ in units of μ₁ means nothing; give lams as numbers")
+    shares = np.atleast_1d(np.asarray(AUTO_LAMS if lam_rel is None else lam_rel, float))
+    return (shares if pull == "spd" else shares * mu1).tolist()
+
+
+def check_comparison(
+    tun: Tunable,
+    data: Mapping[str, Dataset],
+    config: TrainConfig,
+    *,
+    lams: Lams = "auto",
+    lam_rel: Sequence[float] | np.ndarray | None = None,
+    linear_mode: str = "auto",
+    kernel_examples: int = 1024,
+    memory_budget: int = MEMORY_BUDGET,
+) -> None:
+    """Checks all that `compare` is given, without computing anything; arguments as there.
+
+    Raises:
+        InputError: Naming the first that cannot be used.
+    """
+    config.check()
+    check_lams(lams, lam_rel, config.pull)
+    if linear_mode not in ("auto", "cached", "streaming"):
+        raise InputError(f'linear_mode={linear_mode!r} is unknown; expected "auto", "cached" or "streaming"')
+    if kernel_examples < 1:
+        raise InputError(f"kernel_examples={kernel_examples}; expected at least 1")
+    for part in data.values():
+        check_data(tun, part, config.loss)
+    size = sum(jacobian_bytes(tun, part) for part in data.values())
+    if linear_mode == "cached" and size > memory_budget:
+        raise InputError(
+            f"linear_mode='cached' needs {size / 2**30:.1f} GiB for Jacobians, more than the budget of "
+            f"{memory_budget / 2**30:.1f} GiB; use 'streaming' or fewer examples"
+        )
 
 
 def _summary(start: _Start, spec: Spectrum, tun: Tunable, config: TrainConfig, mu1: float, size: int) -> dict[str, Any]:
@@ -190,13 +234,13 @@ def compare(
     eval_data: Dataset | Mapping[str, Any],
     config: TrainConfig | None = None,
     *,
-    lams: Sequence[float] | str = "auto",
-    lam_rel: Sequence[float] | None = None,
+    lams: Lams = "auto",
+    lam_rel: Sequence[float] | np.ndarray | None = None,
     extra_arms: Mapping[str, Tunable] | None = None,
     baselines: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     linear_mode: str = "auto",
     kernel_examples: int = 1024,
-    memory_budget: int = 4 << 30,
+    memory_budget: int = MEMORY_BUDGET,
     log: Callable[[Row], None] | None = None,
     progress: PhaseProgress | None = None,
 ) -> Comparison:
@@ -211,8 +255,10 @@ def compare(
       KL(softmax f ‖ softmax f̄), `agreement` of predicted classes with the linearized arm, `agreement_f0` with
       the start, `loss` (mean over examples), `accuracy`.
 
-    Baselines are rows of the same table: `majority_class`, `start` (f₀), those given, and `kernel_regression`, the
-    closed-form limit of the linearized arm under squared loss (theory 2), for each λ.
+    Baselines are rows of the same table: `majority_class`, `start` (f₀), those given, and for each λ
+    `kernel_regression`, the minimiser of the linearized model's squared loss with the pull (theory 2), which gradient
+    descent on it converges to. It has none under `pull="selective"` and `"spd"`, which minimise no such objective.
+    Under `loss="cross_entropy"` it and a linear probe are still fitted to squared loss: read their metrics.
 
     Args:
         tun: What is fine-tuned.
@@ -238,16 +284,29 @@ def compare(
         TrainingDivergedError: If an arm diverges; the message names arm and λ.
     """
     config = config or TrainConfig()
-    config.check()
-    check_lams(lams if lam_rel is None else lam_rel)
-    if linear_mode not in ("auto", "cached", "streaming"):
-        raise InputError(f'linear_mode={linear_mode!r} is unknown; expected "auto", "cached" or "streaming"')
-    if kernel_examples < 1:
-        raise InputError(f"kernel_examples={kernel_examples}; expected at least 1")
     data = {"train": as_dataset(train_data), "eval": as_dataset(eval_data)}
-    for part in data.values():
-        check_data(tun, part, config.loss)
+    options: dict[str, Any] = {"lams": lams, "lam_rel": lam_rel, "linear_mode": linear_mode}
+    options |= {"kernel_examples": kernel_examples, "memory_budget": memory_budget}
+    check_comparison(tun, data, config, **options)
+    with jax.default_matmul_precision(config.precision):
+        return _compare(tun, data, config, extra_arms or {}, baselines or {}, log, progress, **options)
 
+
+def _compare(
+    tun: Tunable,
+    data: dict[str, Dataset],
+    config: TrainConfig,
+    extra_arms: Mapping[str, Tunable],
+    baselines: Mapping[str, Mapping[str, np.ndarray]],
+    log: Callable[[Row], None] | None,
+    progress: PhaseProgress | None,
+    *,
+    lams: Lams,
+    lam_rel: Sequence[float] | np.ndarray | None,
+    linear_mode: str,
+    kernel_examples: int,
+    memory_budget: int,
+) -> Comparison:
     size = sum(jacobian_bytes(tun, part) for part in data.values())
     cached = linear_mode == "cached" or (linear_mode == "auto" and 2 * size <= memory_budget)
     start = _Start.compute(tun, data, cached, kernel_examples, memory_budget, progress)
@@ -261,21 +320,25 @@ def compare(
         linear = _Arm(on_cache, dict(zip(SPLITS, rows, strict=True)))
     else:
         linear = _Arm(linearize(tun), data)
-    full = {name: _Arm(other, data) for name, other in {FULL: tun, **(extra_arms or {})}.items()}
+    full = {name: _Arm(other, data) for name, other in {FULL: tun, **extra_arms}.items()}
     arms = {**full, LINEARIZED: linear}
 
     table: list[Row] = []
-    for name, fixed in {"majority_class": _majority(data, c), "start": start.f0, **(baselines or {})}.items():
+    for name, fixed in {"majority_class": _majority(data, c, config.loss), "start": start.f0, **baselines}.items():
         table.append({"arm": name, **start.scores(fixed, config.loss)})
     results: dict[tuple[str, float], TrainResult] = {}
     per_run = config.total_steps(n)
     counted = [name for name in arms if not (cached and name == LINEARIZED)]  # the others take no time
     runs_done = 0
 
+    def labels_of(lam: float) -> Row:
+        # SPD's strength is a share of the way back, not a curvature.
+        return {"lam": lam, "lam_over_mu1": None if config.pull == "spd" else relative(lam, mu1)}
+
     def run(name: str, lam: float) -> TrainResult:
         def log_row(row: Row) -> None:
             if log is not None:
-                log({"arm": name, "lam": lam, "lam_over_mu1": relative(lam, mu1), **row})
+                log({"arm": name, **labels_of(lam), **row})
             if progress is not None and name in counted:
                 progress("training", runs_done * per_run + row["step"], len(grid) * len(counted) * per_run)
 
@@ -286,7 +349,7 @@ def compare(
             raise TrainingDivergedError(f"arm {name!r} at λ = {lam:g}: {error}") from error
 
     for lam in grid:
-        labels: Row = {"lam": lam, "lam_over_mu1": relative(lam, mu1)}
+        labels = labels_of(lam)
         outputs: dict[str, dict[str, np.ndarray]] = {}
         for name, arm in arms.items():
             results[name, lam] = run(name, lam)
@@ -301,7 +364,7 @@ def compare(
                 row.update({f"parameter_gap{key}": value for key, value in gap.items()})
                 row.update(start.gaps(outputs[name], outputs[LINEARIZED]))
             table.append({**row, **start.scores(outputs[name], config.loss)})
-        if config.pull != "spd":  # it has no objective that λ belongs to
+        if config.pull not in ("selective", "spd"):
             table.append({"arm": REGRESSION, **labels, **start.scores(start.regression_outputs(lam), config.loss)})
 
     columns = list(dict.fromkeys(key for row in sorted(table, key=len, reverse=True) for key in row))

@@ -48,6 +48,10 @@ def check_labels(labels: np.ndarray, num_outputs: int, loss: str) -> None:
     """
     if loss not in LOSSES:
         raise InputError(f"loss={loss!r} is unknown; expected one of {', '.join(LOSSES)}")
+    if labels.ndim != 1 or labels.dtype.kind not in "iuf":
+        raise InputError(
+            f"labels have shape {labels.shape} and dtype {labels.dtype}; expected [N], integer classes or scores"
+        )
     if labels.dtype.kind == "f":
         if num_outputs != 1 or loss != "squared":
             raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -94,8 +95,8 @@ def proximal(
     References:
         Tian et al. 2024, "Rethinking Weight Decay for Robust Fine-Tuning" (Selective Projection Decay).
     """
-    if isinstance(lam, float | int) and not lam >= 0:
-        raise InputError(f"lam={lam}; expected at least 0")
+    if not 0 <= lam < math.inf:
+        raise InputError(f"lam={lam}; expected at least 0, and finite")
     if mode not in MODES:
         raise InputError(f"pull mode {mode!r} is unknown; expected one of {', '.join(MODES)}")
     if mode in ("decoupled", "prox") and learning_rate is None:
@@ -103,7 +104,12 @@ def proximal(
 
     def init(params: PyTree) -> ProximalState:
         theta0 = jax.tree.map(jnp.array, params)  # a copy: params may be donated to a step
-        return ProximalState(theta0, jnp.asarray(lam, jnp.float32), jnp.zeros((), jnp.int32), inner.init(params))
+        return ProximalState(
+            theta0,
+            jnp.asarray(lam, jnp.result_type(*jax.tree.leaves(params))),
+            jnp.zeros((), jnp.int32),
+            inner.init(params),
+        )
 
     def update(grads: PyTree, state: ProximalState, params: PyTree | None = None) -> tuple[PyTree, ProximalState]:
         if params is None:

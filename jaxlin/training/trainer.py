@@ -32,6 +32,7 @@ OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "lion": functools.partial(optax.lion, weight_decay=0.0),
 }
 SCHEDULES = ("constant", "linear", "cosine")
+PRECISIONS = ("highest", "high", "default")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +52,11 @@ class TrainConfig:
         lam: λ of the pull for the *summed* loss (theory 0), whatever the batch size.
         pull: Mode of `jaxlin.optim.proximal`.
         seed: Of the data order.
-        group_by_length: Put examples of like length into a batch, so that little is padding; the order of the
-            batches is random. Full-batch descent takes no notice of it.
+        group_by_length: Put examples of like length into a batch, so that little is padding; the batches come in
+            random order, a partial one last. Full-batch descent takes no notice of it.
         eval_steps: Evaluate every so many steps; `None`: at the end only.
+        precision: Of matrix products on the device. `"highest"` is true float32, which the gap between two nearly
+            equal models needs; `"default"` is the device's own (TF32 or bfloat16), faster there.
     """
 
     loss: str = "squared"
@@ -69,6 +72,7 @@ class TrainConfig:
     seed: int = 0
     group_by_length: bool = False
     eval_steps: int | None = None
+    precision: str = "highest"
 
     def check(self) -> None:
         """Checks the values.
@@ -79,7 +83,11 @@ class TrainConfig:
         if isinstance(self.optimizer, str) and self.optimizer not in OPTIMIZERS:
             hint = ": adam with pull='decoupled' is AdamW towards theta0" if self.optimizer == "adamw" else ""
             raise InputError(f"optimizer {self.optimizer!r} is unknown; expected one of {', '.join(OPTIMIZERS)}{hint}")
-        choices = {"loss": LOSSES, "lr_scheduler_type": SCHEDULES, "pull": MODES}
+        if not isinstance(self.optimizer, str | optax.GradientTransformation):
+            raise InputError(
+                f"optimizer={self.optimizer!r}; expected a name or an optax optimizer, such as optax.sgd(0.1)"
+            )
+        choices = {"precision": PRECISIONS, "loss": LOSSES, "lr_scheduler_type": SCHEDULES, "pull": MODES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}={getattr(self, name)!r} is unknown; expected one of {', '.join(allowed)}")
@@ -90,6 +98,10 @@ class TrainConfig:
         for name, value in positive.items():
             if not 0 < value < math.inf:
                 raise InputError(f"{name}={value}; expected above 0")
+        integers = {"batch_size": self.batch_size, "max_steps": self.max_steps, "eval_steps": self.eval_steps}
+        for name, count in {**integers, "seed": self.seed}.items():
+            if count is not None and (not isinstance(count, int | np.integer) or count < 0):
+                raise InputError(f"{name}={count}; expected a whole number, not negative")
         if not 0 <= self.warmup_ratio < 1:
             raise InputError(f"warmup_ratio={self.warmup_ratio}; expected at least 0 and below 1")
         if not 0 <= self.lam < math.inf:
@@ -170,6 +182,7 @@ def _outputs(apply: Any, theta: PyTree, batch: Batch) -> Array:
 def predict(tun: Tunable, theta: PyTree, data: Dataset | Batch, chunk: int = 32) -> Float[np.ndarray, "N C"]:
     """Returns `tun.apply(theta, ·)` of every example, float64 `[N, C]` on the host."""
     data = as_dataset(data)
+    tun.check_batch(data.columns)
     parts = [
         (indices, np.asarray(_outputs(tun.apply, theta, batch), np.float64)[: len(indices)])
         for indices, batch in data.chunks(min(chunk, len(data)))
@@ -190,9 +203,11 @@ def epoch_order(data: Dataset, config: TrainConfig, epoch: int) -> np.ndarray:
     if not config.group_by_length or data.lengths is None:
         return order
     order = order[np.argsort(data.lengths[order], kind="stable")]
-    whole = order[: n - n % size].reshape(-1, size)
-    # A last partial batch, of the longest examples, stays last.
-    return np.concatenate([whole[rng.permutation(len(whole))].reshape(-1), order[n - n % size :]])
+    # A last partial batch is a random stretch of lengths: were it always the longest, they would weigh more.
+    start = rng.integers(n // size + 1) * size
+    rest, partial = np.delete(order, np.s_[start : start + n % size]), order[start : start + n % size]
+    whole = rest.reshape(-1, size)
+    return np.concatenate([whole[rng.permutation(len(whole))].reshape(-1), partial])
 
 
 def batches(data: Dataset, config: TrainConfig) -> Iterator[np.ndarray]:
@@ -261,7 +276,8 @@ def train(
     state = tx.init(theta)._replace(lam=jnp.asarray(lam, jnp.result_type(*jax.tree.leaves(theta))))
     history: list[Row] = []
     for i, indices in enumerate(batches(data, config), start=1):
-        theta, state, metrics = step(tun.apply, theta, state, data.batch(indices, min(config.batch_size, n)))
+        with jax.default_matmul_precision(config.precision):
+            theta, state, metrics = step(tun.apply, theta, state, data.batch(indices, min(config.batch_size, n)))
         row: Row = {
             "step": i,
             "epoch": i / config.steps_per_epoch(n),
