@@ -107,6 +107,16 @@ def test_head_starts():
     assert not jnp.allclose(first, second)
 
 
+def test_new_draws_are_the_same_with_x64_on_and_off():
+    draws = []
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            theta = jax.tree.leaves(jl.lora(cases.tiny_model(2, head="mean")).theta0)
+            assert all(leaf.dtype == jnp.float32 for leaf in theta)
+            draws.append(theta)
+    jax.tree.map(np.testing.assert_array_equal, *draws)
+
+
 def test_probe_head_is_ridge_regression(batch):
     model = cases.tiny_model(head="mean")
     y = np.eye(3)[batch["labels"]]

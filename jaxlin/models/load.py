@@ -181,6 +181,8 @@ def load_model(
     params, missing = load_params(folder, family, config.num_layers, expected)
     head_is_new = bool(missing) or head != own_head
     if head_is_new:
-        params[CLASSIFIER] = new_head(head_init, rng, config.hidden_size, num_labels, config.initializer_range)
+        head_params = new_head(head_init, rng, config.hidden_size, num_labels, config.initializer_range)
+        body = jax.tree.leaves(params)[0].dtype
+        params[CLASSIFIER] = {name: leaf.astype(body) for name, leaf in head_params.items()}
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
     return Model(params, module, ModelSource(name_or_path, str(folder), head_is_new))

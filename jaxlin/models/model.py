@@ -153,7 +153,7 @@ HEAD_STARTS = ("random", "zero")
 
 
 def new_head(kind: str, rng: int | Array, width: int, num_labels: int, scale: float) -> dict[str, Array]:
-    """Returns a fresh linear head, `kernel [D, C]` and `bias [C]`.
+    """Returns a fresh linear head, `kernel [D, C]` and `bias [C]`, float32 (the same draw with x64 on and off).
 
     Args:
         kind: One of `HEAD_STARTS`: normal with standard deviation `scale`, or zero.
@@ -164,8 +164,9 @@ def new_head(kind: str, rng: int | Array, width: int, num_labels: int, scale: fl
 
     """
     shape = (width, num_labels)
-    kernel = jax.random.normal(named_key(rng, f"head:{CLASSIFIER}/kernel"), shape) * scale
-    return {"kernel": kernel if kind == "random" else jnp.zeros(shape), "bias": jnp.zeros(num_labels)}
+    kernel = jax.random.normal(named_key(rng, f"head:{CLASSIFIER}/kernel"), shape, jnp.float32) * scale
+    zeros = jnp.zeros(shape, jnp.float32)
+    return {"kernel": kernel if kind == "random" else zeros, "bias": jnp.zeros(num_labels, jnp.float32)}
 
 
 def with_head(model: Model, head: Mapping[str, Array | np.ndarray]) -> Model:

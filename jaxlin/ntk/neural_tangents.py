@@ -30,7 +30,7 @@ from jaxlin.tunable import Batch, Tunable, leaf_paths
 
 IMPLEMENTATIONS = ("JACOBIAN_CONTRACTION", "NTK_VECTOR_PRODUCTS", "STRUCTURED_DERIVATIVES", "AUTO")
 CHECK_TOLERANCE = 1e-4
-"""Largest relative deviation from float64 at which a float32 kernel is returned."""
+"""Largest relative deviation from float64 at which a float32 (or float64) kernel is returned."""
 
 _NESTED = ("remat2", "checkpoint", "remat", "pjit", "jit", "closed_call")
 
@@ -232,7 +232,8 @@ def _check_entries(
     exact = sum(gram(exact1[path], exact2[path]) for path in exact1 if path in exact2)
     deviation = np.abs(total[np.ix_(ends1, ends2)] - exact).max() / max(np.abs(exact).max(), 1e-300)
     dtype = jnp.result_type(*jax.tree.leaves(theta))
-    tolerance = max(CHECK_TOLERANCE, 20 * float(jnp.finfo(dtype).eps))
+    eps = float(jnp.finfo(dtype).eps)
+    tolerance = CHECK_TOLERANCE if eps <= jnp.finfo(jnp.float32).eps else 20 * eps
     if not deviation <= tolerance:
         raise FloatingPointError(
             f"neural-tangents' {implementation} kernel deviates from float64 by {deviation:.1e} relative in entries "

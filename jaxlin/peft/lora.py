@@ -111,7 +111,9 @@ def lora(
     factors_a, factors_b = {}, {}
     for path, (d_in, d_out) in modules.items():
         dtype, bound = params[f"{path}/kernel"].dtype, d_in**-0.5
-        draw = jax.random.uniform(named_key(rng, f"lora:{path}"), (d_in, rank), minval=-bound, maxval=bound)
+        key = named_key(rng, f"lora:{path}")
+        # Drawn in float32: the same A with x64 on and off.
+        draw = jax.random.uniform(key, (d_in, rank), jnp.float32, -bound, bound)
         factors_a[f"{path}/lora_A"] = draw.astype(dtype)
         factors_b[f"{path}/lora_B"] = jnp.zeros((rank, d_out), dtype)
     head, frozen = split_params(model.params, lambda path: train_head and path.startswith(f"{CLASSIFIER}/"))
