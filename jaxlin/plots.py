@@ -196,7 +196,6 @@ def spectrum(spec: Spectrum, title: str) -> Figure:
         axis.axhline(spec.resolution, color=COLOURS["linearized"], lw=0.9, ls="--", label="resolved to 10 %")
         axis.axhline(spec.noise_floor, color=COLOURS["start"], lw=0.9, ls="-.", label="noise floor")
         axis.set(title=title, xlabel="index", ylabel="eigenvalue")
-        axis.set_ylim(bottom=min(spec.noise_floor, spec.eigenvalues[positive].min(initial=np.inf)) / 5)
         if spec.noise_floor > 0:
             axis.set_ylim(bottom=spec.noise_floor / 10)
         axis.legend()

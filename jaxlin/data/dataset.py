@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class Dataset:
         sizes = {name: value.shape[0] if value.ndim else None for name, value in arrays.items()}
         if not arrays or len(set(sizes.values())) != 1 or None in sizes.values():
             raise InputError(f"columns must be arrays with one leading axis, the example; their lengths are {sizes}")
-        words = [name for name, value in arrays.items() if value.dtype.kind not in "biuf" and value.dtype.kind != "V"]
+        words = [name for name, value in arrays.items() if value.dtype.kind not in "biufV"]
         if words:
             raise InputError(
                 f"column {words[0]!r} holds {arrays[words[0]].dtype}; expected numbers (tokenize text first)"
@@ -107,6 +107,17 @@ class Dataset:
             for start in range(0, len(group), size):
                 indices = group[start : start + size]
                 yield indices, self.batch(indices, size)
+
+    def map(self, function: Callable[[dict[str, np.ndarray]], Any], chunk: int = 32) -> np.ndarray:
+        """Returns `function(batch)` of every example in order, float64 `[N, K]`; it maps a batch to `[size, K]`."""
+        out: np.ndarray | None = None
+        for indices, batch in self.chunks(min(chunk, len(self))):
+            values = np.asarray(function(batch), np.float64)[: len(indices)]
+            if out is None:
+                out = np.zeros((len(self), values.shape[1]))
+            out[indices] = values
+        assert out is not None  # a Dataset is never empty
+        return out
 
     def sha256(self) -> str:
         """Hash of the content of all columns."""

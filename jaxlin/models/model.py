@@ -161,7 +161,6 @@ def new_head(kind: str, rng: int | Array, width: int, num_labels: int, scale: fl
         width: D.
         num_labels: C.
         scale: Standard deviation of the random kernel.
-
     """
     shape = (width, num_labels)
     kernel = jax.random.normal(named_key(rng, f"head:{CLASSIFIER}/kernel"), shape, jnp.float32) * scale

@@ -25,14 +25,7 @@ def frozen_features(model: Model, data: Dataset | Mapping[str, Any], chunk: int 
     """Returns what the head reads for every example, float64 `[N, D]`."""
     data = as_dataset(data)
     model.check_batch(data.columns)
-    out: np.ndarray | None = None
-    for indices, batch in data.chunks(min(chunk, len(data))):
-        values = np.asarray(_features(model, batch), np.float64)[: len(indices)]
-        if out is None:
-            out = np.zeros((len(data), values.shape[1]))
-        out[indices] = values
-    assert out is not None  # a Dataset is never empty
-    return out
+    return data.map(lambda part: _features(model, part), chunk)
 
 
 def probe_head(

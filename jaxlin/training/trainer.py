@@ -183,14 +183,7 @@ def predict(tun: Tunable, theta: PyTree, data: Dataset | Batch, chunk: int = 32)
     """Returns `tun.apply(theta, ·)` of every example, float64 `[N, C]` on the host."""
     data = as_dataset(data)
     tun.check_batch(data.columns)
-    parts = [
-        (indices, np.asarray(_outputs(tun.apply, theta, batch), np.float64)[: len(indices)])
-        for indices, batch in data.chunks(min(chunk, len(data)))
-    ]
-    out = np.zeros((len(data), parts[0][1].shape[1]))
-    for indices, values in parts:
-        out[indices] = values
-    return out
+    return data.map(lambda batch: _outputs(tun.apply, theta, batch), chunk)
 
 
 def epoch_order(data: Dataset, config: TrainConfig, epoch: int) -> np.ndarray:
