@@ -4,14 +4,14 @@ from jaxlin import optim
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.linearize import linearize
-from jaxlin.models.load import load_model
+from jaxlin.models.load import load_masked_lm, load_model
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
 from jaxlin.ntk.engine import ntk
 from jaxlin.ntk.kernel import Kernel
 from jaxlin.peft.function import merge
 from jaxlin.peft.lora import lora
-from jaxlin.peft.select import bias_only, full, head_only, select
+from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, select
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.compare import Comparison, compare
@@ -35,7 +35,9 @@ __all__ = [
     "full",
     "head_only",
     "kernel_regression",
+    "layer_norm_only",
     "linearize",
+    "load_masked_lm",
     "load_model",
     "lora",
     "merge",

@@ -22,6 +22,14 @@ LORA_NAMES = ("lora_A", "lora_B")
 CLASSIFIER = "classifier"
 """Name of the top-level module that maps pooled features to logits."""
 
+CLASSIFIER_DENSE = "classifier_dense"
+"""Name of the dense map that is part of the classification head in front of it, where a model has one."""
+
+
+def in_head(path: str) -> bool:
+    """Returns whether a parameter belongs to the classification head."""
+    return path.partition("/")[0] in (CLASSIFIER, CLASSIFIER_DENSE)
+
 
 def leaf_paths(tree: PyTree) -> tuple[str, ...]:
     """Returns the `/`-joined path of every leaf, in the order of `jax.tree.leaves`."""
@@ -34,7 +42,7 @@ def parameter_role(path: str) -> str:
     name = path.rpartition("/")[2]
     if name in LORA_NAMES:
         return name.removeprefix("lora_")
-    return "head" if path.startswith(f"{CLASSIFIER}/") else "other"
+    return "head" if in_head(path) else "other"
 
 
 def group_paths(paths: tuple[str, ...], by: str) -> dict[str, tuple[str, ...]]:

@@ -1,18 +1,45 @@
 """The zoo of small models, data and PEFT choices that the tests share, and the dense float64 reference."""
 
+import json
+import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
 import jaxlin as jl
 from jaxlin.data.dataset import as_dataset
 from jaxlin.ntk.jacobian import to_float64
 from jaxlin.tunable import leaf_paths
+from tests.golden.weights import weights
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY_BERT = GOLDEN / "tiny_bert"
+ENCODERS = {
+    f"{case['config']['model_type']}: {case['name']}": case
+    for case in json.loads((GOLDEN / "encoders.json").read_text())
+}
+"""Golden encoders of every family: configuration, tensor shapes, inputs, PyTorch's logits."""
+FAMILIES = ("bert", "roberta", "distilbert", "electra")
+
+
+def write_checkpoint(folder, case, num_labels=None):
+    """Writes a golden encoder as transformers would; `num_labels` gives its head another number of outputs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    last = ("classifier.weight", "classifier.bias", "classifier.out_proj.weight", "classifier.out_proj.bias")
+    shapes = {k: [num_labels or v[0], *v[1:]] if k in last else v for k, v in case["shapes"].items()}
+    (folder / "config.json").write_text(json.dumps(case["config"]))
+    save_file(weights(shapes), folder / "model.safetensors")
+    return folder
+
+
+def encoder(family, num_labels=3, **options):
+    """A golden encoder: 2 layers, width 16, with its family's classification head."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_checkpoint(Path(folder), ENCODERS[f"{family}: uneven, C = 2"], num_labels)
+        return jl.load_model(path, num_labels, **options)
 
 
 def tiny_model(num_labels=3, **options):

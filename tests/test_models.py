@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxlin as jl
 from jaxlin.models.encoder import gelu_tanh
-from jaxlin.models.load import embedded_folder
+from jaxlin.models.resolve import embedded_folder
 from tests import cases
 
 
@@ -36,6 +36,77 @@ def test_pooled_features_equal_pytorch(golden, head):
     model = cases.tiny_model(head=head)
     assert model.source.head_is_new
     np.testing.assert_allclose(model.features(model.params, inputs(golden)), golden[head], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", cases.ENCODERS)
+def test_every_family_equals_pytorch(tmp_path, name):
+    case = cases.ENCODERS[name]
+    folder = cases.write_checkpoint(tmp_path / "model", case)
+    batch = {key: np.array(value) for key, value in case["inputs"].items()}
+    expected = np.array(case["logits"])
+    if "masked LM" in name:
+        model = jl.load_masked_lm(folder)
+        at = np.array([2, 0])
+        some = model.apply(model.params, {**batch, "positions": at})
+        np.testing.assert_allclose(some, expected[np.arange(2), at], atol=1e-5, rtol=0)
+        with pytest.raises(jl.InputError, match="positions holds 6, outside the tokens"):
+            model.apply(model.params, {**batch, "positions": np.array([2, 6])})
+    else:
+        model = jl.load_model(folder, expected.shape[1])
+        assert not model.source.head_is_new
+    np.testing.assert_allclose(model.apply(model.params, batch), expected, atol=1e-5, rtol=0)
+
+
+def sharded(folder, count=3):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {name: f"model-{i % count + 1:05d}-of-{count:05d}.safetensors" for i, name in enumerate(names)}
+    for shard in set(weight_map.values()):
+        save_file({name: tensors[name] for name in names if weight_map[name] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def test_shards_are_one_checkpoint(tmp_path):
+    case = cases.ENCODERS["electra: uneven, C = 2"]
+    whole = jl.load_model(cases.write_checkpoint(tmp_path / "whole", case), 2)
+    folder = cases.write_checkpoint(tmp_path / "shards", case)
+    sharded(folder)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, whole.params, jl.load_model(folder, 2).params))
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(jl.InputError, match="absent from the folder: model-00002"):
+        jl.load_model(folder, 2)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(jl.InputError, match="is not an index"):
+        jl.load_model(folder, 2)
+
+
+def test_a_pretrained_body_without_a_head(tmp_path):
+    """RoBERTa before fine-tuning has no head: auto reads the mean; the family's own head starts anew, dense and all."""
+    folder = cases.write_checkpoint(tmp_path, cases.ENCODERS["roberta: masked LM"])
+    model = jl.load_model(folder, 3)
+    assert (model.module.head, model.source.head_is_new) == ("mean", True)
+    assert "classifier_dense" not in model.params
+    own = jl.load_model(folder, 3, head="pooler", head_init="zero")
+    assert own.params["classifier_dense"]["kernel"].any()
+    assert not own.params["classifier"]["kernel"].any()
+    tuned = jl.lora(own, rank=2)
+    assert {"classifier", "classifier_dense"} <= set(tuned.blocks)
+    assert {"classifier", "classifier_dense"} == set(jl.head_only(own).theta0)
+    with pytest.raises(jl.InputError, match=r"lacks .* lm_head\.dense"):
+        jl.load_masked_lm(cases.write_checkpoint(tmp_path / "classifier", cases.ENCODERS["roberta: uneven, C = 2"]))
+
+
+def test_roberta_has_fewer_positions_and_no_second_token_type():
+    model = cases.encoder("roberta")
+    ids = np.full((1, 21), 7)
+    with pytest.raises(jl.InputError, match="21 tokens long; the model has 20 positions"):
+        model.apply(model.params, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    short = {"input_ids": ids[:, :4], "attention_mask": np.ones((1, 4), int)}
+    for name in ("roberta", "distilbert"):
+        model = cases.encoder(name)
+        with pytest.raises(jl.InputError, match=r"token_type_ids holds 1, outside .* \(0 to 0\)"):
+            model.apply(model.params, {**short, "token_type_ids": np.ones((1, 4), int)})
 
 
 def test_minilm_equals_pytorch():

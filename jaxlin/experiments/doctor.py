@@ -13,7 +13,7 @@ import jax
 
 from jaxlin.data.stdlib import load_stdlib_task
 from jaxlin.experiments.run_folder import versions
-from jaxlin.models.load import EMBEDDED_MODEL, resolve_model
+from jaxlin.models.resolve import EMBEDDED_MODEL, resolve_model
 from jaxlin.ntk.neural_tangents import load
 
 

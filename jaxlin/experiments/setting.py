@@ -15,9 +15,10 @@ from jaxlin.data.files import load_folder_task, load_tsv_task
 from jaxlin.data.stdlib import load_stdlib_task
 from jaxlin.data.task import Task, subsample, tokenize
 from jaxlin.errors import InputError
-from jaxlin.models.load import EMBEDDED_MODEL, load_model
+from jaxlin.models.load import load_model
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
+from jaxlin.models.resolve import EMBEDDED_MODEL
 from jaxlin.peft.lora import lora
 from jaxlin.peft.select import full, head_only
 from jaxlin.training.compare import check_lams
@@ -282,7 +283,7 @@ def prepare(
         head_init=head_init,
         rng=seed,
     )
-    max_length = min(arguments.max_seq_length, model.module.config.max_positions)
+    max_length = min(arguments.max_seq_length, model.module.config.max_length)
     data, truncated = {}, {}
     for name, split in splits.items():
         data[name], truncated[name] = tokenize(split, model.tokenizer, max_length)

@@ -1,4 +1,4 @@
-"""A BERT-type text encoder with a classification head, in Flax Linen."""
+"""BERT-type text encoders with a classification or a masked-LM head, in Flax Linen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlin.tunable import CLASSIFIER, Batch
+from jaxlin.tunable import CLASSIFIER, CLASSIFIER_DENSE, Batch
 
 HEADS = ("mean", "cls", "pooler")
 
@@ -37,7 +37,27 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Shape of an encoder. Compared by value, so that equal models share a compilation."""
+    """Shape of an encoder. Compared by value, so that equal models share a compilation.
+
+    Attributes:
+        vocab_size: Rows of the word embedding.
+        hidden_size: Width D of the layers.
+        num_layers: Number of layers.
+        num_heads: Attention heads a layer.
+        intermediate_size: Width of the MLP.
+        max_positions: Rows of the position embedding.
+        type_vocab_size: Rows of the token-type embedding; 0 for none (DistilBERT).
+        activation: Of the MLP; a name of `ACTIVATIONS`.
+        layer_norm_eps: ε of every LayerNorm.
+        initializer_range: Standard deviation of what is drawn anew.
+        embedding_size: Width of the embeddings where it is not D (ELECTRA).
+        padding_id: Where positions count from `padding_id + 1` over the tokens that are not padding (RoBERTa):
+            the id of the padding token; `None` where they count from 0.
+        head_activation: Of the dense map between the first token's state and the logits.
+        dense_in_head: Whether that map belongs to the classification head and is trained with it (RoBERTa,
+            DistilBERT, ELECTRA), and not to the pretrained body (BERT's pooler).
+        lm_activation: Of the masked-LM head.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -49,6 +69,16 @@ class EncoderConfig:
     activation: str = "gelu"
     layer_norm_eps: float = 1e-12
     initializer_range: float = 0.02
+    embedding_size: int | None = None
+    padding_id: int | None = None
+    head_activation: str = "tanh"
+    dense_in_head: bool = False
+    lm_activation: str = "gelu"
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that an input can have."""
+        return self.max_positions - (0 if self.padding_id is None else self.padding_id + 1)
 
 
 def _layer_norm(config: EncoderConfig, name: str) -> nn.LayerNorm:
@@ -65,14 +95,21 @@ class Embeddings(nn.Module):
     def __call__(self, batch: Batch) -> Float[Array, "B T D"]:
         """Returns the input of the first layer."""
         config, ids = self.config, jnp.asarray(batch["input_ids"])
+        width = config.embedding_size or config.hidden_size
 
         def embed(name: str, size: int, index: Array) -> Array:
-            return nn.Embed(size, config.hidden_size, name=name)(index)
+            return nn.Embed(size, width, name=name)(index)
 
-        x = embed("word", config.vocab_size, ids)
-        x += embed("position", config.max_positions, jnp.arange(ids.shape[1])[None])
-        x += embed("token_type", config.type_vocab_size, jnp.asarray(batch.get("token_type_ids", jnp.zeros_like(ids))))
-        return _layer_norm(config, "norm")(x)
+        positions = jnp.arange(ids.shape[1])[None]
+        if config.padding_id is not None:
+            live = (ids != config.padding_id).astype(ids.dtype)
+            positions = jnp.cumsum(live, axis=1) * live + config.padding_id
+        x = embed("word", config.vocab_size, ids) + embed("position", config.max_positions, positions)
+        if config.type_vocab_size:
+            types = jnp.asarray(batch.get("token_type_ids", jnp.zeros_like(ids)))
+            x += embed("token_type", config.type_vocab_size, types)
+        x = _layer_norm(config, "norm")(x)
+        return x if width == config.hidden_size else nn.Dense(config.hidden_size, name="project")(x)
 
 
 class Attention(nn.Module):
@@ -144,7 +181,7 @@ class SequenceClassifier(nn.Module):
         config: Shape of the encoder.
         num_labels: Number of outputs C.
         head: What the linear head reads: `"mean"` of the token states, the state of the first token
-            (`"cls"`), or BERT's `"pooler"` (first token, dense, tanh).
+            (`"cls"`), or that state after a dense map and an activation (`"pooler"`).
     """
 
     config: EncoderConfig
@@ -163,7 +200,41 @@ class SequenceClassifier(nn.Module):
         else:
             features = x[:, 0]
             if self.head == "pooler":
-                features = jnp.tanh(nn.Dense(self.config.hidden_size, name="pooler")(features))
+                name = CLASSIFIER_DENSE if self.config.dense_in_head else "pooler"
+                features = nn.Dense(self.config.hidden_size, name=name)(features)
+                features = ACTIVATIONS[self.config.head_activation](features)
         if output_features:
             return features
         return nn.Dense(self.num_labels, name=CLASSIFIER)(features)
+
+
+class LmHead(nn.Module):
+    """Dense map, activation, norm, and the logits of every token by the (tied) word embedding."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"], words: Float[Array, "V E"]) -> Float[Array, "*B V"]:
+        """Returns the vocabulary's logits."""
+        x = nn.Dense(words.shape[1], name="dense")(x)
+        x = _layer_norm(self.config, "norm")(ACTIVATIONS[self.config.lm_activation](x))
+        return x @ words.T + self.param("bias", nn.initializers.zeros, (self.config.vocab_size,))
+
+
+class MaskedLm(nn.Module):
+    """Encoder with its masked-language-model head.
+
+    Attributes:
+        config: Shape of the encoder.
+    """
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, batch: Batch) -> Float[Array, "*B V"]:
+        """Returns the vocabulary's logits at every token `[B, T, V]`, or `[B, V]` at `batch["positions"]` alone."""
+        embeddings = Embeddings(self.config, name="embeddings")
+        x = Encoder(self.config, name="encoder")(embeddings(batch), jnp.asarray(batch["attention_mask"]))
+        if "positions" in batch:
+            x = jnp.take_along_axis(x, jnp.asarray(batch["positions"])[:, None, None], axis=1)[:, 0]
+        return LmHead(self.config, name="lm_head")(x, embeddings.variables["params"]["word"]["embedding"])

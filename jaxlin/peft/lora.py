@@ -15,7 +15,7 @@ from jaxlin.errors import InputError
 from jaxlin.models.model import Model, named_key
 from jaxlin.peft.function import PeftFunction, split_params
 from jaxlin.peft.select import near_matches, require_live_head
-from jaxlin.tunable import CLASSIFIER, Tunable
+from jaxlin.tunable import Tunable, in_head
 
 
 def target_modules(
@@ -35,7 +35,7 @@ def target_modules(
     shapes = {
         path.removesuffix("/kernel"): leaf.shape
         for path, leaf in flatten_dict(model.params, sep="/").items()
-        if path.endswith("/kernel") and leaf.ndim == 2 and not path.startswith(f"{CLASSIFIER}/")
+        if path.endswith("/kernel") and leaf.ndim == 2 and not in_head(path)
     }
     layer_of = {path: re.search(r"(?:^|/)layer_(\d+)/", path) for path in shapes}
     present = {int(match.group(1)) for match in layer_of.values() if match}
@@ -116,7 +116,7 @@ def lora(
         draw = jax.random.uniform(key, (d_in, rank), jnp.float32, -bound, bound)
         factors_a[f"{path}/lora_A"] = draw.astype(dtype)
         factors_b[f"{path}/lora_B"] = jnp.zeros((rank, d_out), dtype)
-    head, frozen = split_params(model.params, lambda path: train_head and path.startswith(f"{CLASSIFIER}/"))
+    head, frozen = split_params(model.params, lambda path: train_head and in_head(path))
     theta = {**factors_b, **flatten_dict(head, sep="/")}
     rest = flatten_dict(frozen, sep="/")
     (rest if freeze_A else theta).update(factors_a)

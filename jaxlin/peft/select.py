@@ -11,7 +11,9 @@ from flax.traverse_util import flatten_dict
 from jaxlin.errors import InputError
 from jaxlin.models.model import Model
 from jaxlin.peft.function import PeftFunction, split_params
-from jaxlin.tunable import CLASSIFIER, Tunable
+from jaxlin.tunable import CLASSIFIER, CLASSIFIER_DENSE, Tunable
+
+_HEAD = rf"^({CLASSIFIER}|{CLASSIFIER_DENSE})/"
 
 
 def near_matches(pattern: str, names: list[str]) -> str:
@@ -69,10 +71,19 @@ def full(model: Model) -> Tunable:
 
 
 def head_only(model: Model) -> Tunable:
-    """Tunes the classification head: a linear model, which is its own linearization."""
-    return select(model, f"^{CLASSIFIER}/")
+    """Tunes the classification head; where that is one dense map, a linear model, its own linearization."""
+    return select(model, _HEAD)
 
 
 def bias_only(model: Model, train_head: bool = True) -> Tunable:
     """Tunes the biases of all modules (BitFit), and the whole head unless `train_head` is false."""
-    return select(model, rf"/bias$|^{CLASSIFIER}/" if train_head else rf"^(?!{CLASSIFIER}/).*/bias$")
+    return _body_part(model, r"/bias$", train_head)
+
+
+def layer_norm_only(model: Model, train_head: bool = True) -> Tunable:
+    """Tunes scale and bias of every LayerNorm, and the whole head unless `train_head` is false."""
+    return _body_part(model, r"(?i:norm)[^/]*/(scale|bias)$", train_head)
+
+
+def _body_part(model: Model, pattern: str, train_head: bool) -> Tunable:
+    return select(model, rf"{pattern}|{_HEAD}" if train_head else rf"^(?!{_HEAD[1:]}).*{pattern}")
