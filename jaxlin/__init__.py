@@ -4,12 +4,15 @@ from jaxlin import optim
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.linearize import linearize
+from jaxlin.models.linen import from_hf_flax, from_linen
 from jaxlin.models.load import load_masked_lm, load_model
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
+from jaxlin.nnx import from_nnx
 from jaxlin.ntk.engine import ntk
 from jaxlin.ntk.kernel import Kernel
 from jaxlin.peft.function import merge
+from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
 from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, select
 from jaxlin.theory.regression import KernelRegression, kernel_regression
@@ -32,8 +35,12 @@ __all__ = [
     "Tunable",
     "bias_only",
     "compare",
+    "from_hf_flax",
+    "from_linen",
+    "from_nnx",
     "full",
     "head_only",
+    "ia3",
     "kernel_regression",
     "layer_norm_only",
     "linearize",

@@ -17,13 +17,20 @@ Batch = Mapping[str, Any]
 Blocks = Mapping[str, tuple[str, ...]]
 """Names of disjoint groups of parameters; each is a tuple of paths of leaves of theta."""
 
-LORA_NAMES = ("lora_A", "lora_B")
+ADAPTER_NAMES = ("lora_A", "lora_B", "dora_magnitude", "ia3_in", "ia3_out")
+"""Names of leaves that an adapter adds to a module; each is a block of its own."""
 
 CLASSIFIER = "classifier"
 """Name of the top-level module that maps pooled features to logits."""
 
 CLASSIFIER_DENSE = "classifier_dense"
 """Name of the dense map that is part of the classification head in front of it, where a model has one."""
+
+
+def layer_index(path: str) -> int | None:
+    """Returns the index of the layer that a path lies in (`layer_3`, `layers/3`, `h/3`, `block_3`, …), if any."""
+    found = re.search(r"(?:^|/)(?:layers?|blocks?|h)[_/]?(\d+)(?:/|$)", path)
+    return None if found is None else int(found.group(1))
 
 
 def in_head(path: str) -> bool:
@@ -40,7 +47,7 @@ def leaf_paths(tree: PyTree) -> tuple[str, ...]:
 def parameter_role(path: str) -> str:
     """Returns what a leaf is in a comparison: LoRA's `"A"` or `"B"`, the `"head"`, or `"other"`."""
     name = path.rpartition("/")[2]
-    if name in LORA_NAMES:
+    if name in ("lora_A", "lora_B"):
         return name.removeprefix("lora_")
     return "head" if in_head(path) else "other"
 
@@ -50,9 +57,9 @@ def group_paths(paths: tuple[str, ...], by: str) -> dict[str, tuple[str, ...]]:
 
     Args:
         paths: Paths of the leaves, `/`-joined.
-        by: `"leaf"`: each by itself; `"module"`: the leaves of one module, LoRA's A and B apart;
-            `"layer"`: the leaves of one `layer_<i>`, LoRA's A and B apart, what lies in no layer by
-            its top-level module.
+        by: `"leaf"`: each by itself; `"module"`: the leaves of one module; `"layer"`: the leaves of one layer
+            (`layer_<i>`), what lies in no layer by its top-level module. LoRA's A and B are apart in each, and so
+            is what other adapters add.
 
     Returns:
         Block name to paths, in the order in which the blocks are met.
@@ -65,14 +72,14 @@ def group_paths(paths: tuple[str, ...], by: str) -> dict[str, tuple[str, ...]]:
     groups: dict[str, list[str]] = {}
     for path in paths:
         module, _, name = path.rpartition("/")
-        suffix = f"/{name}" if name in LORA_NAMES else ""
+        suffix = f"/{name}" if name in ADAPTER_NAMES else ""
         if by == "leaf":
             key = path
         elif by == "module":
             key = (module or name) + (suffix if module else "")
         else:
-            layer = re.search(r"(?:^|/)(layer_\d+)(?:/|$)", path)
-            key = (layer.group(1) if layer else path.split("/")[0]) + suffix
+            layer = layer_index(path)
+            key = (path.split("/")[0] if layer is None else f"layer_{layer}") + suffix
         groups.setdefault(key, []).append(path)
     return {key: tuple(members) for key, members in groups.items()}
 

@@ -47,16 +47,16 @@ def tiny_model(num_labels=3, **options):
     return jl.load_model(str(TINY_BERT), num_labels, **options)
 
 
-def text_batch(n, seed=0, longest=20, num_labels=3):
+def text_batch(n, seed=0, longest=20, num_labels=3, ids=110, padding_id=0):
     """Random token ids of uneven lengths, padded on the right, with labels."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(3, longest + 1, n)
     lengths[0] = longest
     mask = (np.arange(longest) < lengths[:, None]).astype(np.int32)
-    ids = np.where(mask, rng.integers(5, 110, (n, longest)), 0).astype(np.int32)
+    tokens = np.where(mask, rng.integers(5, ids, (n, longest)), padding_id).astype(np.int32)
     types = np.where(mask, (np.arange(longest) >= lengths[:, None] // 2), 0).astype(np.int32)
     labels = rng.integers(0, num_labels, n)
-    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "labels": labels}
+    return {"input_ids": tokens, "attention_mask": mask, "token_type_ids": types, "labels": labels}
 
 
 def mlp(num_outputs=2, width=5, seed=0, dtype=jnp.float32):
@@ -83,9 +83,16 @@ PEFT = {
     "lora": lambda model: jl.lora(model, rank=3, alpha=6),
     "lora-all-modules": lambda model: jl.lora(model, rank=2, targets=r".*(attention|mlp)/\w+"),
     "lora-frozen-A": lambda model: jl.lora(model, rank=3, freeze_A=True),
+    "lora-patterns": lambda model: jl.lora(
+        model, rank=2, alpha=3, use_rslora=True, rank_pattern={"value": 4}, alpha_pattern={"layer_1/.*": 5.0}
+    ),
+    "lora-and-norms": lambda model: jl.lora(model, rank=2, layers=[0], modules_to_save=("mlp_norm", "query")),
+    "dora": lambda model: jl.lora(model, rank=3, alpha=6, use_dora=True, targets=("value", "mlp/up")),
+    "ia3": jl.ia3,
     "lora-frozen-head": lambda model: jl.lora(model, rank=3, train_head=False, layers=[1]),
     "head": jl.head_only,
     "bias": jl.bias_only,
+    "layer-norm": jl.layer_norm_only,
     "select": lambda model: jl.select(model, "layer_1/attention"),
     "full": jl.full,
 }
@@ -105,7 +112,7 @@ def reference_jacobian(tun, data, theta=None):
     with jax.enable_x64(True):
         apply, theta = to_float64((tun.apply, tun.theta0 if theta is None else theta))
         batch = data.batch(np.arange(len(data)))
-        jac = jax.jacrev(lambda p: apply(p, batch))(theta)
+        jac = jax.jit(jax.jacrev(lambda p: apply(p, batch)))(theta)
         rows = [np.asarray(leaf) for leaf in jax.tree.leaves(jac)]
     assert all(leaf.dtype == np.float64 for leaf in rows)
     n, c = rows[0].shape[:2]

@@ -3,11 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 from flax.traverse_util import flatten_dict
 
 import jaxlin as jl
 from jaxlin.peft.function import PeftFunction
-from jaxlin.tunable import leaf_paths
+from jaxlin.tunable import ADAPTER_NAMES, leaf_paths
 from tests import cases
 
 
@@ -30,7 +31,9 @@ def test_merge_agrees(tun, model, batch):
 def test_theta_and_frozen_weights_cover_the_model_once(tun, model):
     theta, frozen = set(leaf_paths(tun.theta0)), set(flatten_dict(tun.apply.frozen, sep="/"))
     assert not theta & frozen
-    assert {p for p in theta | frozen if "lora_" not in p} == set(flatten_dict(model.params, sep="/"))
+    assert {p for p in theta | frozen if p.rpartition("/")[2] not in ADAPTER_NAMES} == set(
+        flatten_dict(model.params, sep="/")
+    )
 
 
 def test_blocks_partition_theta(tun):
@@ -74,15 +77,157 @@ def test_lora_formula_and_scale(batch):
     x, key = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32), jax.random.key(0)
     frozen = Linear().init(key, {"x": x})["params"]
     a, b = jax.random.normal(key, (5, 2)), jax.random.normal(key, (2, 3))
-    apply = PeftFunction(frozen, Linear(), 1.5)
+    apply = PeftFunction(frozen, Linear(), (("map", 1.5),))
     found = apply({"map": {"lora_A": a, "lora_B": b}}, {"x": x})
     np.testing.assert_allclose(found, x @ frozen["map"]["kernel"] + frozen["map"]["bias"] + 1.5 * x @ a @ b, atol=1e-5)
+
+
+class Mixer(nn.Module):
+    """No text, no names of ours: a batch of matrices, mixed along both axes."""
+
+    @nn.compact
+    def __call__(self, x, scale):
+        for i in range(2):
+            x = x + nn.Dense(6, name=f"block_{i}_tokens")(x.swapaxes(1, 2)).swapaxes(1, 2)
+            x = nn.LayerNorm(name=f"LayerNorm_{i}")(x + nn.tanh(nn.Dense(4, name=f"block_{i}_channels")(x)))
+        return {"out": scale * nn.Dense(2, name="last", use_bias=False)(x.mean(axis=1))}
+
+
+def mixer_inputs(batch):
+    return {"x": batch["image"], "scale": 2.0}
+
+
+def mixer_logits(output):
+    return output["out"]
+
+
+@pytest.fixture(scope="module")
+def mixer():
+    batch = {"image": np.random.default_rng(0).normal(size=(5, 6, 4)).astype(np.float32), "labels": np.arange(5) % 2}
+    params = Mixer().init(jax.random.key(0), batch["image"], 2.0)["params"]
+    return jl.from_linen(Mixer(), params, inputs=mixer_inputs, logits=mixer_logits), batch
+
+
+MIXER_PEFT = {
+    "lora": lambda model: jl.lora(model, rank=2, targets=r"block_\d_(tokens|channels)", modules_to_save=("last",)),
+    "dora": lambda model: jl.lora(model, rank=2, targets=("last", "block_0_tokens"), use_dora=True),
+    "ia3": lambda model: jl.ia3(model, targets=("block_0_tokens",), feedforward=("last",)),
+    "norms": jl.layer_norm_only,
+    "full": jl.full,
+}
+
+
+@pytest.mark.parametrize("peft", MIXER_PEFT)
+def test_a_module_that_is_no_text_model(mixer, peft):
+    model, batch = mixer
+    tun = MIXER_PEFT[peft](model)
+    np.testing.assert_allclose(tun.apply(tun.theta0, batch), model.apply(model.params, batch), atol=1e-6)
+    theta = cases.moved(tun)
+    np.testing.assert_allclose(model.apply(jl.merge(tun, theta), batch), tun.apply(theta, batch), atol=2e-5)
+    jac, _ = cases.reference_jacobian(tun, batch, theta)
+    assert cases.relative_error(jl.ntk(tun, batch, theta=theta).matrix(), jac @ jac.T) < 1e-5
+    table = jl.compare(tun, batch, batch, jl.TrainConfig(max_steps=3), lam_rel=[0, 1]).table
+    assert {row["arm"] for row in table} >= {"full", "linearized", "kernel_regression"}
+
+
+def test_from_linen_refuses_what_it_cannot_use(mixer):
+    model, batch = mixer
+    with pytest.raises(jl.InputError, match="params is a list; expected the nested dict"):
+        jl.from_linen(Mixer(), [1, 2])
+    with pytest.raises(jl.InputError, match="probe_head needs a model of load_model"):
+        jl.probe_head(model, batch, np.eye(2)[batch["labels"]])
+    with pytest.raises(jl.InputError, match="None: the model has no numbered layers"):
+        jl.lora(model, targets=("last",), layers=[0])
+    with pytest.raises(jl.InputError, match="modules_to_save: 'lost' matches no module; near: last"):
+        jl.lora(model, rank=2, targets=("last",), modules_to_save=("lost",))
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.inner = nnx.List([nnx.Linear(4, 5, rngs=rngs), nnx.Linear(5, 5, rngs=rngs)])
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.last = nnx.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, batch):
+        x = batch["x"]
+        for layer in self.inner:
+            x = self.drop(jnp.tanh(layer(x)))
+        return self.last(x)
+
+
+def test_nnx_module_by_filter():
+    net, batch = Net(nnx.Rngs(0)), cases.vectors(6, num_labels=3)
+    batch["x"] = batch["x"].astype(np.float32)
+    net.eval()
+    tun = jl.from_nnx(net)
+    np.testing.assert_allclose(tun.apply(tun.theta0, batch), net(batch), atol=1e-6)
+    last = jl.from_nnx(net, wrt=nnx.All(nnx.Param, lambda path, value: "last" in path))
+    assert leaf_paths(last.theta0) == ("last/bias", "last/kernel")
+    theta = cases.moved(tun)
+    changed = nnx.clone(net)
+    changed.inner[1].kernel.value = theta["inner"][1]["kernel"]
+    changed.last.bias.value = theta["last"]["bias"]
+    partly = {**tun.theta0, "inner": {0: tun.theta0["inner"][0], 1: {**tun.theta0["inner"][1]}}}
+    partly["inner"][1]["kernel"] = theta["inner"][1]["kernel"]
+    partly["last"] = {**tun.theta0["last"], "bias": theta["last"]["bias"]}
+    np.testing.assert_allclose(tun.apply(partly, batch), changed(batch), atol=1e-6)
+    for tunable in (tun, last):
+        jac, _ = cases.reference_jacobian(tunable, batch)
+        assert cases.relative_error(jl.ntk(tunable, batch).matrix(), jac @ jac.T) < 1e-5
+    assert jl.train(tun, batch, None, jl.TrainConfig(max_steps=2)).history[-1]["distance"] > 0
+    with pytest.raises(jl.InputError, match="selects nothing of the Net"):
+        jl.from_nnx(net, wrt=nnx.BatchStat)
+
+
+def test_dora_and_ia3_are_their_formulas():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, batch):
+            return nn.Dense(3, name="second")(jnp.tanh(nn.Dense(4, name="first")(batch["x"])))
+
+    x = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    model = jl.from_linen(Two(), Two().init(jax.random.key(1), {"x": x})["params"])
+    w, v = model.params["first"]["kernel"], model.params["second"]["kernel"]
+    tun = jl.lora(model, rank=2, alpha=3, targets=("first",), use_dora=True)
+    theta = cases.moved(tun)["first"]
+    weight = w + 1.5 * theta["lora_A"] @ theta["lora_B"]
+    weight = theta["dora_magnitude"] * weight / np.linalg.norm(weight, axis=0)
+    np.testing.assert_allclose(tun.apply({"first": theta}, {"x": x}), np.tanh(x @ weight) @ v, atol=1e-5)
+    assert np.allclose(tun.theta0["first"]["dora_magnitude"], np.linalg.norm(w, axis=0))
+
+    tun = jl.ia3(model, targets=("first",), feedforward=("second",))
+    theta = cases.moved(tun)
+    hidden = np.tanh((x @ w) * theta["first"]["ia3_out"]) * theta["second"]["ia3_in"]
+    np.testing.assert_allclose(tun.apply(theta, {"x": x}), hidden @ v, atol=1e-5)
+    with pytest.raises(jl.InputError, match="among targets and feedforward"):
+        jl.ia3(model, targets=("first",), feedforward=("first",))
+    dead = jl.from_linen(Two(), {**model.params, "first": {"kernel": w.at[:, 2].set(0), "bias": jnp.zeros(4)}})
+    with pytest.raises(jl.InputError, match="first has an output with all weights zero"):
+        jl.lora(dead, rank=2, targets=("first",), use_dora=True)
+
+
+def test_ranks_and_scales_by_pattern(model):
+    tun = jl.lora(
+        model, rank=2, alpha=3, use_rslora=True, rank_pattern={"value": 4}, alpha_pattern={"layer_1/.*/query": 5}
+    )
+    scales = {path.removeprefix("encoder/"): value for path, value in tun.apply.scales}
+    assert scales == {
+        "layer_0/attention/query": 3 / 2**0.5,
+        "layer_0/attention/value": 3 / 4**0.5,
+        "layer_1/attention/query": 5 / 2**0.5,
+        "layer_1/attention/value": 3 / 4**0.5,
+    }
+    assert tun.theta0["encoder"]["layer_0"]["attention"]["value"]["lora_A"].shape == (32, 4)
+    with pytest.raises(jl.InputError, match="rank_pattern: 'keys' matches none of the adapted modules; near"):
+        jl.lora(model, rank_pattern={"keys": 2})
+    with pytest.raises(jl.InputError, match=r"LoRA rank 40: expected 1 to 32, the smallest side of .*value"):
+        jl.lora(model, rank_pattern={"value": 40})
 
 
 def test_factors_that_the_module_never_calls_are_an_error(model, batch):
     tun = jl.lora(model, rank=2, layers=[0])
     theta = {**tun.theta0, "nowhere": {"lora_A": jnp.ones((32, 2)), "lora_B": jnp.ones((2, 32))}}
-    with pytest.raises(RuntimeError, match="3 modules have LoRA factors, but 2 calls met one"):
+    with pytest.raises(RuntimeError, match="3 modules have adapters, but 2 calls met one"):
         tun.apply(theta, batch)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,12 +57,12 @@ class Model:
 
     Attributes:
         params: Nested dict of parameters; the leaves of this pytree.
-        module: The Linen module; `module.apply({"params": params}, batch)` gives logits.
+        module: The Linen module, or what applies one; `module.apply({"params": params}, batch)` gives logits.
         source: Where it came from.
     """
 
     params: PyTree
-    module: nn.Module = dataclasses.field(metadata={"static": True})
+    module: Any = dataclasses.field(metadata={"static": True})
     source: ModelSource | None = dataclasses.field(default=None, metadata={"static": True})
 
     def apply(self, params: PyTree, batch: Batch) -> Float[Array, "*B C"]:
@@ -108,7 +107,7 @@ class Model:
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
-def check_text_batch(module: nn.Module, batch: Batch) -> None:
+def check_text_batch(module: Any, batch: Batch) -> None:
     """Checks that text inputs lie within what `module` can look up.
 
     A lookup outside a table raises nothing on a device: it clamps, or gives NaN.

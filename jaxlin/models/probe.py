@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError
+from jaxlin.models.encoder import SequenceClassifier
 from jaxlin.models.model import Model, with_head
 from jaxlin.tunable import CLASSIFIER
 
@@ -49,8 +50,11 @@ def probe_head(
         The model with the new head, in the old head's dtype.
 
     Raises:
-        InputError: If `y` does not fit the examples and outputs, or `ridge` is negative.
+        InputError: If `y` does not fit the examples and outputs, `ridge` is negative, or the model is one of
+            `from_linen`.
     """
+    if not isinstance(model.module, SequenceClassifier):
+        raise InputError("probe_head needs a model of load_model, whose head reads known features")
     data, num_labels = as_dataset(batch), model.params[CLASSIFIER]["bias"].shape[0]
     if np.shape(y) != (len(data), num_labels):
         raise InputError(f"y has shape {np.shape(y)}; expected (examples, outputs) = {(len(data), num_labels)}")

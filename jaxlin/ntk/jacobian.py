@@ -41,8 +41,7 @@ def to_float64(tree: PyTree) -> PyTree:
     """Returns `tree` with its floating-point leaves as float64 host arrays, for use under `jax.enable_x64`."""
 
     def cast(leaf: Any) -> Any:
-        host = np.asarray(leaf)
-        return host.astype(np.float64) if jnp.issubdtype(host.dtype, jnp.floating) else leaf
+        return np.asarray(leaf, np.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     return jax.tree.map(cast, tree)
 

@@ -14,30 +14,65 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, PyTree
 
 from jaxlin.models.model import check_text_batch
-from jaxlin.tunable import LORA_NAMES, Batch, Tunable
+from jaxlin.tunable import ADAPTER_NAMES, Batch, Tunable
 
-LORA = "lora"
-"""Name of the variable collection that holds the LoRA factors."""
+ADAPTERS = "adapters"
+"""Name of the variable collection that holds what adapters add to a module."""
+
+
+def _adapted(
+    call: Callable[[Any], Array],
+    x: Any,
+    leaves: Mapping[str, Array],
+    kernel: Array,
+    bias: Array | float,
+    scale: float,
+) -> Array:
+    """Output of one dense module with its adapters; `call` is the module as it was, `kernel` `[d_in, d_out]`."""
+    if "ia3_in" in leaves:
+        x = x * leaves["ia3_in"]
+    y = call(x)
+    if "lora_A" in leaves:
+        update = scale * ((x @ leaves["lora_A"]) @ leaves["lora_B"])
+        if "dora_magnitude" in leaves:
+            direction = kernel + scale * (leaves["lora_A"] @ leaves["lora_B"])
+            gain = leaves["dora_magnitude"] / jnp.linalg.norm(direction, axis=0)
+            y = (y - bias + update) * gain + bias
+        else:
+            y = y + update
+    return y * leaves["ia3_out"] if "ia3_out" in leaves else y
 
 
 @contextlib.contextmanager
-def _lora_added(scale: float) -> Iterator[Callable[[], int]]:
-    """Adds `scale · (x A) B` to the output of every dense module that has factors; yields the hit counter."""
+def _adapters_added(scales: Mapping[str, float], transposed: tuple[str, ...]) -> Iterator[Callable[[], int]]:
+    """Changes the output of every dense module that has adapter leaves; yields the hit counter."""
     hits = 0
 
     def interceptor(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         nonlocal hits
-        y = next_fun(*args, **kwargs)
         module = context.module
-        if context.method_name == "__call__" and module.has_variable(LORA, "lora_A"):
-            hits += 1
-            a: Array = module.get_variable(LORA, "lora_A")
-            b: Array = module.get_variable(LORA, "lora_B")
-            y = y + scale * ((args[0] @ a) @ b)
-        return y
+        names = [name for name in ADAPTER_NAMES if module.has_variable(ADAPTERS, name)]
+        if context.method_name != "__call__" or not names:
+            return next_fun(*args, **kwargs)
+        hits += 1
+        path = "/".join(module.path)
+        kernel = jnp.asarray(module.get_variable("params", "kernel"))
+        bias = jnp.asarray(module.get_variable("params", "bias")) if module.has_variable("params", "bias") else 0.0
+        return _adapted(
+            lambda x: next_fun(x, *args[1:], **kwargs),
+            args[0],
+            {name: jnp.asarray(module.get_variable(ADAPTERS, name)) for name in names},
+            kernel.T if path in transposed else kernel,
+            bias,
+            scales.get(path, 1.0),
+        )
 
     with nn.intercept_methods(interceptor):
         yield lambda: hits
+
+
+def _modules(adapters: Mapping[str, Any]) -> set[str]:
+    return {path.rpartition("/")[0] for path in adapters}
 
 
 @jax.tree_util.register_dataclass
@@ -45,44 +80,49 @@ def _lora_added(scale: float) -> Iterator[Callable[[], int]]:
 class PeftFunction:
     """`(theta, batch) -> logits` of a Linen module, whatever part of it is theta.
 
-    The frozen weights are leaves; module and scale are static and compared by value. LoRA factors
-    travel in a variable collection of their own, `lora`, so that they pass through Flax's lifted
-    transformations, and the frozen weight is never merged with them.
+    The frozen weights are leaves; module and scales are static and compared by value. What adapters add
+    travels in a variable collection of its own, `adapters`, so that it passes through Flax's lifted
+    transformations, and the frozen weight is never merged with it.
 
     Attributes:
         frozen: Nested dict of the weights that are not tuned.
-        module: The Linen module.
-        scale: LoRA's α/r; not used where there are no factors.
+        module: The Linen module, or what applies one (`jaxlin.models.linen.LinenFunction`).
+        scales: LoRA's α/r of every module that has factors, path and value.
     """
 
     frozen: PyTree
-    module: nn.Module = dataclasses.field(metadata={"static": True})
-    scale: float = dataclasses.field(default=1.0, metadata={"static": True})
+    module: Any = dataclasses.field(metadata={"static": True})
+    scales: tuple[tuple[str, float], ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    @property
+    def transposed(self) -> tuple[str, ...]:
+        """Paths of dense modules whose kernel is `[d_out, d_in]`."""
+        return getattr(self.module, "transposed", ())
 
     def variables(self, theta: PyTree) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns flat dicts of the parameters and of the LoRA factors that `theta` and `frozen` make up."""
+        """Returns flat dicts of the parameters and of the adapter leaves that `theta` and `frozen` make up."""
         leaves = {**flatten_dict(self.frozen, sep="/"), **flatten_dict(theta, sep="/")}
-        factors = {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[2] in LORA_NAMES}
-        return {path: leaf for path, leaf in leaves.items() if path not in factors}, factors
+        adapters = {path: leaf for path, leaf in leaves.items() if path.rpartition("/")[2] in ADAPTER_NAMES}
+        return {path: leaf for path, leaf in leaves.items() if path not in adapters}, adapters
 
     def __call__(self, theta: PyTree, batch: Batch) -> Float[Array, "B C"]:
         """Returns logits `[B, C]`.
 
         Raises:
-            RuntimeError: If the module did not call every dense module that has LoRA factors exactly once.
+            RuntimeError: If the module did not call every dense module that has adapters exactly once.
         """
-        params, factors = self.variables(theta)
+        params, adapters = self.variables(theta)
         variables = {"params": unflatten_dict(params, sep="/")}
-        if not factors:
+        if not adapters:
             return cast(Array, self.module.apply(variables, batch))
-        variables[LORA] = unflatten_dict(factors, sep="/")
+        variables[ADAPTERS] = unflatten_dict(adapters, sep="/")
         # Entered inside the traced function: outside of it a cached trace would ignore the context.
-        with _lora_added(self.scale) as hits:
+        with _adapters_added(dict(self.scales), self.transposed) as hits:
             logits = cast(Array, self.module.apply(variables, batch))
-        if 2 * hits() != len(factors):
+        if hits() != len(_modules(adapters)):
             raise RuntimeError(
-                f"{len(factors) // 2} modules have LoRA factors, but {hits()} calls met one; "
-                "the module must call each of them once, outside lifted loops that do not carry the 'lora' collection"
+                f"{len(_modules(adapters))} modules have adapters, but {hits()} calls met one; the module must call "
+                f"each of them once, outside lifted loops that do not carry the {ADAPTERS!r} collection"
             )
         return logits
 
@@ -92,26 +132,39 @@ class PeftFunction:
 
 
 def merge(tun: Tunable, theta: PyTree | None = None) -> dict[str, Any]:
-    """Returns the module's parameters with `theta` put in and LoRA factors added to their weights.
+    """Returns the module's parameters with `theta` put in and adapters merged into their weights.
 
     Args:
-        tun: A Tunable made of a `Model` (`lora`, `full`, `select`, …).
+        tun: A Tunable made of a `Model` (`lora`, `ia3`, `full`, `select`, …).
         theta: Its parameters; default `tun.theta0`.
 
     Returns:
-        Nested dict of parameters `W + scale · A B`, for `model.apply(params, batch)`; outputs agree with
-        `tun.apply` to rounding.
+        Nested dict of parameters, for `model.apply(params, batch)`; outputs agree with `tun.apply` to rounding.
+        A weight W becomes `W + scale · A B`, with DoRA `m ⊙ (W + scale · A B)/‖W + scale · A B‖`, with IA³ its
+        rows or columns scaled.
 
     Raises:
         TypeError: If `tun` was not made of a `Model`.
     """
     if not isinstance(tun.apply, PeftFunction):
         raise TypeError(f"merge needs a Tunable made of a Model; its apply is a {type(tun.apply).__name__}")
-    params, factors = tun.apply.variables(tun.theta0 if theta is None else theta)
-    for path in [path for path in factors if path.endswith("lora_A")]:
-        module = path.rpartition("/")[0]
-        product = jnp.matmul(factors[path], factors[f"{module}/lora_B"], precision="highest")
-        params[f"{module}/kernel"] = params[f"{module}/kernel"] + tun.apply.scale * product
+    params, adapters = tun.apply.variables(tun.theta0 if theta is None else theta)
+    scales = dict(tun.apply.scales)
+    for module in _modules(adapters):
+        leaves = {name: adapters[f"{module}/{name}"] for name in ADAPTER_NAMES if f"{module}/{name}" in adapters}
+        flipped = module in tun.apply.transposed
+        kernel = params[f"{module}/kernel"].T if flipped else params[f"{module}/kernel"]
+        if "lora_A" in leaves:
+            kernel = kernel + scales[module] * jnp.matmul(leaves["lora_A"], leaves["lora_B"], precision="highest")
+        if "dora_magnitude" in leaves:
+            kernel = kernel * (leaves["dora_magnitude"] / jnp.linalg.norm(kernel, axis=0))
+        if "ia3_in" in leaves:
+            kernel = kernel * leaves["ia3_in"][:, None]
+        if "ia3_out" in leaves:
+            kernel = kernel * leaves["ia3_out"]
+            if f"{module}/bias" in params:
+                params[f"{module}/bias"] = params[f"{module}/bias"] * leaves["ia3_out"]
+        params[f"{module}/kernel"] = kernel.T if flipped else kernel
     return unflatten_dict(params, sep="/")
 
 

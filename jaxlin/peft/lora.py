@@ -1,10 +1,9 @@
-"""Low-rank adaptation (LoRA, Hu et al. 2022)."""
+"""Low-rank adaptation and its relatives: LoRA, rsLoRA, LoRA-FA, DoRA."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,55 +13,9 @@ from jaxtyping import Array
 from jaxlin.errors import InputError
 from jaxlin.models.model import Model, named_key
 from jaxlin.peft.function import PeftFunction, split_params
-from jaxlin.peft.select import near_matches, require_live_head
+from jaxlin.peft.select import require_live_head
+from jaxlin.peft.targets import by_pattern, saved_modules, target_modules
 from jaxlin.tunable import Tunable, in_head
-
-
-def target_modules(
-    model: Model, targets: str | Sequence[str], layers: int | Collection[int] | None
-) -> dict[str, tuple[int, int]]:
-    """Returns the dense modules that LoRA adapts, path to `(d_in, d_out)`.
-
-    Args:
-        model: The pretrained model.
-        targets: Module names, each matching the end of a path (`"query"`, `"mlp/up"`); or one regular
-            expression for whole paths (as in the peft library). The classification head never matches.
-        layers: Indices of layers; `None` for all.
-
-    Raises:
-        InputError: If a target or a layer matches nothing.
-    """
-    shapes = {
-        path.removesuffix("/kernel"): leaf.shape
-        for path, leaf in flatten_dict(model.params, sep="/").items()
-        if path.endswith("/kernel") and leaf.ndim == 2 and not in_head(path)
-    }
-    layer_of = {path: re.search(r"(?:^|/)layer_(\d+)/", path) for path in shapes}
-    present = {int(match.group(1)) for match in layer_of.values() if match}
-    if isinstance(layers, int):
-        layers = (layers,)
-    if layers is not None:
-        wrong = sorted(set(layers) - present)
-        if wrong or not layers:
-            raise InputError(f"layers={sorted(layers)}: expected some of {min(present)} to {max(present)}")
-        shapes = {p: s for p, s in shapes.items() if (m := layer_of[p]) and int(m.group(1)) in layers}
-    chosen: set[str] = set()
-    for target in [targets] if isinstance(targets, str) else targets:
-        if isinstance(targets, str):
-            try:
-                hits = {path for path in shapes if re.fullmatch(target, path)}
-            except re.error as error:
-                raise InputError(f"targets={target!r} is not a regular expression: {error}") from error
-        else:
-            hits = {path for path in shapes if f"/{path}".endswith(f"/{target}")}
-        if not hits:
-            raise InputError(
-                f"LoRA target {target!r} matches no dense module; near: {near_matches(target, list(shapes))}"
-            )
-        chosen |= hits
-    if not chosen:
-        raise InputError("LoRA needs at least one target module")
-    return {path: shapes[path] for path in shapes if path in chosen}
 
 
 def lora(
@@ -73,54 +26,78 @@ def lora(
     layers: int | Collection[int] | None = None,
     rng: int | Array = 0,
     *,
-    train_head: bool = True,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    use_rslora: bool = False,
+    use_dora: bool = False,
     freeze_A: bool = False,
+    train_head: bool = True,
+    modules_to_save: Sequence[str] = (),
 ) -> Tunable:
-    """Adapts dense modules as `x·W + (alpha/rank)·(x·A)·B`, W frozen.
+    r"""Adapts dense modules as `x·W + s·(x·A)·B`, W frozen, s = alpha/rank.
 
     A is drawn from U(−1/√d_in, 1/√d_in) and B is zero, as in the peft library: at the start the outputs
     are the pretrained model's and the gradient to A vanishes, so the *linearized* model never moves A
     (theory 1). The key of each A depends on `rng` and its path only: the same A whatever else is tuned.
 
+    With DoRA the weight is `m ⊙ (W + s·A·B)/‖W + s·A·B‖`, the norm over the inputs of each output, m tuned and
+    `‖W‖` at the start. The derivative here is that of this function; the peft library holds the norm constant in
+    it, as the DoRA paper proposes to save memory.
+
+    LoRA+ is a learning rate for B of its own: `TrainConfig(learning_rate_blocks={"lora_B": 16})`.
+
     Args:
         model: The pretrained model.
         rank: Rank r of the factors, 1 to min(d_in, d_out).
         alpha: Scale α.
-        targets: See `target_modules`.
+        targets: See `jaxlin.peft.targets.target_modules`.
         layers: Layer indices; `None` for all.
         rng: Seed or key of A.
+        rank_pattern: Another rank for some modules: regular expression for the end of the path to rank.
+        alpha_pattern: Likewise another α.
+        use_rslora: s = alpha/√rank (rsLoRA, Kalajdzievski 2023).
+        use_dora: DoRA (Liu et al. 2024).
+        freeze_A: Keep A fixed (LoRA-FA, Zhang et al. 2023).
         train_head: Whether the classification head is part of theta.
-        freeze_A: Keep A fixed (LoRA-FA).
+        modules_to_save: Names of modules that are tuned whole beside it, by the end of their path.
 
     Returns:
-        A Tunable whose theta has `lora_A` `[d_in, r]` (unless frozen) and `lora_B` `[r, d_out]` under each
-        module's path, and the head. Blocks: A and B of each module apart, and the head.
+        A Tunable whose theta has `lora_A` `[d_in, r]` (unless frozen), `lora_B` `[r, d_out]` and, with DoRA,
+        `dora_magnitude` `[d_out]` under each module's path, and the head. Each is a block of its own.
 
     Raises:
-        InputError: If the rank does not fit, nothing matches, or the head is zero and frozen.
+        InputError: If a rank does not fit, nothing matches, the head is zero and frozen, or, with DoRA, a weight
+            has an output with all weights zero.
+
+    References:
+        Hu et al. 2022, "LoRA: Low-Rank Adaptation of Large Language Models".
     """
     modules = target_modules(model, targets, layers)
-    limit = min(min(shape) for shape in modules.values())
-    if not 1 <= rank <= limit:
-        raise InputError(f"LoRA rank {rank}: expected 1 to {limit}, the smallest side of the adapted modules")
-    if not math.isfinite(alpha):
-        raise InputError(f"LoRA alpha {alpha}; expected a finite number")
+    ranks = by_pattern(modules, rank_pattern or {}, rank, "rank_pattern")
+    alphas = by_pattern(modules, alpha_pattern or {}, float(alpha), "alpha_pattern")
+    for path, shape in modules.items():
+        if not 1 <= ranks[path] <= min(shape):
+            raise InputError(f"LoRA rank {ranks[path]}: expected 1 to {min(shape)}, the smallest side of {path}")
+        if not math.isfinite(alphas[path]):
+            raise InputError(f"LoRA alpha {alphas[path]}; expected a finite number")
+    saved = saved_modules(model, modules_to_save)
+    head, frozen = split_params(model.params, lambda path: (train_head and in_head(path)) or path in saved)
     if not train_head:
         require_live_head(model)
     params = flatten_dict(model.params, sep="/")
-    factors_a, factors_b = {}, {}
+    transposed = getattr(model.module, "transposed", ())
+    theta, rest = flatten_dict(head, sep="/"), flatten_dict(frozen, sep="/")
     for path, (d_in, d_out) in modules.items():
-        dtype, bound = params[f"{path}/kernel"].dtype, d_in**-0.5
-        key = named_key(rng, f"lora:{path}")
+        kernel, bound = params[f"{path}/kernel"], d_in**-0.5
         # Drawn in float32: the same A with x64 on and off.
-        draw = jax.random.uniform(key, (d_in, rank), jnp.float32, -bound, bound)
-        factors_a[f"{path}/lora_A"] = draw.astype(dtype)
-        factors_b[f"{path}/lora_B"] = jnp.zeros((rank, d_out), dtype)
-    head, frozen = split_params(model.params, lambda path: train_head and in_head(path))
-    theta = {**factors_b, **flatten_dict(head, sep="/")}
-    rest = flatten_dict(frozen, sep="/")
-    (rest if freeze_A else theta).update(factors_a)
-    return Tunable(
-        PeftFunction(unflatten_dict(rest, sep="/"), model.module, alpha / rank),
-        unflatten_dict(theta, sep="/"),
-    )
+        draw = jax.random.uniform(named_key(rng, f"lora:{path}"), (d_in, ranks[path]), jnp.float32, -bound, bound)
+        (rest if freeze_A else theta)[f"{path}/lora_A"] = draw.astype(kernel.dtype)
+        theta[f"{path}/lora_B"] = jnp.zeros((ranks[path], d_out), kernel.dtype)
+        if use_dora:
+            norm = jnp.linalg.norm(kernel, axis=1 if path in transposed else 0)
+            if not bool(jnp.all(norm > 0)):
+                raise InputError(f"DoRA: {path} has an output with all weights zero, which has no direction")
+            theta[f"{path}/dora_magnitude"] = norm
+    scales = {path: alphas[path] / (ranks[path] ** 0.5 if use_rslora else ranks[path]) for path in modules}
+    function = PeftFunction(unflatten_dict(rest, sep="/"), model.module, tuple(scales.items()))
+    return Tunable(function, unflatten_dict(theta, sep="/"))

@@ -31,7 +31,8 @@ def require_live_head(model: Model) -> None:
     Raises:
         InputError: If the head's kernel is zero.
     """
-    if not bool(jnp.any(model.params[CLASSIFIER]["kernel"])):
+    head = model.params.get(CLASSIFIER)
+    if head is not None and not bool(jnp.any(head["kernel"])):
         raise InputError(
             "the head is zero and frozen: every gradient and the kernel would vanish; "
             "train the head, or start it as 'random' or 'probe'"
