@@ -165,8 +165,8 @@ def test_nnx_module_by_filter():
     assert leaf_paths(last.theta0) == ("last/bias", "last/kernel")
     theta = cases.moved(tun)
     changed = nnx.clone(net)
-    changed.inner[1].kernel.value = theta["inner"][1]["kernel"]
-    changed.last.bias.value = theta["last"]["bias"]
+    changed.inner[1].kernel[...] = theta["inner"][1]["kernel"]
+    changed.last.bias[...] = theta["last"]["bias"]
     partly = {**tun.theta0, "inner": {0: tun.theta0["inner"][0], 1: {**tun.theta0["inner"][1]}}}
     partly["inner"][1]["kernel"] = theta["inner"][1]["kernel"]
     partly["last"] = {**tun.theta0["last"], "bias": theta["last"]["bias"]}

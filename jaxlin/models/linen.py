@@ -105,6 +105,7 @@ class _HfInputs:
             "position_ids": jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
             if self.padding_id is None
             else jnp.cumsum(live, axis=1) * live + self.padding_id,
+            "head_mask": None,
         }
         return {name: value for name, value in known.items() if name in self.names} | {"deterministic": True}
 
