@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, PyTree
+
+from jaxlin.errors import InputError
 
 Batch = Mapping[str, Any]
 """Arrays by name (`input_ids`, `attention_mask`, `labels`, …); the leading axis of each is the example."""
@@ -31,6 +34,30 @@ def layer_index(path: str) -> int | None:
     """Returns the index of the layer that a path lies in (`layer_3`, `layers/3`, `h/3`, `block_3`, …), if any."""
     found = re.search(r"(?:^|/)(?:layers?|blocks?|h)[_/]?(\d+)(?:/|$)", path)
     return None if found is None else int(found.group(1))
+
+
+def block_factors(paths: Sequence[str], patterns: Mapping[str, float] | None, what: str) -> dict[str, float]:
+    """Returns a factor for every leaf: that of the first pattern found in its path, or 1.
+
+    Args:
+        paths: Paths of the leaves.
+        patterns: Regular expression, searched for in a path (`"lora_B"`, `"layer_[01]/"`, `"^classifier"`), to factor.
+        what: Name of the option, for messages.
+
+    Raises:
+        InputError: If a pattern is no regular expression or is found nowhere, or a factor is negative or infinite.
+    """
+    found: list[tuple[re.Pattern[str], float]] = []
+    for pattern, factor in (patterns or {}).items():
+        try:
+            found.append((re.compile(pattern), float(factor)))
+        except (re.error, TypeError, ValueError) as error:
+            raise InputError(f"{what}: {pattern!r}={factor!r} is no regular expression and number: {error}") from error
+        if not any(found[-1][0].search(path) for path in paths):
+            raise InputError(f"{what}: {pattern!r} is found in no tuned parameter, such as {paths[0]}")
+        if not 0 <= found[-1][1] < math.inf:
+            raise InputError(f"{what}: {pattern!r}={factor}; expected a finite factor, at least 0")
+    return {path: next((factor for expression, factor in found if expression.search(path)), 1.0) for path in paths}
 
 
 def in_head(path: str) -> bool:

@@ -48,9 +48,6 @@ for name, (hf, targets, logits) in MODELS.items():
         theta = unravel(flat + 0.1 * jax.random.normal(jax.random.key(0), flat.shape))
         np.testing.assert_allclose(model.apply(jl.merge(tun, theta), batch), tun.apply(theta, batch), atol=1e-4)
         assert np.abs(tun.apply(theta, batch) - expected).max() > 1e-3
-        assert "layer_1/lora_A" in tun.grouped("layer") or tun.num_params == sum(
-            x.size for x in jax.tree.leaves(hf.params)
-        )
         kernel = jl.ntk(tun, batch, check_examples=1)
         assert kernel.info.epsilon_J < 1e-5
     assert "layer_1/lora_A" in jl.lora(model, targets=targets).grouped("layer")

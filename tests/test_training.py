@@ -258,7 +258,7 @@ def _key(config, n):
 
     total = config.total_steps(n)
     schedule = _Schedule(config.learning_rate, config.lr_scheduler_type, int(config.warmup_ratio * total), total)
-    return config.loss, config.optimizer, schedule, config.pull
+    return config.loss, config.optimizer, schedule, config.pull, (), ()
 
 
 def test_at_most_four_shapes(model):

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxlin.errors import InputError
+from jaxlin.tunable import block_factors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,34 @@ class Kernel:
     def blocks(self) -> dict[str, Kernel]:
         """The kernel of each block of parameters; they sum to this one (theory 7)."""
         return {name: self.subset([name]) for name in self.parts}
+
+    def weighted(self, factors: Mapping[str, float]) -> Kernel:
+        """Returns `K_η = Σ η_ℓ K_ℓ`, the kernel under learning rates by block (theory 7).
+
+        With rates `η·η_ℓ` gradient descent on the linearized model follows the closed forms (theory 2) of `K_η` at
+        rate η, where there is no pull or one of strength `λ/η_ℓ` on each block. With pulls `λ·w_ℓ` its limit is
+        kernel regression with `K_η`, `η_ℓ = 1/w_ℓ`, and ridge λ, whatever the rates.
+
+        Args:
+            factors: Regular expression, searched for in the paths of parameters, to η_ℓ ≥ 0; the first that matches
+                counts, 1 where none does. As `TrainConfig.learning_rate_blocks`.
+
+        Raises:
+            InputError: If a pattern matches nothing, or the parameters of one block have different factors.
+        """
+        paths = [path for members in self.leaves.values() for path in members]
+        by_path = block_factors(paths, factors, "factors")
+        weights: dict[str, float] = {}
+        for block, members in self.leaves.items():
+            if len({by_path[path] for path in members}) > 1:
+                raise InputError(
+                    f"the factors part the parameters of block {block!r}; compute the kernel with smaller blocks, such "
+                    'as blocks="leaf"'
+                )
+            weights[block] = by_path[members[0]]
+        parts = {block: weights[block] * part for block, part in self.parts.items()}
+        rows = self.jacobian and {path: by_path[path] ** 0.5 * jac for path, jac in self.jacobian.items()}
+        return dataclasses.replace(self, parts=parts, jacobian=rows)
 
     def subset(self, names: Iterable[str]) -> Kernel:
         """Returns the kernel of some blocks: the sum of theirs, with no further pass over the data.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,26 +13,22 @@ import numpy as np
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.linearize import linearize
-from jaxlin.ntk.engine import kernel_from_jacobian
-from jaxlin.ntk.jacobian import MEMORY_BUDGET, Jacobian, jacobian, jacobian_bytes, measure_epsilon
-from jaxlin.ntk.kernel import Kernel
-from jaxlin.theory.regression import KernelRegression, kernel_regression
+from jaxlin.ntk.jacobian import MEMORY_BUDGET, jacobian_bytes
 from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.cached import cached_linearized
-from jaxlin.training.gaps import by_split, distances, gaps, relative, scores
+from jaxlin.training.gaps import distances, relative
 from jaxlin.training.losses import targets
-from jaxlin.training.trainer import Row, TrainConfig, TrainResult, check_data, predict, train
-from jaxlin.tunable import Tunable
+from jaxlin.training.start import PhaseProgress, Start, factor_blocks
+from jaxlin.training.trainer import Row, TrainConfig, TrainResult, TrainState, check_blocks, check_data, predict, train
+from jaxlin.tunable import Tunable, leaf_paths
 
 AUTO_LAMS = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 """Default grid of λ, in units of μ₁."""
 
 FULL, LINEARIZED, REGRESSION = "full", "linearized", "kernel_regression"
+LATE = "linearized_at_step_"
+"""Prefix of the arms that are linearized later; the step follows."""
 SPLITS = ("train", "eval")
-_PRECISION = "highest"
-
-PhaseProgress = Callable[[str, int, int], None]
-"""Called with a phase's name, units done and in all."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,75 +57,6 @@ class _Arm:
 
     def outputs(self, result: TrainResult) -> dict[str, np.ndarray]:
         return {split: predict(self.tun, result.theta, part) for split, part in self.data.items()}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Start:
-    """What is known at θ₀: outputs, Jacobians where they are held, kernels of (some) training examples."""
-
-    data: Mapping[str, Dataset]
-    f0: Mapping[str, np.ndarray]
-    jacobians: Mapping[str, Jacobian] | None
-    kernel: Kernel
-    kernel_eval: Kernel | None
-    chosen: np.ndarray
-
-    @classmethod
-    def compute(
-        cls,
-        tun: Tunable,
-        data: Mapping[str, Dataset],
-        hold: bool,
-        kernel_examples: int,
-        budget: int,
-        progress: PhaseProgress | None,
-    ) -> _Start:
-        n = len(data["train"])
-        fitting = max(1, budget // 2 // (jacobian_bytes(tun, data["train"]) // n))
-        chosen = np.sort(np.random.default_rng(0).permutation(n)[: min(kernel_examples, fitting)])
-        # The kernel's rows: all of the training examples, or a subset; the Jacobian of all only where it is held.
-        wanted = dict(data) if hold else {"train": data["train"].take(chosen)}
-        if len(data["eval"]) <= fitting:
-            wanted["eval"] = data["eval"]
-        total, done, found = sum(map(len, wanted.values())), 0, {}
-        for split, part in wanted.items():
-            report = None if progress is None else (lambda now, _, base=done: progress("Jacobians", base + now, total))
-            found[split] = jacobian(tun, part, precision=_PRECISION, memory_budget=budget, progress=report)
-            done += len(part)
-        epsilon = measure_epsilon(tun, wanted["train"], None, found["train"], 2, _PRECISION, budget)
-        jac = found["train"]
-        if hold and len(chosen) < n:
-            jac = Jacobian(jac.outputs[chosen], {path: rows[chosen] for path, rows in jac.rows.items()})
-        blocks = tun.grouped("layer")
-        # A Gram in float64 resolves all that a float32 Jacobian holds (theory 6), for a fraction of an SVD's time.
-        keep = jac.outputs.dtype == np.float64
-        kernel = kernel_from_jacobian(jac, jac, blocks, _PRECISION, epsilon, keep)
-        kernel_eval = None
-        if "eval" in found:
-            kernel_eval = kernel_from_jacobian(found["eval"], jac, blocks, _PRECISION, epsilon, keep=False)
-        f0 = {split: predict(tun, tun.theta0, part) for split, part in data.items()}
-        return cls(data, f0, found if hold else None, kernel, kernel_eval, chosen)
-
-    def scores(self, outputs: Mapping[str, np.ndarray], loss: str) -> Row:
-        return by_split({k: scores(v, self.f0[k], self.data[k]["labels"], loss) for k, v in outputs.items()})
-
-    def gaps(self, outputs: Mapping[str, np.ndarray], linear: Mapping[str, np.ndarray]) -> Row:
-        return by_split({k: gaps(v, linear[k], self.f0[k], self.data[k]["labels"]) for k, v in outputs.items()})
-
-    @functools.cached_property
-    def _regression(self) -> KernelRegression:
-        y = np.asarray(targets(self.data["train"]["labels"], self.f0["train"].shape[1]), np.float64)
-        return kernel_regression(self.kernel, y[self.chosen], self.f0["train"][self.chosen], 0.0)
-
-    def regression_outputs(self, lam: float) -> dict[str, np.ndarray]:
-        """Limit of the linearized arm under squared loss, trained on the kernel's examples."""
-        n = len(self.f0["train"])
-        # λ is for n examples; with fewer of them the data term shrinks, and λ with it.
-        fit = dataclasses.replace(self._regression, ridge=lam * len(self.chosen) / n)
-        out = {"train": fit.train()} if len(self.chosen) == n else {}
-        if self.kernel_eval is not None:
-            out["eval"] = fit.test(self.kernel_eval, self.f0["eval"])
-        return out
 
 
 def _majority(data: Mapping[str, Dataset], num_outputs: int, loss: str) -> dict[str, np.ndarray]:
@@ -177,6 +104,7 @@ def check_comparison(
     *,
     lams: Lams = "auto",
     lam_rel: Sequence[float] | np.ndarray | None = None,
+    linearize_at: Sequence[int] = (),
     linear_mode: str = "auto",
     kernel_examples: int = 1024,
     memory_budget: int = MEMORY_BUDGET,
@@ -192,6 +120,11 @@ def check_comparison(
         raise InputError(f'linear_mode={linear_mode!r} is unknown; expected "auto", "cached" or "streaming"')
     if kernel_examples < 1:
         raise InputError(f"kernel_examples={kernel_examples}; expected at least 1")
+    steps = config.total_steps(len(data["train"]))
+    for k in linearize_at:
+        if not 0 <= k <= steps:
+            raise InputError(f"linearize_at={k} is no step of this run; expected 0 to {steps}")
+    check_blocks(tun, config)
     for part in data.values():
         check_data(tun, part, config.loss)
     size = sum(jacobian_bytes(tun, part) for part in data.values())
@@ -202,7 +135,18 @@ def check_comparison(
         )
 
 
-def _summary(start: _Start, spec: Spectrum, tun: Tunable, config: TrainConfig, mu1: float, size: int) -> dict[str, Any]:
+def _without_absent(tun: Tunable, config: TrainConfig) -> TrainConfig:
+    """Drops block patterns that an arm does not have (LoRA's A, frozen)."""
+    paths = leaf_paths(tun.theta0)
+
+    def present(patterns: Mapping[str, float] | None) -> dict[str, float]:
+        return {k: v for k, v in (patterns or {}).items() if any(re.search(k, path) for path in paths)}
+
+    pulls, rates = present(config.lam_blocks), present(config.learning_rate_blocks)
+    return dataclasses.replace(config, lam_blocks=pulls, learning_rate_blocks=rates)
+
+
+def _summary(start: Start, spec: Spectrum, tun: Tunable, config: TrainConfig, mu1: float, size: int) -> dict[str, Any]:
     n, c = start.f0["train"].shape
     held = "Jacobians computed once" if start.jacobians is not None else "jvp at every step"
     return {
@@ -236,6 +180,7 @@ def compare(
     *,
     lams: Lams = "auto",
     lam_rel: Sequence[float] | np.ndarray | None = None,
+    linearize_at: Sequence[int] = (),
     extra_arms: Mapping[str, Tunable] | None = None,
     baselines: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     linear_mode: str = "auto",
@@ -255,6 +200,10 @@ def compare(
       KL(softmax f ‖ softmax f̄), `agreement` of predicted classes with the linearized arm, `agreement_f0` with
       the start, `loss` (mean over examples), `accuracy`.
 
+    An arm `linearized_at_step_<k>` follows the full one for k steps, is linearized there, and goes on linearly with the
+    optimizer's state, the data order and the pull (to θ₀) as they are; its gaps are to the arm `full`. Column
+    `linearize_at` is its k, and 0 for `linearized`.
+
     Baselines are rows of the same table: `majority_class`, `start` (f₀), those given, and for each λ
     `kernel_regression`, the minimiser of the linearized model's squared loss with the pull (theory 2), which gradient
     descent on it converges to. It has none under `pull="selective"` and `"spd"`, which minimise no such objective.
@@ -266,7 +215,8 @@ def compare(
         eval_data: Examples to evaluate on, with `labels`.
         config: Training; its `lam` is replaced by each λ.
         lams: λ for the summed loss, or `"auto"`: 0, 1e-3, 1e-2, 1e-1, 1 in units of μ₁ (`pull="spd"`: as they are).
-        lam_rel: λ in units of μ₁, in place of `lams`.
+        lam_rel: λ in units of μ₁, in place of `lams`. With factors by block (`config.lam_blocks`) these are of λ.
+        linearize_at: Steps k of late linearization; 0 is the arm `linearized`, which is always there.
         extra_arms: Other Tunables to train alike, by name, such as the same LoRA with A frozen.
         baselines: Outputs of other predictors, name to `{"train": [N, C], "eval": [M, C]}`.
         linear_mode: `"cached"`: the linearized arm trains on Jacobians computed once; `"streaming"`: by jvp at
@@ -286,6 +236,7 @@ def compare(
     config = config or TrainConfig()
     data = {"train": as_dataset(train_data), "eval": as_dataset(eval_data)}
     options: dict[str, Any] = {"lams": lams, "lam_rel": lam_rel, "linear_mode": linear_mode}
+    options["linearize_at"] = linearize_at
     options |= {"kernel_examples": kernel_examples, "memory_budget": memory_budget}
     check_comparison(tun, data, config, **options)
     with jax.default_matmul_precision(config.precision):
@@ -303,13 +254,14 @@ def _compare(
     *,
     lams: Lams,
     lam_rel: Sequence[float] | np.ndarray | None,
+    linearize_at: Sequence[int],
     linear_mode: str,
     kernel_examples: int,
     memory_budget: int,
 ) -> Comparison:
     size = sum(jacobian_bytes(tun, part) for part in data.values())
     cached = linear_mode == "cached" or (linear_mode == "auto" and 2 * size <= memory_budget)
-    start = _Start.compute(tun, data, cached, kernel_examples, memory_budget, progress)
+    start = Start.compute(tun, data, cached, kernel_examples, memory_budget, factor_blocks(tun, config), progress)
     spec = spectrum(start.kernel)
     n, c = start.f0["train"].shape
     mu1 = float(spec.eigenvalues[0]) * n / len(start.chosen)
@@ -327,24 +279,35 @@ def _compare(
     for name, fixed in {"majority_class": _majority(data, c, config.loss), "start": start.f0, **baselines}.items():
         table.append({"arm": name, **start.scores(fixed, config.loss)})
     results: dict[tuple[str, float], TrainResult] = {}
-    per_run = config.total_steps(n)
+    total = config.total_steps(n)
+    late = sorted({k for k in linearize_at if k})
     counted = [name for name in arms if not (cached and name == LINEARIZED)]  # the others take no time
-    runs_done = 0
+    steps_in_all = len(grid) * (len(counted) * total + sum(total - k for k in late))
+    steps_done = 0
+    limits = {pulled: start.limit(config, pulled) for pulled in {lam > 0 for lam in grid}}
 
     def labels_of(lam: float) -> Row:
         # SPD's strength is a share of the way back, not a curvature.
         return {"lam": lam, "lam_over_mu1": None if config.pull == "spd" else relative(lam, mu1)}
 
-    def run(name: str, lam: float) -> TrainResult:
+    def run(name: str, arm: _Arm, lam: float, begin: TrainState | None = None) -> TrainResult:
+        nonlocal steps_done
+        before = steps_done - (begin.step if begin is not None else 0)
+
         def log_row(row: Row) -> None:
+            nonlocal steps_done
             if log is not None:
                 log({"arm": name, **labels_of(lam), **row})
-            if progress is not None and name in counted:
-                progress("training", runs_done * per_run + row["step"], len(grid) * len(counted) * per_run)
+            if name in counted or begin is not None:
+                steps_done = before + row["step"]
+                if progress is not None:
+                    progress("training", steps_done, steps_in_all)
 
-        arm, held_out = arms[name], None if config.eval_steps is None else arms[name].data["eval"]
+        options = _without_absent(arm.tun, dataclasses.replace(config, lam=lam))
+        held_out = None if config.eval_steps is None else arm.data["eval"]
+        keep = late if name == FULL else ()
         try:
-            return train(arm.tun, arm.data["train"], held_out, dataclasses.replace(config, lam=lam), log=log_row)
+            return train(arm.tun, arm.data["train"], held_out, options, start=begin, keep=keep, log=log_row)
         except TrainingDivergedError as error:
             raise TrainingDivergedError(f"arm {name!r} at λ = {lam:g}: {error}") from error
 
@@ -352,20 +315,28 @@ def _compare(
         labels = labels_of(lam)
         outputs: dict[str, dict[str, np.ndarray]] = {}
         for name, arm in arms.items():
-            results[name, lam] = run(name, lam)
-            runs_done += name in counted
+            results[name, lam] = run(name, arm, lam)
             outputs[name] = arm.outputs(results[name, lam])
-        for name, arm in arms.items():
+        late_arms = {}
+        for k, state in results[FULL, lam].states.items():
+            late_arms[name := f"{LATE}{k}"] = _Arm(linearize(tun, at=state.theta), data)
+            results[name, lam] = run(name, late_arms[name], lam, state)
+            outputs[name] = late_arms[name].outputs(results[name, lam])
+        for name, arm in {**arms, **late_arms}.items():
             theta = results[name, lam].theta
             row: Row = {"arm": name, **labels}
             row.update({f"distance{key}": value for key, value in distances(theta, arm.tun.theta0).items()})
+            if name == LINEARIZED or name in late_arms:
+                row["linearize_at"] = int(name.removeprefix(LATE)) if name in late_arms else 0
             if name != LINEARIZED:
-                gap = distances(theta, results[LINEARIZED, lam].theta)
+                ours, other = (FULL, name) if name in late_arms else (name, LINEARIZED)
+                gap = distances(results[ours, lam].theta, results[other, lam].theta)
                 row.update({f"parameter_gap{key}": value for key, value in gap.items()})
-                row.update(start.gaps(outputs[name], outputs[LINEARIZED]))
+                row.update(start.gaps(outputs[ours], outputs[other]))
             table.append({**row, **start.scores(outputs[name], config.loss)})
-        if config.pull not in ("selective", "spd"):
-            table.append({"arm": REGRESSION, **labels, **start.scores(start.regression_outputs(lam), config.loss)})
+        limit = limits[lam > 0]
+        if limit is not None:
+            table.append({"arm": REGRESSION, **labels, **start.scores(limit.outputs(lam), config.loss)})
 
     columns = list(dict.fromkeys(key for row in sorted(table, key=len, reverse=True) for key in row))
     return Comparison(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from jaxlin.errors import InputError
+from jaxlin.tunable import block_factors, leaf_paths
 
 MODES = ("coupled", "selective", "decoupled", "prox", "spd")
 
@@ -20,7 +22,8 @@ class ProximalState(NamedTuple):
 
     Attributes:
         theta0: The point that is pulled to: the parameters given to `init`.
-        lam: λ as an array, so that a sweep over it compiles once (`state._replace(lam=...)`).
+        lam: λ, before the factors of `lam_blocks`, as an array, so that a sweep over it compiles once
+            (`state._replace(lam=...)`).
         steps: Steps taken, for a learning-rate schedule.
         inner: State of the wrapped optimizer.
     """
@@ -51,6 +54,8 @@ def proximal(
     learning_rate: optax.ScalarOrSchedule | None = None,
     *,
     per_tensor: bool = False,
+    lam_blocks: Mapping[str, float] | None = None,
+    learning_rate_blocks: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformation:
     r"""Wraps an optimizer with an :math:`\ell_2` pull to where the parameters started.
 
@@ -76,12 +81,16 @@ def proximal(
         mode: One of the five.
         learning_rate: η of `decoupled` and `prox`, a number or a schedule of the step.
         per_tensor: Whether `selective` decides for each tensor apart (as SPD does) rather than for all of θ.
+        lam_blocks: Factors of λ by block: regular expression, searched for in the `/`-joined path of a leaf, to
+            factor; the first that matches counts, 1 where none does.
+        learning_rate_blocks: Likewise factors of the step T(g), and of η (`{"lora_B": 16}` is LoRA+).
 
     Returns:
         The transformation; `update` needs `params`. Its state is a `ProximalState`.
 
     Raises:
-        InputError: If λ is negative or NaN, the mode is unknown, or η is missing where it is needed.
+        InputError: If λ is negative or NaN, the mode is unknown, or η is missing where it is needed; from `init`, if a
+            pattern matches no leaf.
 
     Example:
         >>> import jax.numpy as jnp, optax, jaxlin as jl
@@ -102,7 +111,13 @@ def proximal(
     if mode in ("decoupled", "prox") and learning_rate is None:
         raise InputError(f"mode={mode!r} needs the learning_rate: its pull is scaled by it")
 
+    def factors(params: PyTree, patterns: Mapping[str, float] | None, what: str) -> PyTree:
+        by_path = block_factors(leaf_paths(params), patterns, what)
+        return jax.tree.unflatten(jax.tree.structure(params), list(by_path.values()))
+
     def init(params: PyTree) -> ProximalState:
+        for patterns, what in ((lam_blocks, "lam_blocks"), (learning_rate_blocks, "learning_rate_blocks")):
+            factors(params, patterns, what)  # for its errors
         theta0 = jax.tree.map(jnp.array, params)  # a copy: params may be donated to a step
         return ProximalState(
             theta0,
@@ -115,31 +130,30 @@ def proximal(
         if params is None:
             raise ValueError("proximal needs the parameters: call update(grads, state, params)")
         delta = jax.tree.map(jnp.subtract, params, state.theta0)
-
-        def scaled(factor: Any, tree: PyTree) -> PyTree:
-            return jax.tree.map(lambda x: jnp.asarray(factor, x.dtype) * x, tree)
+        weights = factors(params, lam_blocks, "lam_blocks")
+        rates = factors(params, learning_rate_blocks, "learning_rate_blocks")
+        lams = jax.tree.map(lambda weight, p: (state.lam * weight).astype(p.dtype), weights, params)
 
         pulled = grads
         if mode == "coupled":
-            pulled = jax.tree.map(jnp.add, grads, scaled(state.lam, delta))
+            pulled = jax.tree.map(lambda g, lam, d: g + lam * d, grads, lams, delta)
         elif mode == "selective":
             if per_tensor:
                 active = jax.tree.map(lambda g, d: jnp.vdot(g, d) >= 0, grads, delta)
             else:
                 whole = _inner_product(grads, delta) >= 0
                 active = jax.tree.map(lambda _: whole, grads)
-            pulled = jax.tree.map(
-                lambda g, d, s: g + jnp.where(s, state.lam, 0).astype(d.dtype) * d, grads, delta, active
-            )
+            pulled = jax.tree.map(lambda g, lam, d, s: g + jnp.where(s, lam, 0) * d, grads, lams, delta, active)
         moves, inner_state = inner.update(pulled, state.inner, params)
+        moves = jax.tree.map(lambda move, rate: move * jnp.asarray(rate, move.dtype), moves, rates)
         if mode == "spd":
-            moves = jax.tree.map(lambda g, t, d: _spd(state.lam, g, t, d), grads, moves, delta)
+            moves = jax.tree.map(_spd, lams, grads, moves, delta)
         elif mode in ("decoupled", "prox"):
-            rate: Any = learning_rate(state.steps) if callable(learning_rate) else learning_rate
-            strength = rate * state.lam
-            moves = jax.tree.map(jnp.subtract, moves, scaled(strength, delta))
+            eta: Any = learning_rate(state.steps) if callable(learning_rate) else learning_rate
+            strengths = jax.tree.map(lambda lam, rate: (eta * rate * lam).astype(lam.dtype), lams, rates)
+            moves = jax.tree.map(lambda move, s, d: move - s * d, moves, strengths, delta)
             if mode == "prox":
-                moves = scaled(1 / (1 + strength), moves)
+                moves = jax.tree.map(lambda move, s: move / (1 + s), moves, strengths)
         return moves, ProximalState(state.theta0, state.lam, state.steps + 1, inner_state)
 
     return optax.GradientTransformation(init, update)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,8 +18,8 @@ from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.ntk.jacobian import num_outputs
 from jaxlin.training.losses import LOSSES, check_labels, evaluate, to_mean
-from jaxlin.training.optim import MODES, proximal
-from jaxlin.tunable import Batch, Tunable
+from jaxlin.training.optim import MODES, ProximalState, proximal
+from jaxlin.tunable import Batch, Tunable, block_factors, leaf_paths
 
 Row = dict[str, Any]
 """One line of a history: `step`, `loss` and so on."""
@@ -51,6 +51,9 @@ class TrainConfig:
         max_steps: Number of steps, in place of `num_train_epochs`.
         lam: λ of the pull for the *summed* loss (theory 0), whatever the batch size.
         pull: Mode of `jaxlin.optim.proximal`.
+        lam_blocks: Factors of λ by block: regular expression, searched for in the paths of theta's leaves, to factor;
+            the first that matches counts, 1 where none does.
+        learning_rate_blocks: Likewise factors of the learning rate; `{"lora_B": 16}` is LoRA+.
         seed: Of the data order.
         group_by_length: Put examples of like length into a batch, so that little is padding; the batches come in
             random order, a partial one last. Full-batch descent takes no notice of it.
@@ -69,6 +72,8 @@ class TrainConfig:
     max_steps: int | None = None
     lam: float = 0.0
     pull: str = "coupled"
+    lam_blocks: Mapping[str, float] | None = None
+    learning_rate_blocks: Mapping[str, float] | None = None
     seed: int = 0
     group_by_length: bool = False
     eval_steps: int | None = None
@@ -119,17 +124,34 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class TrainState:
+    """Where a training run stands, to go on from.
+
+    Attributes:
+        theta: The parameters.
+        optimizer: State of `jaxlin.optim.proximal`; holds the point that is pulled to.
+        step: Steps taken.
+    """
+
+    theta: PyTree
+    optimizer: ProximalState
+    step: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class TrainResult:
     """What training gives.
 
     Attributes:
         theta: The parameters at the end.
+        states: By step, those that were asked for by `keep`.
         history: One row a step: `step` (from 1), `epoch`, `loss` (mean data loss of the batch before the
             step, without the pull), `distance` ‖θ−θ₀‖ after it; with `eval_loss`, `eval_accuracy` where evaluated.
     """
 
     theta: PyTree
     history: list[Row]
+    states: Mapping[int, TrainState] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,13 +173,22 @@ class _Schedule:
 Step = Callable[[Any, PyTree, Any, Batch], tuple[PyTree, Any, dict[str, Array]]]
 
 
+Factors = tuple[tuple[str, float], ...]
+
+
 @functools.lru_cache(maxsize=32)
 def _compiled_step(
-    loss: str, optimizer: str | optax.GradientTransformation, schedule: _Schedule, pull: str
+    loss: str,
+    optimizer: str | optax.GradientTransformation,
+    schedule: _Schedule,
+    pull: str,
+    lam_blocks: Factors,
+    learning_rate_blocks: Factors,
 ) -> tuple[optax.GradientTransformation, Step]:
     """Returns the transformation (λ in its state) and the compiled step, one for all λ of a sweep."""
     inner = OPTIMIZERS[optimizer](schedule) if isinstance(optimizer, str) else optimizer
-    tx = proximal(inner, 0.0, pull, schedule)
+    rates = dict(learning_rate_blocks)
+    tx = proximal(inner, 0.0, pull, schedule, lam_blocks=dict(lam_blocks), learning_rate_blocks=rates)
 
     @functools.partial(jax.jit, donate_argnums=(1, 2))
     def step(apply: Any, theta: PyTree, state: Any, batch: Batch) -> tuple[PyTree, Any, dict[str, Array]]:
@@ -172,6 +203,11 @@ def _compiled_step(
         return theta, state, {"loss": value, "distance": optax.tree.norm(delta)}
 
     return tx, step
+
+
+def copied(tree: PyTree) -> PyTree:
+    """Returns `tree` with buffers of its own."""
+    return jax.tree.map(jnp.array, tree)
 
 
 @jax.jit
@@ -213,6 +249,16 @@ def batches(data: Dataset, config: TrainConfig) -> Iterator[np.ndarray]:
         yield order[within * size : (within + 1) * size]
 
 
+def check_blocks(tun: Tunable, config: TrainConfig) -> None:
+    """Checks that the block patterns of `config` are found in theta.
+
+    Raises:
+        InputError: If they are not.
+    """
+    for what in ("lam_blocks", "learning_rate_blocks"):
+        block_factors(leaf_paths(tun.theta0), getattr(config, what), what)
+
+
 def check_data(tun: Tunable, data: Dataset, loss: str) -> None:
     """Checks that inputs and labels fit the model and the loss.
 
@@ -231,6 +277,8 @@ def train(
     eval: Dataset | Mapping[str, Any] | None = None,
     config: TrainConfig | None = None,
     *,
+    start: TrainState | None = None,
+    keep: Collection[int] = (),
     log: Callable[[Row], None] | None = None,
 ) -> TrainResult:
     """Minimises the mean loss with the pull `(λ/2n)‖θ−θ₀‖²` from `tun.theta0` (theory 0 and 1).
@@ -243,6 +291,9 @@ def train(
         train: Training examples with `labels` `[N]`: integer classes, or scores for C = 1.
         eval: Examples to evaluate on, or `None`.
         config: How; `None` for the defaults.
+        start: Goes on from there, with the same data order, learning rates and point that is pulled to, up to the
+            number of steps that `config` gives; `None` starts anew.
+        keep: Steps after which the state is kept, in `result.states` (0: before the first).
         log: Called with every row of the history as it is made.
 
     Returns:
@@ -260,15 +311,22 @@ def train(
     for part in (data, held_out):
         if part is not None:
             check_data(tun, part, config.loss)
+    check_blocks(tun, config)
     n = len(data)
     total = config.total_steps(n)
     schedule = _Schedule(config.learning_rate, config.lr_scheduler_type, int(config.warmup_ratio * total), total)
-    tx, step = _compiled_step(config.loss, config.optimizer, schedule, config.pull)
-    theta = jax.tree.map(jnp.array, tun.theta0)  # a copy, since the step takes its buffers over
+    by_block = [tuple((patterns or {}).items()) for patterns in (config.lam_blocks, config.learning_rate_blocks)]
+    tx, step = _compiled_step(config.loss, config.optimizer, schedule, config.pull, *by_block)
+    if start is None:
+        start = TrainState(tun.theta0, tx.init(tun.theta0), 0)
+    theta, state = copied(start.theta), copied(start.optimizer)  # since the step takes its buffers over
     lam = config.lam if config.pull == "spd" else to_mean(config.lam, n, "lam")
-    state = tx.init(theta)._replace(lam=jnp.asarray(lam, jnp.result_type(*jax.tree.leaves(theta))))
+    state = state._replace(lam=jnp.asarray(lam, jnp.result_type(*jax.tree.leaves(theta))))
     history: list[Row] = []
+    states = {0: TrainState(copied(theta), copied(state), 0)} if 0 in keep else {}
     for i, indices in enumerate(batches(data, config), start=1):
+        if i <= start.step:
+            continue
         with jax.default_matmul_precision(config.precision):
             theta, state, metrics = step(tun.apply, theta, state, data.batch(indices, min(config.batch_size, n)))
         row: Row = {
@@ -286,6 +344,8 @@ def train(
             scores = evaluate(predict(tun, theta, held_out), held_out["labels"], config.loss)
             row.update({f"eval_{name}": value for name, value in scores.items()})
         history.append(row)
+        if i in keep:
+            states[i] = TrainState(copied(theta), copied(state), i)
         if log is not None:
             log(row)
-    return TrainResult(theta, history)
+    return TrainResult(theta, history, states)
