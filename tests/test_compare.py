@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -192,6 +194,58 @@ def test_kernel_regression_is_the_end_of_coupled_descent_and_absent_elsewhere():
     for pull in ("selective", "spd"):
         few = jl.TrainConfig(max_steps=2, pull=pull)
         assert not rows_of(jl.compare(tun, data, data, few, lams=[0.3]), "kernel_regression")
+
+
+def test_linearizing_late(setting):
+    """Against the same by hand; at the last step nothing is left to differ."""
+    tun, _, train, held_out = setting
+    comparison = jl.compare(tun, train, held_out, CONFIG, lam_rel=[0.0, 0.1], linearize_at=[0, 2, 6])
+    for lam in {row["lam"] for row in comparison.table} - {None}:
+        rows = {row["linearize_at"]: row for row in comparison.table if row["lam"] == lam}
+        assert set(rows) == {0, 2, 6, None}
+        assert rows[2]["arm"] == "linearized_at_step_2"
+        assert rows[6]["parameter_gap"] == 0
+        assert rows[6]["output_gap_eval"] < 1e-4
+        assert rows[6]["output_gap_eval"] < rows[2]["output_gap_eval"]
+        full = next(row for row in rows_of(comparison, "full") if row["lam"] == lam)
+        assert rows[2]["parameter_gap"] < full["parameter_gap"]
+        config = dataclasses.replace(CONFIG, lam=lam)
+        state = jl.train(tun, train, None, config, keep=[2]).states[2]
+        late = jl.linearize(tun, at=state.theta)
+        theta = jl.train(late, train, None, config, start=state).theta
+        assert rows[2]["distance"] == pytest.approx(distances(theta, tun.theta0)[""], rel=1e-5)
+        gap = jl.predict(tun, comparison.results["full", lam].theta, held_out) - jl.predict(late, theta, held_out)
+        assert rows[2]["output_gap_eval"] == pytest.approx(np.linalg.norm(gap), rel=1e-3)
+    with pytest.raises(jl.InputError, match="linearize_at=7 is no step of this run; expected 0 to 6"):
+        jl.compare(tun, train, held_out, CONFIG, linearize_at=[7])
+
+
+@pytest.mark.parametrize("lam_rel", [0.0, 0.3])
+def test_kernel_regression_with_factors_by_block_is_the_end_of_descent(lam_rel):
+    tun, data = cases.mlp(width=9), cases.vectors(4)
+    factors = {"hidden": 0.5, "out": 2.0}
+    mu1 = np.linalg.eigvalsh(jl.ntk(tun, data).weighted(factors).matrix())[-1]
+    config = jl.TrainConfig(
+        optimizer="sgd",
+        learning_rate=4 / (2 * mu1),
+        batch_size=4,
+        max_steps=6000,
+        lam_blocks={"hidden": 3.0},
+        learning_rate_blocks=factors,
+    )
+    ends = jl.compare(tun, data, cases.vectors(5, seed=1), config, lams=[lam_rel * mu1])
+    (linear,), (fit,) = rows_of(ends, "linearized"), rows_of(ends, "kernel_regression")
+    assert linear["loss_eval"] == pytest.approx(fit["loss_eval"], rel=2e-3)
+    if lam_rel:
+        free = dataclasses.replace(config, lam_blocks={"hidden": 0.0}, max_steps=2)
+        assert not rows_of(jl.compare(tun, data, data, free, lams=[1.0]), "kernel_regression")
+
+
+def test_factors_of_frozen_parameters_do_not_matter(setting):
+    tun, frozen, train, held_out = setting
+    config = dataclasses.replace(CONFIG, learning_rate_blocks={"lora_A": 0.5}, max_steps=2)
+    comparison = jl.compare(tun, train, held_out, config, lam_rel=[0.1], extra_arms={"full_A_frozen": frozen})
+    assert rows_of(comparison, "full_A_frozen")
 
 
 def test_spd_has_no_unit_of_lam():

@@ -12,7 +12,9 @@ import jaxlin as jl
 from jaxlin.data.dataset import Dataset
 from jaxlin.ntk.jacobian import jacobian
 from jaxlin.training.cached import cached_linearized
+from jaxlin.training.gaps import distances
 from jaxlin.training.losses import LOSSES, targets, to_mean
+from jaxlin.training.optim import proximal
 from jaxlin.training.trainer import OPTIMIZERS, SCHEDULES, _compiled_step, epoch_order
 from tests import cases
 
@@ -146,6 +148,92 @@ def test_trainer_equals_the_closed_form(momentum, lam_rel, wide, tolerance):
         np.testing.assert_allclose(
             jl.predict(lin, result.theta, test_data), fit.test(cross, f0_test, steps, **options), atol=tolerance
         )
+
+
+def test_rates_by_block_are_the_kernel_they_weigh(float64):
+    """Theory 7: K_η = Σ η_ℓ K_ℓ, where the pull on a block is λ/η_ℓ; the limit has 1/w_ℓ for pulls λ w_ℓ."""
+    n, rates = 7, {"hidden/bias": 4.0, "out": 0.25}
+    train_data, test_data = cases.vectors(n), cases.vectors(5, seed=1)
+    tun = cases.mlp(dtype=jnp.float64)
+    kernel, cross = (jl.ntk(tun, x, x2, blocks="leaf") for x, x2 in ((train_data, None), (test_data, train_data)))
+    mu1 = np.linalg.eigvalsh(kernel.weighted(rates).matrix())[-1]
+    lam = 0.05 * mu1
+    rate = 1 / (mu1 + lam)
+    y = np.asarray(targets(train_data["labels"], 2))
+    f0, f0_test = (jl.predict(tun, tun.theta0, data) for data in (train_data, test_data))
+    config = jl.TrainConfig(
+        optimizer="sgd",
+        learning_rate=to_mean(rate, n, "learning_rate"),
+        batch_size=n,
+        max_steps=25,
+        lam=lam,
+        learning_rate_blocks=rates,
+        lam_blocks={pattern: 1 / value for pattern, value in rates.items()},
+    )
+    lin = jl.linearize(tun)
+    theta = jl.train(lin, train_data, config=config).theta
+    fit = jl.kernel_regression(kernel.weighted(rates), y, f0, lam)
+    expected = fit.test(cross.weighted(rates), f0_test, 25, learning_rate=rate)
+    np.testing.assert_allclose(jl.predict(lin, theta, test_data), expected, atol=1e-10)
+    assert np.abs(expected - jl.kernel_regression(kernel, y, f0, lam).test(cross, f0_test, 25)).max() > 1e-3
+
+    # Pulls alone, to the end: rates do not matter then.
+    weights = {"hidden/kernel": 3.0, "out": 0.5}
+    long = dataclasses.replace(config, learning_rate_blocks=None, lam_blocks=weights, max_steps=4000)
+    inverse = {pattern: 1 / weight for pattern, weight in weights.items()}
+    limit = jl.kernel_regression(kernel.weighted(inverse), y, f0, lam).test(cross.weighted(inverse), f0_test)
+    np.testing.assert_allclose(
+        jl.predict(lin, jl.train(lin, train_data, config=long).theta, test_data), limit, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("mode", ["coupled", "decoupled", "prox", "spd"])
+def test_factors_by_block_are_separate_optimizers(mode):
+    """A rule that acts by tensor, on two tensors with factors, is two rules."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    theta0, theta, grads = ({"a": jax.random.normal(k, (3,)), "b": jax.random.normal(k, (2, 2)) + 1} for k in keys)
+    factors = {"a": (2.0, 0.5), "b": (0.0, 3.0)}
+    together = proximal(
+        optax.sgd(0.1),
+        0.7,
+        mode,
+        0.1,
+        lam_blocks={k: v for k, (v, _) in factors.items()},
+        learning_rate_blocks={k: v for k, (_, v) in factors.items()},
+    )
+    moves, _ = together.update(grads, together.init(theta0), theta)
+    for name, (weight, rate) in factors.items():
+        alone = proximal(optax.sgd(0.1 * rate), 0.7 * weight, mode, 0.1 * rate)
+        expected, _ = alone.update(grads[name], alone.init(theta0[name]), theta[name])
+        np.testing.assert_allclose(moves[name], expected, rtol=1e-6)
+
+
+def test_lora_plus_moves_b_faster(model):
+    tun, batch = jl.lora(model, rank=3), cases.text_batch(6)
+    plain = jl.TrainConfig(max_steps=1, batch_size=6)
+    plus = dataclasses.replace(plain, learning_rate_blocks={"lora_B": 16})
+    moved = [distances(jl.train(tun, batch, config=config).theta, tun.theta0) for config in (plain, plus)]
+    assert moved[1]["_B"] == pytest.approx(16 * moved[0]["_B"], rel=1e-5)
+    assert moved[1]["_head"] == pytest.approx(moved[0]["_head"], rel=1e-5)
+    for patterns, message in (
+        ({"lora_C": 1.0}, r"learning_rate_blocks: 'lora_C' is found in no tuned parameter, such as"),
+        ({"(": 1.0}, "is no regular expression"),
+        ({"lora_B": -1.0}, "expected a finite factor, at least 0"),
+    ):
+        with pytest.raises(jl.InputError, match=message):
+            jl.train(tun, batch, config=dataclasses.replace(plain, learning_rate_blocks=patterns))
+
+
+def test_going_on_from_a_kept_state_is_the_same_run(model):
+    tun, batch = jl.lora(model, rank=3), cases.text_batch(10)
+    config = jl.TrainConfig(batch_size=4, max_steps=7, lam=0.5, lr_scheduler_type="linear")
+    whole = jl.train(tun, batch, config=config, keep=[0, 4, 7])
+    assert sorted(whole.states) == [0, 4, 7]
+    rest = jl.train(tun, batch, config=config, start=whole.states[4])
+    assert gap(rest.theta, whole.theta) == 0
+    assert rest.history == whole.history[4:]
+    assert gap(whole.states[0].theta, tun.theta0) == 0
+    assert jl.train(tun, batch, config=config, start=whole.states[7]).history == []
 
 
 @pytest.mark.parametrize("loss", LOSSES)
