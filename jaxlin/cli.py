@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from jaxlin.errors import InputError, TrainingDivergedError
+from jaxlin.experiments import config_file
 from jaxlin.experiments.compare import CompareConfig
 from jaxlin.experiments.compare import run as run_compare
 
@@ -43,13 +44,18 @@ def doctor() -> None:
 def main() -> None:
     """Runs the command line; exits with 2 on bad input, 1 on a failed run, 130 when interrupted."""
     _set_up()
-    debug = "--debug" in sys.argv
+    words = sys.argv[1:]
+    debug = "--debug" in words
     try:
+        if words[:1] == ["compare"] and (file := config_file.find(words)) is not None:
+            # Before the others, so that what stands on the command line counts.
+            words[1:1] = config_file.read(file, config_file.flat_options(CompareConfig()))
         tyro.extras.subcommand_cli_from_dict(
             {"compare": compare, "doctor": doctor},
             prog="jaxlin",
             description="Linearized fine-tuning of transformer language models.",
             config=(tyro.conf.OmitArgPrefixes,),
+            args=words,
         )
     except (InputError, TrainingDivergedError) as error:
         if debug:
