@@ -148,12 +148,12 @@ BAD = {
     "not a hub id": (lambda t, f: {"model_name_or_path": "no such model!"}, "neither a folder nor a valid hub id"),
     "folder without config": (lambda t, f: {"model_name_or_path": t}, "without config.json"),
     "NaN in weights": (lambda t, f: damaged(t, poisoned), "holds NaN or infinity"),
-    "empty file": (lambda t, f: with_file(f, ""), "holds 0 line(s)"),
+    "empty file": (lambda t, f: with_file(f, ""), "is empty (0 bytes)"),
     "one class": (lambda t, f: with_file(f, "sentence\tlabel\na b\t1\nc d\t1\n"), "the one label '1'"),
     "label outside": (lambda t, f: with_file(f, "sentence\tlabel\na b\t0\nc d\t2\n"), None),
     "missing column": (lambda t, f: with_file(f, "sentence\ttarget\na b\t1\n"), "no column 'label'"),
     "missing file": (lambda t, f: {"train_file": t / "none.tsv"}, "cannot be read"),
-    "binary file": (lambda t, f: with_file(f, b"\xff\xfe\x00\x01"), "not UTF-8"),
+    "binary file": (lambda t, f: with_file(f, b"\x89PNG\r\n\x1a\n\x00"), "NUL byte in line 3: it is binary"),
     "one of two files": (lambda t, f: {"validation_file": False}, "belong together"),
     "two sources": (lambda t, f: {"task_name": "sst2"}, "give one of them"),
     "negative lam": (lambda t, f: {"lams": ["-1"]}, "each at least 0"),
@@ -183,7 +183,7 @@ def test_bad_input_is_one_sentence(run, arguments, files, tmp_path, case):
     if case == "label outside":
         files["train"].write_text("sentence\tlabel\na b\t0\nc d\t1\n")
         files["validation"].write_text("sentence\tlabel\nx y\t2\n")
-        message = "label '2' is none of the training file's classes"
+        message = "label '2' is none of the task's classes: 0, 1"
     if case == "zero frozen head":
         changed.pop("train_head")
         code, _, err = run(*flags(changed), "--no-train_head")

@@ -125,7 +125,8 @@ class TrainResult:
     Attributes:
         theta: The parameters at the end.
         history: One row a step: `step` (from 1), `epoch`, `loss` (mean data loss of the batch before the
-            step, without the pull), `distance` ‖θ−θ₀‖ after it; with `eval_loss`, `eval_accuracy` where evaluated.
+            step, without the pull), `distance` ‖θ−θ₀‖ after it; where evaluated `eval_loss` and the metrics
+            (`eval_accuracy`, …).
     """
 
     theta: PyTree
