@@ -15,8 +15,8 @@ def _show(value: Any, form: str = ".3g") -> str:
     return "" if value is None else format(value, form)
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _table(title: str, columns: Sequence[str], gap: int = 1) -> Table:
+    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0))
     for name in columns:
         out.add_column(name, justify="left" if name == "model" else "right", no_wrap=True, vertical="bottom")
     return out
@@ -64,7 +64,7 @@ def score_table(table: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> T
     }
     columns["agrees\nwith f₀\neval"] = ("agreement_f0_eval", ".3f")
     columns = {head: cell for head, cell in columns.items() if any(row[cell[0]] is not None for row in table)}
-    out = _table(f"Loss and {', '.join(metrics)}", [label, "model", *columns])
+    out = _table(f"Loss and {', '.join(metrics)}", [label, "model", *columns], gap=int(len(metrics) < 2))
     last = None
     for row in table:
         if row["lam"] != last:
