@@ -23,6 +23,7 @@ COLOURS = {
     "kernel_regression": "#CC79A7",
     "start": "#999999",
     "majority_class": "#000000",
+    "mean_score": "#000000",
     "linear_probe": "#E69F00",
 }
 NAMES = {
@@ -32,6 +33,7 @@ NAMES = {
     "kernel_regression": "kernel regression",
     "start": "start (θ₀)",
     "majority_class": "majority class",
+    "mean_score": "mean score",
     "linear_probe": "linear probe",
 }
 _STYLE: dict[Any, Any] = {
@@ -161,7 +163,7 @@ def comparison(table: Sequence[Row], history: Mapping[tuple[str, float], Sequenc
                 for arm, style in (("full", "o-"), ("linearized", "s--"), ("kernel_regression", "D:"))
             ],
         )
-        for arm in ("start", "majority_class"):
+        for arm in ("start", "majority_class", "mean_score"):
             for row in table:
                 if row["arm"] == arm and row["loss_eval"] is not None:
                     losses.axhline(row["loss_eval"], color=COLOURS[arm], lw=0.9, ls="-.", label=NAMES[arm])

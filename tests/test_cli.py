@@ -120,6 +120,54 @@ def test_spd_and_cross_entropy_and_streaming(run, arguments):
     assert "λ/μ₁" not in out
 
 
+def write_scores(files, names=("text_a", "text_b", "rating")):
+    rng = np.random.default_rng(1)
+    for file in files.values():
+        rows = [f"good {rng.integers(999)}\tfine {i}\t{5 * rng.random():.2f}" for i in range(14)]
+        file.write_text("\n".join(["\t".join(names), *rows]) + "\n")
+
+
+def test_scores_have_metrics_of_their_own(run, arguments, files, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    write_scores(files)
+    code, out, err = run(*flags({**arguments, "label_column_name": "rating", "lam_rel": [0, 0.1]}))
+    assert code == 0, err
+    assert "scores are standardised: the loss is in units of the training variance" in err
+    for text in ("pearson", "spearman", "mean score"):
+        assert text in out
+    for text in ("accuracy", "agree", "KL", "majority", "nan"):
+        assert text not in out
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    scores = np.array([float(line.split("\t")[2]) for line in files["train"].read_text().splitlines()[1:]])
+    assert results["config"]["target_mean"] == pytest.approx(scores.mean())
+    assert results["config"]["target_std"] == pytest.approx(scores.std())
+    rows = {row["arm"]: row for row in results["table"]}
+    assert rows["mean_score"]["loss_train"] == pytest.approx(0.5)  # half the variance, standardised
+    assert rows["mean_score"]["pearson_eval"] is None
+    assert -1 <= rows["full"]["spearman_eval"] <= 1
+    undefined = ("accuracy", "f1", "matthews", "kl", "agreement", "agreement_f0")
+    assert all(row[f"{name}_eval"] is None for row in results["table"] for name in undefined)
+
+
+def test_classes_follow_the_names_of_the_checkpoint(run, arguments, files, tmp_path):
+    """The same checkpoint with its classes named in another order: the same task, counted otherwise."""
+    for file in files.values():
+        lines = [f"{word} {i}\t{word}" for i in range(8) for word in ("neutral", "entailment", "contradiction")]
+        file.write_text("\n".join(["sentence\tlabel", *(f"{file.stem} {line}" for line in lines)]) + "\n")
+    names = ["ENTAILMENT", "neutral", "contradiction"]
+    folder = tmp_path / "nli"
+    shutil.copytree(cases.TINY_BERT, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    (folder / "config.json").write_text(json.dumps(config))
+    changed = {**arguments, "model_name_or_path": folder, "head": "auto", "lams": ["0"]}
+    code, _, err = run(*flags(changed))
+    assert code == 0, err
+    assert "class ids follow the checkpoint's order, by name: ENTAILMENT, neutral, contradiction" in err
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert saved["task"]["labels"] == ["entailment", "neutral", "contradiction"]
+
+
 def test_both_spellings(run, arguments):
     dashed = [flag.replace("_", "-") if str(flag).startswith("--") else flag for flag in flags(arguments)]
     code, _, err = run(*dashed, "--lams", "0", "--quiet")
@@ -148,14 +196,36 @@ BAD = {
     "not a hub id": (lambda t, f: {"model_name_or_path": "no such model!"}, "neither a folder nor a valid hub id"),
     "folder without config": (lambda t, f: {"model_name_or_path": t}, "without config.json"),
     "NaN in weights": (lambda t, f: damaged(t, poisoned), "holds NaN or infinity"),
-    "empty file": (lambda t, f: with_file(f, ""), "holds 0 line(s)"),
+    "empty file": (lambda t, f: with_file(f, ""), "is empty (0 bytes)"),
     "one class": (lambda t, f: with_file(f, "sentence\tlabel\na b\t1\nc d\t1\n"), "the one label '1'"),
     "label outside": (lambda t, f: with_file(f, "sentence\tlabel\na b\t0\nc d\t2\n"), None),
     "missing column": (lambda t, f: with_file(f, "sentence\ttarget\na b\t1\n"), "no column 'label'"),
     "missing file": (lambda t, f: {"train_file": t / "none.tsv"}, "cannot be read"),
-    "binary file": (lambda t, f: with_file(f, b"\xff\xfe\x00\x01"), "not UTF-8"),
+    "binary file": (lambda t, f: with_file(f, b"\x89PNG\r\n\x1a\n\x00"), "NUL byte in line 3: it is binary"),
     "one of two files": (lambda t, f: {"validation_file": False}, "belong together"),
-    "two sources": (lambda t, f: {"task_name": "sst2"}, "give one of them"),
+    "two sources": (lambda t, f: {"task_name": "sst2"}, "--train_file and --task_name are both given; give one of"),
+    "three sources": (lambda t, f: {"dataset_name": "a/b"}, "--train_file and --dataset_name are both given"),
+    "folder and file": (
+        lambda t, f: {"data_dir": t},
+        "--data_dir is given beside --train_file; it is for a --task_name",
+    ),
+    "configuration of nothing": (lambda t, f: {"dataset_config_name": "x"}, "--dataset_config_name is given without"),
+    "split of a file": (lambda t, f: {"train_split_name": "x"}, "--train_split_name is given without --dataset_name"),
+    "columns of the embedded task": (
+        lambda t, f: {"train_file": False, "validation_file": False, "label_column_name": "y"},
+        "the embedded task has no columns to choose",
+    ),
+    "unknown task": (
+        lambda t, f: {"train_file": False, "validation_file": False, "task_name": "SST-2"},
+        "--task_name SST-2 is no task (near: sst2",
+    ),
+    "task not in the folder": (
+        lambda t, f: {"train_file": False, "validation_file": False, "task_name": "sst2", "data_dir": t},
+        "sst2 has no file train",
+    ),
+    "column that is not there": (lambda t, f: {"text_column_names": ["body"]}, "has no column 'body'"),
+    "unknown suffix": (lambda t, f: {"train_file": cases.TINY_BERT / "model.safetensors"}, "has the suffix"),
+    "constant scores": (lambda t, f: with_file(f, "sentence\tlabel\na b\t0.5\nc d\t0.5\n"), "training scores are 0.5"),
     "negative lam": (lambda t, f: {"lams": ["-1"]}, "each at least 0"),
     "lam no number": (lambda t, f: {"lams": ["much"]}, "expected numbers, or auto"),
     "two grids": (lambda t, f: {"lams": ["1"], "lam_rel": [1]}, "give one of them"),
@@ -177,13 +247,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_sentence(run, arguments, files, tmp_path, case):
+def test_bad_input_is_one_sentence(run, arguments, files, tmp_path, monkeypatch, case):
     change, message = BAD[case]
+    monkeypatch.delenv("JAXLIN_DATA", raising=False)
     changed = {**arguments, **(change(tmp_path, files) or {})}
     if case == "label outside":
         files["train"].write_text("sentence\tlabel\na b\t0\nc d\t1\n")
         files["validation"].write_text("sentence\tlabel\nx y\t2\n")
-        message = "label '2' is none of the training file's classes"
+        message = "label '2' is none of the task's classes: 0, 1"
     if case == "zero frozen head":
         changed.pop("train_head")
         code, _, err = run(*flags(changed), "--no-train_head")

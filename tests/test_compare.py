@@ -1,9 +1,12 @@
 import dataclasses
+import io
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import jaxlin as jl
+from jaxlin.experiments.tables import gap_tables, score_table
 from jaxlin.training.gaps import distances, kl_divergence, relative
 from tests import cases
 
@@ -157,6 +160,26 @@ def test_scores_leave_blank_what_is_undefined():
     assert row["accuracy_eval"] is None
     assert row["agreement_eval"] is None
     assert row["output_gap_eval"] > 0
+    assert row["spearman_eval"] is not None
+    (mean,) = rows_of(comparison, "mean_score")
+    assert mean["loss_eval"] == pytest.approx(np.var(data["labels"]) / 2)
+    assert mean["pearson_eval"] is None
+    headings = [column.header for column in score_table(comparison.table, ("pearson", "spearman")).columns]
+    assert [heading.split("\n")[0] for heading in headings[2:]] == 2 * ["loss"] + 2 * ["pearson"] + 2 * ["spearman"]
+    (_, outputs) = gap_tables(comparison.table)
+    assert not any("KL" in column.header or "agree" in column.header for column in outputs.columns)
+
+
+@pytest.mark.parametrize("metrics", [("accuracy",), ("matthews",), ("accuracy", "f1")])
+def test_tables_fit_80_columns(result, metrics):
+    comparison, _ = result
+    tables = [score_table(comparison.table, metrics), *gap_tables(comparison.table)]
+    for table in tables:
+        console = Console(width=300, record=True, file=io.StringIO())
+        console.print(table)
+        lines = [line.rstrip() for line in console.export_text().splitlines()]
+        assert max(map(len, lines)) <= 80
+        assert not any("…" in line for line in lines)
 
 
 BAD = {

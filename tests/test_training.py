@@ -14,6 +14,7 @@ from jaxlin.ntk.jacobian import jacobian
 from jaxlin.training.cached import cached_linearized
 from jaxlin.training.gaps import distances
 from jaxlin.training.losses import LOSSES, targets, to_mean
+from jaxlin.training.metrics import metrics
 from jaxlin.training.optim import proximal
 from jaxlin.training.trainer import OPTIMIZERS, SCHEDULES, _compiled_step, epoch_order
 from tests import cases
@@ -431,7 +432,9 @@ def test_one_output_classes_and_scores():
     result = jl.train(tun, rows, rows, jl.TrainConfig(max_steps=3))
     assert result.history[-1]["eval_accuracy"] is not None
     scored = {**rows, "labels": np.linspace(0, 5, 8)}
-    assert jl.train(tun, scored, scored, jl.TrainConfig(max_steps=3)).history[-1]["eval_accuracy"] is None
+    last = jl.train(tun, scored, scored, jl.TrainConfig(max_steps=3)).history[-1]
+    assert last["eval_accuracy"] is None
+    assert -1 <= last["eval_pearson"] <= 1
     with pytest.raises(jl.InputError, match="at least two outputs"):
         jl.train(tun, rows, config=jl.TrainConfig(loss="cross_entropy"))
     with pytest.raises(jl.InputError, match="need one output"):
@@ -485,3 +488,30 @@ def test_bad_labels():
             jl.train(tun, {**rows, "labels": labels})
     with pytest.raises(jl.InputError, match="no column 'labels'"):
         jl.train(tun, {"x": rows["x"]})
+
+
+@pytest.mark.filterwarnings("error")
+def test_metrics_and_where_they_are_blank():
+    rng = np.random.default_rng(0)
+    outputs, labels = rng.normal(size=(50, 3)), rng.integers(0, 3, 50)
+    found = metrics(outputs, labels)
+    confusion = np.histogram2d(labels, outputs.argmax(1), bins=3)[0]
+    by_class = [2 * confusion[k, k] / (confusion[k].sum() + confusion[:, k].sum()) for k in range(3)]
+    assert found["accuracy"] == pytest.approx(np.trace(confusion) / 50)
+    assert found["f1"] == pytest.approx(np.mean(by_class))
+    assert found["pearson"] is found["spearman"] is None
+    yes, sign = labels > 0, outputs[:, 0] > 0
+    binary = metrics(outputs[:, :1], yes.astype(int))
+    assert binary["f1"] == pytest.approx(2 * (yes & sign).sum() / (yes.sum() + sign.sum()))
+    assert binary["matthews"] == pytest.approx(np.corrcoef(yes, sign)[0, 1])
+    constant = metrics(np.tile([0.0, 1.0], (4, 1)), np.zeros(4, int))
+    assert constant == {"accuracy": 0.0, "f1": 0.0, "matthews": 0.0, "pearson": None, "spearman": None}
+    x, y = outputs[:, :1], outputs[:, 1]
+    scores = metrics(x, y)
+    assert scores["pearson"] == pytest.approx(np.corrcoef(x[:, 0], y)[0, 1])
+    ranks = (x[:, 0].argsort().argsort(), y.argsort().argsort())
+    assert scores["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert scores["accuracy"] is scores["f1"] is scores["matthews"] is None
+    for flat in (np.zeros((4, 1)), np.array([[0.1], [0.1 + 2e-17], [0.1], [0.1 + 1e-14]])):
+        assert set(metrics(flat, np.arange(4.0)).values()) == {None}
+    assert set(metrics(x[:1], y[:1]).values()) == {None}

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from jaxlin.data.dataset import Dataset
+from jaxlin.data.known import CLASS_METRICS, SCORE_METRICS
 from jaxlin.errors import InputError
 
 
@@ -46,6 +47,7 @@ class Task:
         validation: Validation split.
         label_names: Names of the classes by id; empty for scores.
         provenance: Where the text came from, for the record.
+        metrics: Names of `jaxlin.training.metrics.METRICS` that the task is judged by, the primary one first.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Task:
     validation: TextSplit
     label_names: tuple[str, ...]
     provenance: Mapping[str, Any]
+    metrics: tuple[str, ...]
 
     @property
     def num_labels(self) -> int:
@@ -71,8 +74,17 @@ def make_task(
     validation: TextSplit,
     label_names: tuple[str, ...],
     provenance: Mapping[str, Any],
+    metrics: tuple[str, ...] | None = None,
 ) -> Task:
     """Builds a task, dropping (and counting in the provenance) training examples whose text is in validation.
+
+    Args:
+        name: For titles and logs.
+        train: Training split.
+        validation: Validation split.
+        label_names: Names of the classes by id; empty for scores.
+        provenance: Where the text came from.
+        metrics: What the task is judged by; `None`: accuracy for classes, both correlations for scores.
 
     Returns:
         The task.
@@ -90,7 +102,9 @@ def make_task(
     if label_names and len(np.unique(train.labels)) < 2:
         only = label_names[train.labels[0]]
         raise InputError(f"task {name!r}: all {len(train)} training examples have the one label {only!r}; expected two")
-    return Task(name, train, validation, label_names, {**provenance, "train_rows_also_in_validation_dropped": dropped})
+    record = {**provenance, "train_rows_also_in_validation_dropped": dropped}
+    metrics = metrics or (CLASS_METRICS if label_names else SCORE_METRICS)
+    return Task(name, train, validation, label_names, record, metrics)
 
 
 def _normalised(text: tuple[str, ...]) -> tuple[str, ...]:
@@ -122,16 +136,18 @@ def subsample(split: TextSplit, size: int | None, seed: int) -> TextSplit:
     return split.take(np.sort(chosen))
 
 
-def tokenize(split: TextSplit, tokenizer: Any, max_length: int) -> tuple[Dataset, int]:
+def tokenize(split: TextSplit, tokenizer: Any, max_length: int, token_types: bool = True) -> tuple[Dataset, int]:
     """Turns texts into a `Dataset`.
 
     Args:
         split: Texts and labels.
         tokenizer: A Hugging Face tokenizer.
         max_length: Tokens a text is truncated to, special tokens counted.
+        token_types: Whether the model tells the two texts of a pair apart (BERT), or takes no such column (RoBERTa).
 
     Returns:
-        The dataset (`input_ids`, `attention_mask`, `token_type_ids`, `labels`), and how many texts were truncated.
+        The dataset (`input_ids`, `attention_mask`, `labels`, `token_type_ids` if the model takes them), and how many
+        texts were truncated.
 
     Raises:
         InputError: If `max_length` leaves no room for text.
@@ -144,7 +160,8 @@ def tokenize(split: TextSplit, tokenizer: Any, max_length: int) -> tuple[Dataset
     # Every option explicit: a tokenizer.json may embed truncation and padding of its own.
     full = tokenizer(*fields, truncation=False, padding=False, verbose=False)
     truncated = sum(len(ids) > max_length for ids in full["input_ids"])
-    encoded = tokenizer(*fields, truncation=True, max_length=max_length, padding=False, return_token_type_ids=True)
+    options: dict[str, Any] = {"truncation": True, "max_length": max_length, "padding": False}
+    encoded = tokenizer(*fields, **options, return_token_type_ids=token_types)
     longest = max(len(ids) for ids in encoded["input_ids"])
     columns: dict[str, np.ndarray] = {"labels": split.labels}
     pad = {"input_ids": tokenizer.pad_token_id or 0, "attention_mask": 0, "token_type_ids": 0}

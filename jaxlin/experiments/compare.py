@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from rich.console import Console
 
 from jaxlin import plots
 from jaxlin.errors import TrainingDivergedError
+from jaxlin.experiments.data_arguments import DataArguments
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.run_folder import RunFolder, versions, write_csv, write_json
 from jaxlin.experiments.setting import (
     FROZEN_A,
-    DataArguments,
     ModelArguments,
     OutputArguments,
     Setting,
@@ -61,7 +62,14 @@ def _resolved(config: CompareConfig, setting: Setting) -> dict[str, Any]:
         },
         "model": dataclasses.asdict(setting.model.source) if setting.model.source else None,
         "head": setting.model.module.head,
-        "task": {"name": setting.task.name, "labels": setting.task.label_names, **setting.task.provenance},
+        "task": {
+            "name": setting.task.name,
+            "labels": setting.task.label_names,
+            "metrics": setting.task.metrics,
+            **setting.task.provenance,
+        },
+        "target_mean": setting.scale.mean if setting.scale else None,
+        "target_std": setting.scale.std if setting.scale else None,
         "data_sha256": setting.task.sha256(),
         "tokenized_sha256": {name: part.sha256() for name, part in setting.data.items()},
         "truncated": setting.truncated,
@@ -98,6 +106,9 @@ def run(config: CompareConfig) -> Comparison:
     begin = time.monotonic()
     default = Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
     folder = RunFolder(config.output.output_dir or default, config.output.overwrite_output_dir)
+    if config.output.quiet:  # read by the libraries when they are imported, which is when data or a model are loaded
+        for library in ("HF_HUB", "HF_DATASETS"):
+            os.environ[f"{library}_DISABLE_PROGRESS_BARS"] = "1"
     setting = prepare(config.model, config.data, config.tuned, config.training)
     options: dict[str, Any] = {
         "lams": lam_grid(config.training),
@@ -120,6 +131,8 @@ def run(config: CompareConfig) -> Comparison:
             )
             if source.head_is_new:
                 progress.say(f"the checkpoint has no head of this kind: a new one starts as {config.model.head_init}")
+            for note in setting.notes:
+                progress.say(note)
             for name, count in setting.truncated.items():
                 if count:
                     whole = f"{count} of {sizes[name]} {name} texts"
@@ -150,11 +163,11 @@ def run(config: CompareConfig) -> Comparison:
         raise
     finally:
         folder.close()
-    _print(result, folder.path, time.monotonic() - begin)
+    _print(result, setting.task.metrics, folder.path, time.monotonic() - begin)
     return result
 
 
-def _print(result: Comparison, path: Path, seconds: float) -> None:
+def _print(result: Comparison, metrics: Sequence[str], path: Path, seconds: float) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=100)
@@ -162,5 +175,5 @@ def _print(result: Comparison, path: Path, seconds: float) -> None:
     for arm in ("full", FROZEN_A):
         if any(row["arm"] == arm for row in result.table):
             console.print(*gap_tables(result.table, arm))
-    console.print(score_table(result.table))
+    console.print(score_table(result.table, metrics))
     console.print(f"written to {path} in {seconds:.0f} s", highlight=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 
+from jaxlin.data.files import tasks_in
 from jaxlin.data.stdlib import load_stdlib_task
 from jaxlin.experiments.run_folder import versions
 from jaxlin.models.resolve import EMBEDDED_MODEL, resolve_model
@@ -29,8 +30,7 @@ def _data() -> str:
     folder = os.environ.get("JAXLIN_DATA")
     if not folder:
         return "JAXLIN_DATA is not set (data folders are named by --data_dir)"
-    tasks = sorted(path.parent.name for path in Path(folder).glob("*/train.tsv"))
-    return f"{folder}: {', '.join(tasks) or 'no task'}"
+    return f"{folder}: {', '.join(tasks_in(Path(folder))) or 'no task'}"
 
 
 def _stdlib() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxlin.data.dataset import Dataset
-from jaxlin.data.files import load_folder_task, load_tsv_task
-from jaxlin.data.stdlib import load_stdlib_task
-from jaxlin.data.task import Task, subsample, tokenize
+from jaxlin.data.labels import Scale, label_order, reorder, scale_of, standardise
+from jaxlin.data.task import Task, TextSplit, subsample, tokenize
 from jaxlin.errors import InputError
+from jaxlin.experiments.data_arguments import DataArguments, load_task
 from jaxlin.models.load import load_model
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
@@ -26,7 +25,6 @@ from jaxlin.training.losses import targets
 from jaxlin.training.trainer import TrainConfig, check_data, predict
 from jaxlin.tunable import Tunable
 
-STDLIB = "stdlib"
 FROZEN_A = "full_A_frozen"
 
 
@@ -43,29 +41,6 @@ class ModelArguments:
     model_name_or_path: str = EMBEDDED_MODEL
     head: Literal["auto", "mean", "cls", "pooler"] = "auto"
     head_init: Literal["probe", "random", "zero"] = "probe"
-
-
-@dataclasses.dataclass(frozen=True)
-class DataArguments:
-    """Data.
-
-    Attributes:
-        task_name: stdlib (embedded: docstrings of Python's standard library), or a task in data_dir.
-        data_dir: Folder of <task>/{train,validation}.tsv; default: the environment variable JAXLIN_DATA.
-        train_file: Training TSV with a label column, in place of task_name.
-        validation_file: Validation TSV.
-        max_seq_length: Tokens a text is truncated to.
-        max_train_samples: Use so many training examples, stratified.
-        max_eval_samples: Use so many validation examples, stratified.
-    """
-
-    task_name: str = STDLIB
-    data_dir: Path | None = None
-    train_file: Path | None = None
-    validation_file: Path | None = None
-    max_seq_length: int = 64
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,35 +161,6 @@ def train_config(arguments: TrainingArguments) -> TrainConfig:
     )
 
 
-def load_task(arguments: DataArguments) -> Task:
-    """Loads the task that the arguments name.
-
-    Returns:
-        The task, whole.
-
-    Raises:
-        InputError: If they contradict each other, or the data cannot be used.
-    """
-    files = (arguments.train_file, arguments.validation_file)
-    if any(files):
-        if arguments.train_file is None or arguments.validation_file is None:
-            raise InputError("--train_file and --validation_file belong together; only one of them is given")
-        if arguments.task_name != STDLIB:
-            raise InputError("--task_name and --train_file are both given; give one of them")
-        return load_tsv_task(arguments.train_file.stem, arguments.train_file, arguments.validation_file)
-    if arguments.task_name == STDLIB:
-        if arguments.data_dir is not None:
-            raise InputError("--data_dir is given without --task_name; name a task in it")
-        return load_stdlib_task()
-    data_dir = arguments.data_dir or os.environ.get("JAXLIN_DATA")
-    if data_dir is None:
-        raise InputError(
-            f"--task_name {arguments.task_name} needs --data_dir FOLDER (or JAXLIN_DATA), a folder with "
-            f"{arguments.task_name}/train.tsv and validation.tsv; without it the only task is {STDLIB}"
-        )
-    return load_folder_task(Path(data_dir), arguments.task_name)
-
-
 def tune(model: Model, arguments: TunedArguments, seed: int) -> tuple[Tunable, dict[str, Tunable]]:
     """Returns what is tuned, and the extra arms."""
     if arguments.peft != "lora":
@@ -235,9 +181,14 @@ def tune(model: Model, arguments: TunedArguments, seed: int) -> tuple[Tunable, d
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setting:
-    """Everything loaded and checked, before anything long is done."""
+    """Everything loaded and checked, before anything long is done.
+
+    `notes` are lines to be said in the log; `scale` is that of standardised scores, `None` for classes.
+    """
 
     task: Task
+    notes: tuple[str, ...]
+    scale: Scale | None
     data: dict[str, Dataset]
     truncated: dict[str, int]
     max_length: int
@@ -245,6 +196,22 @@ class Setting:
     tun: Tunable
     extra_arms: dict[str, Tunable]
     baselines: dict[str, dict[str, np.ndarray]]
+
+
+def _in_order_of_checkpoint(
+    model: Model, task: Task, splits: dict[str, TextSplit]
+) -> tuple[Task, dict[str, TextSplit], tuple[str, ...]]:
+    """Counts the classes as the checkpoint's own head does, by their names, and says what was done."""
+    if not task.label_names or model.source is None or model.source.head_is_new:
+        return task, splits, ()
+    order, note = label_order(task.label_names, model.config)
+    notes = (note,) if note else ()
+    if order is None:
+        return task, splits, notes
+    names = tuple(task.label_names[i] for i in np.argsort(order))
+    train, validation = (reorder(split, order) for split in (task.train, task.validation))
+    task = dataclasses.replace(task, label_names=names, train=train, validation=validation)
+    return task, {name: reorder(split, order) for name, split in splits.items()}, notes
 
 
 def prepare(
@@ -283,10 +250,19 @@ def prepare(
         head_init=head_init,
         rng=seed,
     )
+    task, splits, notes = _in_order_of_checkpoint(model, task, splits)
+    scale = None if task.label_names else scale_of(splits["train"])
+    if scale:
+        splits = {name: standardise(split, scale) for name, split in splits.items()}
+        notes += (
+            "scores are standardised: the loss is in units of the training variance "
+            f"(mean {scale.mean:.4g}, standard deviation {scale.std:.4g})",
+        )
     max_length = min(arguments.max_seq_length, model.module.config.max_length)
+    token_types = model.module.config.type_vocab_size > 1
     data, truncated = {}, {}
     for name, split in splits.items():
-        data[name], truncated[name] = tokenize(split, model.tokenizer, max_length)
+        data[name], truncated[name] = tokenize(split, model.tokenizer, max_length, token_types)
         check_data(full(model), data[name], training.loss)
     tune(model, tuned, seed)  # for its errors, before the probe's pass over the data
     y = np.asarray(targets(data["train"]["labels"], task.num_labels), np.float64)
@@ -296,4 +272,4 @@ def prepare(
     probe = head_only(probed)
     baselines = {"linear_probe": {name: predict(probe, probe.theta0, part) for name, part in data.items()}}
     tun, extra_arms = tune(model, tuned, seed)
-    return Setting(task, data, truncated, max_length, model, tun, extra_arms, baselines)
+    return Setting(task, notes, scale, data, truncated, max_length, model, tun, extra_arms, baselines)

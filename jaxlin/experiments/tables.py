@@ -15,8 +15,8 @@ def _show(value: Any, form: str = ".3g") -> str:
     return "" if value is None else format(value, form)
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
-    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _table(title: str, columns: Sequence[str], gap: int = 1) -> Table:
+    out = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0))
     for name in columns:
         out.add_column(name, justify="left" if name == "model" else "right", no_wrap=True, vertical="bottom")
     return out
@@ -35,6 +35,7 @@ def gap_tables(table: Sequence[Mapping[str, Any]], arm: str = "full") -> list[Ta
     for split in ("train", "eval"):
         outputs |= {f"‖f−f̄‖\n{split}": f"output_gap_{split}", f"÷‖f−f₀‖\n{split}": f"output_gap_relative_{split}"}
     outputs |= {"KL(f‖f̄)\neval": "kl_eval", "agree\neval": "agreement_eval"}
+    outputs = {heading: key for heading, key in outputs.items() if any(row[key] is not None for row in rows)}
     tables = []
     for what, columns in (("parameters", parameters), ("outputs", outputs)):
         out = _table(f"{title}: {what}", [label, *columns])
@@ -45,22 +46,32 @@ def gap_tables(table: Sequence[Mapping[str, Any]], arm: str = "full") -> list[Ta
     return tables
 
 
-def score_table(table: Sequence[Mapping[str, Any]]) -> Table:
-    """Lays out loss and metric of every arm and baseline."""
+def score_table(table: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Table:
+    """Lays out loss and metrics of every arm and baseline.
+
+    Args:
+        table: Of a `Comparison`.
+        metrics: Those that the task is judged by, names of `jaxlin.training.metrics.METRICS`.
+
+    Returns:
+        The table, without columns that are blank throughout.
+    """
     strength, label = plots.strength(table)
-    headings = ("loss\ntrain", "loss\neval", "accuracy\ntrain", "accuracy\neval", "agrees with\nf₀, eval")
-    out = _table("Loss and accuracy", [label, "model", *headings])
+    columns = {
+        f"{name}\n{split}": (f"{name}_{split}", ".4f" if name == "loss" else ".3f")
+        for name in ("loss", *metrics)
+        for split in ("train", "eval")
+    }
+    columns["agrees\nwith f₀\neval"] = ("agreement_f0_eval", ".3f")
+    columns = {head: cell for head, cell in columns.items() if any(row[cell[0]] is not None for row in table)}
+    out = _table(f"Loss and {', '.join(metrics)}", [label, "model", *columns], gap=int(len(metrics) < 2))
     last = None
     for row in table:
         if row["lam"] != last:
             out.add_section()
         last = row["lam"]
-        out.add_row(
-            _show(row[strength]),
-            plots.NAMES.get(row["arm"], row["arm"]),
-            *(_show(row[key], ".4f") for key in ("loss_train", "loss_eval")),
-            *(_show(row[key], ".3f") for key in ("accuracy_train", "accuracy_eval", "agreement_f0_eval")),
-        )
+        cells = [_show(row[key], form) for key, form in columns.values()]
+        out.add_row(_show(row[strength]), plots.NAMES.get(row["arm"], row["arm"]), *cells)
     return out
 
 

@@ -59,7 +59,11 @@ class _Arm:
         return {split: predict(self.tun, result.theta, part) for split, part in self.data.items()}
 
 
-def _majority(data: Mapping[str, Dataset], num_outputs: int, loss: str) -> dict[str, np.ndarray]:
+def _constant_name(data: Mapping[str, Dataset]) -> str:
+    return "mean_score" if data["train"]["labels"].dtype.kind == "f" else "majority_class"
+
+
+def _constant(data: Mapping[str, Dataset], num_outputs: int, loss: str) -> dict[str, np.ndarray]:
     """The best constant outputs: class shares (their logarithms under cross-entropy), or the mean score."""
     mean = np.asarray(targets(data["train"]["labels"], num_outputs), np.float64).mean(axis=0)
     if loss == "cross_entropy":
@@ -198,16 +202,16 @@ def compare(
     - for each split (`_train`, `_eval`): `output_gap` ‖f−f̄‖ (Frobenius over all examples and outputs),
       `output_gap_relative` to ‖f−f₀‖ (0 where neither has moved), `kl` the mean over examples of
       KL(softmax f ‖ softmax f̄), `agreement` of predicted classes with the linearized arm, `agreement_f0` with
-      the start, `loss` (mean over examples), `accuracy`.
+      the start, `loss` (mean over examples), and each of `jaxlin.training.metrics.METRICS`.
 
     An arm `linearized_at_step_<k>` follows the full one for k steps, is linearized there, and goes on linearly with the
     optimizer's state, the data order and the pull (to θ₀) as they are; its gaps are to the arm `full`. Column
     `linearize_at` is its k, and 0 for `linearized`.
 
-    Baselines are rows of the same table: `majority_class`, `start` (f₀), those given, and for each λ
-    `kernel_regression`, the minimiser of the linearized model's squared loss with the pull (theory 2), which gradient
-    descent on it converges to. It has none under `pull="selective"` and `"spd"`, which minimise no such objective.
-    Under `loss="cross_entropy"` it and a linear probe are still fitted to squared loss: read their metrics.
+    Baselines are rows of the same table: `majority_class` (of scores `mean_score`), `start` (f₀), those given, and for
+    each λ `kernel_regression`, the minimiser of the linearized model's squared loss with the pull (theory 2), which
+    gradient descent on it converges to. It has none under `pull="selective"` and `"spd"`, which minimise no such
+    objective. Under `loss="cross_entropy"` it and a linear probe are still fitted to squared loss: read their metrics.
 
     Args:
         tun: What is fine-tuned.
@@ -276,7 +280,7 @@ def _compare(
     arms = {**full, LINEARIZED: linear}
 
     table: list[Row] = []
-    for name, fixed in {"majority_class": _majority(data, c, config.loss), "start": start.f0, **baselines}.items():
+    for name, fixed in {_constant_name(data): _constant(data, c, config.loss), "start": start.f0, **baselines}.items():
         table.append({"arm": name, **start.scores(fixed, config.loss)})
     results: dict[tuple[str, float], TrainResult] = {}
     total = config.total_steps(n)

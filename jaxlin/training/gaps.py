@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Float, PyTree
 from scipy.special import log_softmax
 
-from jaxlin.training.losses import evaluate, predicted
+from jaxlin.training.losses import evaluate
+from jaxlin.training.metrics import predicted
 from jaxlin.tunable import leaf_paths, parameter_role
 
 ROLES = ("A", "B", "head", "other")
@@ -49,7 +50,7 @@ def agreement(a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> float | None:
 
 
 def scores(outputs: np.ndarray, f0: np.ndarray, labels: np.ndarray, loss: str) -> dict[str, Any]:
-    """Returns loss, metric and agreement with the start of one split's outputs."""
+    """Returns loss, metrics and agreement with the start of one split's outputs."""
     return {**evaluate(outputs, labels, loss), "agreement_f0": agreement(outputs, f0, labels)}
 
 

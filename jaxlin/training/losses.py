@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxlin.errors import InputError
+from jaxlin.training.metrics import metrics
 
 
 def targets(labels: Array | np.ndarray, num_outputs: int) -> Array:
@@ -68,23 +69,11 @@ def check_labels(labels: np.ndarray, num_outputs: int, loss: str) -> None:
         raise InputError(f"label {wrong} lies outside the {classes} classes 0 to {classes - 1}")
 
 
-def accuracy(outputs: np.ndarray, labels: np.ndarray) -> float | None:
-    """Share of examples whose class is predicted; `None` where labels are scores."""
-    if np.asarray(labels).dtype.kind == "f":
-        return None
-    return float(np.mean(predicted(outputs) == labels))
-
-
 def evaluate(outputs: Float[np.ndarray, "N C"], labels: np.ndarray, loss: str) -> dict[str, float | None]:
-    """Returns mean `loss` and `accuracy` (`None` where labels are scores) of outputs."""
+    """Returns the mean `loss` of outputs, and every metric, `None` where it is undefined; see `metrics`."""
     with jax.enable_x64(True):
         value = float(jnp.mean(LOSSES[loss](jnp.asarray(outputs), jnp.asarray(labels))))
-    return {"loss": value, "accuracy": accuracy(outputs, labels)}
-
-
-def predicted(outputs: np.ndarray) -> np.ndarray:
-    """Predicted class of each example: the largest output, or the sign for C = 1."""
-    return outputs.argmax(axis=1) if outputs.shape[1] > 1 else (outputs[:, 0] > 0).astype(int)
+    return {"loss": value, **metrics(outputs, np.asarray(labels))}
 
 
 def to_mean(value: float, num_examples: int, what: str) -> float:

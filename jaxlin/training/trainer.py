@@ -146,7 +146,8 @@ class TrainResult:
         theta: The parameters at the end.
         states: By step, those that were asked for by `keep`.
         history: One row a step: `step` (from 1), `epoch`, `loss` (mean data loss of the batch before the
-            step, without the pull), `distance` ‖θ−θ₀‖ after it; with `eval_loss`, `eval_accuracy` where evaluated.
+            step, without the pull), `distance` ‖θ−θ₀‖ after it; where evaluated `eval_loss` and the metrics
+            (`eval_accuracy`, …).
     """
 
     theta: PyTree
