@@ -112,6 +112,47 @@ def _lines(axis: Axes, table: Sequence[Row], lines: Sequence[tuple[str, str, str
             )
 
 
+def late_rows(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the gaps between full fine-tuning and its linearization at step k, by λ and k, k = 0 among them."""
+    at_start = [{**row, "linearize_at": 0} for row in table if row["arm"] == "full"]
+    late = [dict(row) for row in table if row["linearize_at"]]
+    return sorted([*at_start, *late], key=lambda row: (row["lam"], row["linearize_at"]))
+
+
+def late(table: Sequence[Row], title: str) -> Figure:
+    """Draws the relative output gap on evaluation examples against the step of linearization, a line a λ.
+
+    Args:
+        table: Of a `Comparison` with `linearize_at`.
+        title: What was compared, with sample sizes.
+
+    Returns:
+        The figure, for `save`.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = _figure(1, 1, 4.4, 2.9)
+    axis, (column, label) = axes[0, 0], strength(table)
+    rows = late_rows(table)
+    lams = sorted({row["lam"] for row in rows})
+    with plt.rc_context(_STYLE):
+        shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(lams)))
+        for lam, colour in zip(lams, shades, strict=True):
+            mine = [row for row in rows if row["lam"] == lam]
+            axis.plot(
+                [row["linearize_at"] for row in mine],
+                [row["output_gap_relative_eval"] for row in mine],
+                "o-",
+                color=colour,
+                label=f"{mine[0][column]:.2g}",
+            )
+        axis.set(xlabel="linearized at step k of full fine-tuning", ylabel="‖f−f̄‖ / ‖f−f₀‖, evaluation")
+        axis.set_ylim(bottom=0)
+        axis.legend(title=f"pull {label}")
+        figure.suptitle(title, fontsize=7)
+    return figure
+
+
 def comparison(table: Sequence[Row], history: Mapping[tuple[str, float], Sequence[Row]], title: str) -> Figure:
     """Draws a comparison: parameters, outputs, evaluation loss against λ; distance against steps.
 

@@ -14,21 +14,23 @@ from rich.console import Console
 
 from jaxlin import plots
 from jaxlin.errors import TrainingDivergedError
-from jaxlin.experiments.data_arguments import DataArguments
+from jaxlin.experiments.config_file import to_yaml
+from jaxlin.experiments.data_arguments import DataArguments, with_folder
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.run_folder import RunFolder, versions, write_csv, write_json
 from jaxlin.experiments.setting import (
-    FROZEN_A,
     ModelArguments,
     OutputArguments,
     Setting,
+    SweepArguments,
     TrainingArguments,
-    TunedArguments,
     lam_grid,
+    late_steps,
     prepare,
     train_config,
 )
-from jaxlin.experiments.tables import gap_tables, score_table, spectrum_line
+from jaxlin.experiments.tables import gap_tables, late_table, score_table, spectrum_line
+from jaxlin.experiments.tuned_arguments import FROZEN_A, TunedArguments
 from jaxlin.training.compare import Comparison, check_comparison, compare
 
 
@@ -40,6 +42,7 @@ class CompareConfig:
         model: The model.
         data: The data.
         tuned: What is tuned.
+        sweep: What is compared.
         training: How.
         output: Where results go.
     """
@@ -47,6 +50,7 @@ class CompareConfig:
     model: ModelArguments = dataclasses.field(default_factory=ModelArguments)
     data: DataArguments = dataclasses.field(default_factory=DataArguments)
     tuned: TunedArguments = dataclasses.field(default_factory=TunedArguments)
+    sweep: SweepArguments = dataclasses.field(default_factory=SweepArguments)
     training: TrainingArguments = dataclasses.field(default_factory=TrainingArguments)
     output: OutputArguments = dataclasses.field(default_factory=OutputArguments)
 
@@ -78,6 +82,16 @@ def _resolved(config: CompareConfig, setting: Setting) -> dict[str, Any]:
     }
 
 
+def _options(config: CompareConfig) -> str:
+    """The options as a file that runs the same again, from any directory, into a folder of its own."""
+    model = config.model
+    if Path(model.model_name_or_path).expanduser().is_dir():
+        folder = str(Path(model.model_name_or_path).expanduser().absolute())
+        model = dataclasses.replace(model, model_name_or_path=folder)
+    config = dataclasses.replace(config, model=model, data=with_folder(config.data))
+    return to_yaml(config, without=("output_dir", "overwrite_output_dir", "config", "debug"))
+
+
 def _write(folder: RunFolder, resolved: Mapping[str, Any], result: Comparison, title: str, seconds: float) -> None:
     write_csv(folder.path / "table.csv", result.table)
     results = {"summary": {**result.summary, "seconds": seconds}, "table": result.table, "config": resolved}
@@ -85,6 +99,8 @@ def _write(folder: RunFolder, resolved: Mapping[str, Any], result: Comparison, t
     history = {key: value.history for key, value in result.results.items()}
     figures = folder.path / "figures"
     plots.save(plots.comparison(result.table, history, title), figures / "compare")
+    if any(row["linearize_at"] for row in result.table):
+        plots.save(plots.late(result.table, title), figures / "linearize_at")
     examples = result.summary["kernel_examples"]
     plots.save(plots.spectrum(result.spectrum, f"Spectrum of K₀, {examples} examples"), figures / "spectrum")
 
@@ -109,16 +125,18 @@ def run(config: CompareConfig) -> Comparison:
     if config.output.quiet:  # read by the libraries when they are imported, which is when data or a model are loaded
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ[f"{library}_DISABLE_PROGRESS_BARS"] = "1"
-    setting = prepare(config.model, config.data, config.tuned, config.training)
+    setting = prepare(config.model, config.data, config.tuned, config.sweep, config.training)
     options: dict[str, Any] = {
-        "lams": lam_grid(config.training),
-        "lam_rel": config.training.lam_rel or None,
-        "linear_mode": config.training.linear_mode,
-        "kernel_examples": config.training.kernel_examples,
+        "lams": lam_grid(config.sweep),
+        "lam_rel": config.sweep.lam_rel or None,
+        "linearize_at": late_steps(config.sweep),
+        "linear_mode": config.sweep.linear_mode,
+        "kernel_examples": config.sweep.kernel_examples,
     }
-    check_comparison(setting.tun, setting.data, train_config(config.training), **options)
+    training = train_config(config.training, config.sweep)
+    check_comparison(setting.tun, setting.data, training, **options)
     resolved = _resolved(config, setting)
-    folder.open(resolved)
+    folder.open(resolved, _options(config))
     source = setting.model.source
     assert source is not None  # loaded by name
     sizes = {name: len(part) for name, part in setting.data.items()}
@@ -144,7 +162,7 @@ def run(config: CompareConfig) -> Comparison:
                 setting.tun,
                 setting.data["train"],
                 setting.data["eval"],
-                train_config(config.training),
+                training,
                 extra_arms=setting.extra_arms,
                 baselines=setting.baselines,
                 log=folder.step,
@@ -175,5 +193,7 @@ def _print(result: Comparison, metrics: Sequence[str], path: Path, seconds: floa
     for arm in ("full", FROZEN_A):
         if any(row["arm"] == arm for row in result.table):
             console.print(*gap_tables(result.table, arm))
+    if any(row["linearize_at"] for row in result.table):
+        console.print(late_table(result.table))
     console.print(score_table(result.table, metrics))
     console.print(f"written to {path} in {seconds:.0f} s", highlight=False)

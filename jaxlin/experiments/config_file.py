@@ -28,7 +28,11 @@ def to_yaml(config: Any, without: Collection[str]) -> str:
         without: Names that are left out; so are options that are not set.
     """
     options = {
-        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        name: str(value.expanduser().absolute())
+        if isinstance(value, Path)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
         for name, value in flat_options(config).items()
         if value is not None and name not in without
     }

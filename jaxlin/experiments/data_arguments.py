@@ -57,6 +57,13 @@ class DataArguments:
     max_eval_samples: int | None = None
 
 
+def with_folder(arguments: DataArguments) -> DataArguments:
+    """Returns the arguments with the folder that `JAXLIN_DATA` stands for written out."""
+    default = os.environ.get("JAXLIN_DATA")
+    taken = default and arguments.data_dir is None and has_task(Path(default), arguments.task_name)
+    return dataclasses.replace(arguments, data_dir=Path(default)) if default and taken else arguments
+
+
 _OF_HUB = ("dataset_config_name", "dataset_revision", "train_split_name", "validation_split_name")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxlin.errors import InputError
+from jaxlin.experiments import config_file
 
 PACKAGES = ("jaxlin", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "transformers", "tokenizers", "safetensors")
 
@@ -75,8 +76,12 @@ class RunFolder:
         if not os.access(parent, os.W_OK):
             raise InputError(f"--output_dir {path} cannot be written: no permission in {parent}")
 
-    def open(self, config: Mapping[str, Any]) -> None:
+    def open(self, config: Mapping[str, Any], options: str) -> None:
         """Makes the folder (emptying an old run's) and writes the configuration.
+
+        Args:
+            config: What was run, with versions and hashes, for `config.json`.
+            options: The options alone, for `config.yaml`.
 
         Raises:
             InputError: If the folder cannot be made.
@@ -91,6 +96,7 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"--output_dir {self.path} cannot be made: {error.strerror}") from error
         write_json(self.path / "config.json", config)
+        (self.path / config_file.NAME).write_text(options, encoding="utf-8")
         self._steps = (self.path / "log.jsonl").open("w", encoding="utf-8")
         self._lines = (self.path / "run.log").open("w", encoding="utf-8")
         self._boards: dict[str, Any] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -14,18 +14,16 @@ from jaxlin.data.labels import Scale, label_order, reorder, scale_of, standardis
 from jaxlin.data.task import Task, TextSplit, subsample, tokenize
 from jaxlin.errors import InputError
 from jaxlin.experiments.data_arguments import DataArguments, load_task
+from jaxlin.experiments.tuned_arguments import TunedArguments, pairs, tune
 from jaxlin.models.load import load_model
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
 from jaxlin.models.resolve import EMBEDDED_MODEL
-from jaxlin.peft.lora import lora
 from jaxlin.peft.select import full, head_only
 from jaxlin.training.compare import check_lams
 from jaxlin.training.losses import targets
-from jaxlin.training.trainer import TrainConfig, check_data, predict
+from jaxlin.training.trainer import TrainConfig, check_blocks, check_data, predict
 from jaxlin.tunable import Tunable
-
-FROZEN_A = "full_A_frozen"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,36 +32,40 @@ class ModelArguments:
 
     Attributes:
         model_name_or_path: Local folder in Hugging Face's layout, hub id, or the embedded default.
+        model_revision: Branch, tag or commit of a hub model.
         head: What the classification head reads; auto: as the checkpoint was trained.
         head_init: Start of a new head; probe: closed-form ridge on the frozen features.
     """
 
     model_name_or_path: str = EMBEDDED_MODEL
+    model_revision: str | None = None
     head: Literal["auto", "mean", "cls", "pooler"] = "auto"
     head_init: Literal["probe", "random", "zero"] = "probe"
 
 
 @dataclasses.dataclass(frozen=True)
-class TunedArguments:
-    """What is tuned.
+class SweepArguments:
+    """The comparison.
 
     Attributes:
-        peft: LoRA, the head alone, or every parameter.
-        lora_rank: Rank r.
-        lora_alpha: Scale α.
-        lora_targets: Modules that LoRA adapts, by the end of their path.
-        lora_layers: Layers that LoRA adapts; all if not given.
-        train_head: Whether the head is tuned beside LoRA.
-        with_frozen_A: Train a third arm: full, with LoRA's A frozen.
+        lams: Pull strengths λ for the summed loss; auto: 0, 1e-3, 1e-2, 1e-1, 1 in units of μ₁.
+        lam_rel: Pull strengths in units of μ₁, in place of lams (not for spd, whose λ has no unit).
+        lam_blocks: Factors of λ by block, as regex=factor for the paths of parameters.
+        pull: How the pull acts; see jaxlin.optim.proximal.
+        linearize_at: Also linearize after so many steps, such as 0,10,50.
+        with_frozen_A: Train one more arm: full, with LoRA's A frozen.
+        linear_mode: Train the linearized arm from Jacobians computed once (cached) or by jvp (streaming).
+        kernel_examples: At most so many training examples make the kernel.
     """
 
-    peft: Literal["lora", "head", "full"] = "lora"
-    lora_rank: int = 8
-    lora_alpha: float = 8.0
-    lora_targets: tuple[str, ...] = ("query", "value")
-    lora_layers: tuple[int, ...] = ()
-    train_head: bool = True
+    lams: tuple[str, ...] = ("auto",)
+    lam_rel: tuple[float, ...] = ()
+    lam_blocks: tuple[str, ...] = ()
+    pull: Literal["coupled", "selective", "decoupled", "prox", "spd"] = "coupled"
+    linearize_at: tuple[str, ...] = ()
     with_frozen_A: bool = False
+    linear_mode: Literal["auto", "cached", "streaming"] = "auto"
+    kernel_examples: int = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +73,11 @@ class TrainingArguments:
     """Training.
 
     Attributes:
-        lams: Pull strengths λ for the summed loss; auto: 0, 1e-3, 1e-2, 1e-1, 1 in units of μ₁.
-        lam_rel: Pull strengths in units of μ₁, in place of lams (not for spd, whose λ has no unit).
-        pull: How the pull acts; see jaxlin.optim.proximal.
         loss: Squared loss on one-hot targets (the theory's) or cross_entropy.
         optimizer: One of sgd, momentum, adam, rmsprop, lion.
         learning_rate: For the mean loss.
+        learning_rate_blocks: Factors of it by block, as regex=factor for the paths of parameters.
+        loraplus_lr_ratio: Factor of it for LoRA's B (LoRA+).
         lr_scheduler_type: Learning rate over the steps.
         warmup_ratio: Share of the steps with growing rate.
         per_device_train_batch_size: Examples a step.
@@ -84,18 +85,15 @@ class TrainingArguments:
         max_steps: Number of steps, in place of num_train_epochs.
         group_by_length: Batches of like length: less padding.
         eval_steps: Evaluate every so many steps; else at the end only.
-        linear_mode: Train the linearized arm from Jacobians computed once (cached) or by jvp (streaming).
-        kernel_examples: At most so many training examples make the kernel.
         seed: Of head, A, subsets and data order.
         precision: Of matrix products on the device; highest is true float32.
     """
 
-    lams: tuple[str, ...] = ("auto",)
-    lam_rel: tuple[float, ...] = ()
-    pull: Literal["coupled", "selective", "decoupled", "prox", "spd"] = "coupled"
     loss: Literal["squared", "cross_entropy"] = "squared"
     optimizer: str = "adam"
     learning_rate: float = 1e-3
+    learning_rate_blocks: tuple[str, ...] = ()
+    loraplus_lr_ratio: float | None = None
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
     warmup_ratio: float = 0.0
     per_device_train_batch_size: int = 32
@@ -103,8 +101,6 @@ class TrainingArguments:
     max_steps: int | None = None
     group_by_length: bool = True
     eval_steps: int | None = None
-    linear_mode: Literal["auto", "cached", "streaming"] = "auto"
-    kernel_examples: int = 1024
     seed: int = 0
     precision: Literal["highest", "high", "default"] = "highest"
 
@@ -116,17 +112,19 @@ class OutputArguments:
     Attributes:
         output_dir: Folder for tables, logs and figures; default: a new one under runs/.
         overwrite_output_dir: Replace the run in output_dir.
+        config: YAML file of options, such as a run's config.yaml; what stands beside it counts more.
         quiet: No progress, only the tables.
         debug: Show tracebacks.
     """
 
     output_dir: Path | None = None
     overwrite_output_dir: bool = False
+    config: Path | None = None
     quiet: bool = False
     debug: bool = False
 
 
-def lam_grid(arguments: TrainingArguments) -> Sequence[float] | str:
+def lam_grid(arguments: SweepArguments) -> Sequence[float] | str:
     """Returns λ for the summed loss, or `"auto"`.
 
     Raises:
@@ -142,8 +140,29 @@ def lam_grid(arguments: TrainingArguments) -> Sequence[float] | str:
         raise InputError(f"--lams {' '.join(arguments.lams)}: expected numbers, or auto ({error})") from error
 
 
-def train_config(arguments: TrainingArguments) -> TrainConfig:
-    """Returns the trainer's configuration; λ is set apart."""
+def late_steps(arguments: SweepArguments) -> list[int]:
+    """Returns the steps of `--linearize_at`, separated by commas or blanks.
+
+    Raises:
+        InputError: If one is no whole number, or negative.
+    """
+    words = [word for given in arguments.linearize_at for word in given.split(",") if word]
+    if not all(word.isdecimal() for word in words):
+        raise InputError(f"--linearize_at {' '.join(arguments.linearize_at)}: expected steps, such as 0,10,50")
+    return [int(word) for word in words]
+
+
+def train_config(arguments: TrainingArguments, sweep: SweepArguments) -> TrainConfig:
+    """Returns the trainer's configuration; λ is set apart.
+
+    Raises:
+        InputError: If a factor by block is none, or the rate of LoRA's B is given twice.
+    """
+    rates = pairs(arguments.learning_rate_blocks, "learning_rate_blocks")
+    if arguments.loraplus_lr_ratio is not None:
+        if "lora_B" in rates:
+            raise InputError("--loraplus_lr_ratio and --learning_rate_blocks lora_B=… are both given; give one of them")
+        rates = {"lora_B": arguments.loraplus_lr_ratio, **rates}
     return TrainConfig(
         loss=arguments.loss,
         optimizer=arguments.optimizer,
@@ -153,30 +172,14 @@ def train_config(arguments: TrainingArguments) -> TrainConfig:
         batch_size=arguments.per_device_train_batch_size,
         num_train_epochs=arguments.num_train_epochs,
         max_steps=arguments.max_steps,
-        pull=arguments.pull,
+        pull=sweep.pull,
+        lam_blocks=pairs(sweep.lam_blocks, "lam_blocks"),
+        learning_rate_blocks=rates,
         seed=arguments.seed,
         group_by_length=arguments.group_by_length,
         eval_steps=arguments.eval_steps,
         precision=arguments.precision,
     )
-
-
-def tune(model: Model, arguments: TunedArguments, seed: int) -> tuple[Tunable, dict[str, Tunable]]:
-    """Returns what is tuned, and the extra arms."""
-    if arguments.peft != "lora":
-        if arguments.with_frozen_A:
-            raise InputError(f"--with_frozen_A needs --peft lora; it is {arguments.peft}")
-        return (head_only if arguments.peft == "head" else full)(model), {}
-    options: dict[str, Any] = {
-        "rank": arguments.lora_rank,
-        "alpha": arguments.lora_alpha,
-        "targets": arguments.lora_targets,
-        "layers": arguments.lora_layers or None,
-        "rng": seed,
-        "train_head": arguments.train_head,
-    }
-    extra = {FROZEN_A: lora(model, **options, freeze_A=True)} if arguments.with_frozen_A else {}
-    return lora(model, **options), extra
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -218,6 +221,7 @@ def prepare(
     model_arguments: ModelArguments,
     arguments: DataArguments,
     tuned: TunedArguments,
+    sweep: SweepArguments,
     training: TrainingArguments,
 ) -> Setting:
     """Loads model and data and checks that they fit.
@@ -226,7 +230,8 @@ def prepare(
         model_arguments: Which model.
         arguments: Which data.
         tuned: What is tuned.
-        training: Its loss and seed.
+        sweep: Pulls, extra arms.
+        training: Loss and seed.
 
     Returns:
         The setting of the run; the only long part is one pass of the frozen model, for the probe.
@@ -235,8 +240,10 @@ def prepare(
         InputError: If anything given cannot be used.
     """
     seed = training.seed
-    train_config(training).check()
-    check_lams(lam_grid(training), training.lam_rel or None, training.pull)
+    config = train_config(training, sweep)
+    config.check()
+    check_lams(lam_grid(sweep), sweep.lam_rel or None, sweep.pull)
+    late_steps(sweep)
     task = load_task(arguments)
     sizes = {"train": arguments.max_train_samples, "eval": arguments.max_eval_samples}
     splits = {
@@ -249,6 +256,7 @@ def prepare(
         head=model_arguments.head,
         head_init=head_init,
         rng=seed,
+        revision=model_arguments.model_revision,
     )
     task, splits, notes = _in_order_of_checkpoint(model, task, splits)
     scale = None if task.label_names else scale_of(splits["train"])
@@ -264,12 +272,13 @@ def prepare(
     for name, split in splits.items():
         data[name], truncated[name] = tokenize(split, model.tokenizer, max_length, token_types)
         check_data(full(model), data[name], training.loss)
-    tune(model, tuned, seed)  # for its errors, before the probe's pass over the data
+    # For its errors, before the probe's pass over the data.
+    check_blocks(tune(model, tuned, seed, sweep.with_frozen_A)[0], config)
     y = np.asarray(targets(data["train"]["labels"], task.num_labels), np.float64)
     probed = probe_head(model, data["train"], y)
     if model_arguments.head_init == "probe" and model.source is not None and model.source.head_is_new:
         model = probed
     probe = head_only(probed)
     baselines = {"linear_probe": {name: predict(probe, probe.theta0, part) for name, part in data.items()}}
-    tun, extra_arms = tune(model, tuned, seed)
+    tun, extra_arms = tune(model, tuned, seed, sweep.with_frozen_A)
     return Setting(task, notes, scale, data, truncated, max_length, model, tun, extra_arms, baselines)

@@ -9,6 +9,7 @@ from rich import box
 from rich.table import Table
 
 from jaxlin import plots
+from jaxlin.plots import late_rows
 
 
 def _show(value: Any, form: str = ".3g") -> str:
@@ -46,6 +47,25 @@ def gap_tables(table: Sequence[Mapping[str, Any]], arm: str = "full") -> list[Ta
     return tables
 
 
+def late_table(table: Sequence[Mapping[str, Any]]) -> Table:
+    """Lays out how far full fine-tuning ends from its linearization at step k, a row a λ and k."""
+    strength, label = plots.strength(table)
+    columns = {"‖θ−θ̄‖": "parameter_gap"}
+    for split in ("train", "eval"):
+        columns |= {f"‖f−f̄‖\n{split}": f"output_gap_{split}", f"÷‖f−f₀‖\n{split}": f"output_gap_relative_{split}"}
+    columns |= {"KL(f‖f̄)\neval": "kl_eval", "agree\neval": "agreement_eval"}
+    rows = late_rows(table)
+    columns = {heading: key for heading, key in columns.items() if any(row[key] is not None for row in rows)}
+    out = _table("full (θ, f) against linearized at step k of it (θ̄, f̄), at the end", [label, "k", *columns])
+    last = None
+    for row in rows:
+        if row["lam"] != last:
+            out.add_section()
+        last = row["lam"]
+        out.add_row(_show(row[strength]), str(row["linearize_at"]), *(_show(row[key]) for key in columns.values()))
+    return out
+
+
 def score_table(table: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Table:
     """Lays out loss and metrics of every arm and baseline.
 
@@ -71,7 +91,7 @@ def score_table(table: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> T
             out.add_section()
         last = row["lam"]
         cells = [_show(row[key], form) for key, form in columns.values()]
-        out.add_row(_show(row[strength]), plots.NAMES.get(row["arm"], row["arm"]), *cells)
+        out.add_row(_show(row[strength]), plots.NAMES.get(row["arm"], row["arm"].replace("_", " ")), *cells)
     return out
 
 
