@@ -1,7 +1,8 @@
 """A stand-in of the Hugging Face hub: a folder of repositories served by the addresses that its libraries call.
 
-`root/models/<org>/<name>/…` and `root/datasets/<org>/<name>/…` hold the files of the one branch, `main`. Whatever
-else is asked for (and any repository that is not there) is answered as the hub does, with 404 and its error code.
+`root/models/<id>/…` and `root/datasets/<id>/…` hold the files of the one branch, `main`. Whatever else is asked for
+(and any repository that is not there) is answered as the hub does, with its status and error code. A repository with a
+file `PRIVATE` is there for `TOKEN` only, of one with a file `GATED` nobody gets a file.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-_API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
-_RESOLVE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+TOKEN = "hf_stand_in"
+
+_ID = r"((?:[^/]+/)?[^/]+)"
+_API = re.compile(rf"/api/(models|datasets)/{_ID}(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
+_RESOLVE = re.compile(rf"/(?:(datasets)/)?{_ID}/resolve/([^/]+)/(.+)")
 
 
 def _oid(file: Path) -> str:
@@ -49,28 +53,31 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _missing(self, what: str) -> None:
-        self._send(404, b"{}", X_Error_Code=what, X_Error_Message=what)
+    def _refuse(self, what: str, code: int = 404) -> None:
+        self._send(code, b"{}", X_Error_Code=what, X_Error_Message=what)
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.server.requests.append(f"{self.command} {self.path}")
         api, resolve = _API.fullmatch(path), _RESOLVE.fullmatch(path)
         if not api and not resolve:
-            return self._missing("EntryNotFound")
+            return self._refuse("EntryNotFound")
         kind, name = api.group(1, 2) if api else (resolve[1] or "models", resolve[2])
         repo = self.server.root / kind / name
-        if not repo.is_dir():
-            return self._missing("RepoNotFound")
+        secret = (repo / "PRIVATE").exists() and self.headers.get("Authorization") != f"Bearer {TOKEN}"
+        if secret or not repo.is_dir():
+            return self._refuse("RepoNotFound")
         revision = (api[4] if api else resolve[3]) or "main"
         commit = self.server.commit(repo)
         if revision not in ("main", commit):
-            return self._missing("RevisionNotFound")
+            return self._refuse("RevisionNotFound")
+        if resolve and (repo / "GATED").exists():
+            return self._refuse("GatedRepo", 403)
         if resolve:
             return self._file(repo / resolve[4], commit)
         content = self._tree(repo, api[5] or "") if api[3] in ("tree", "paths-info") else self._info(repo, name, commit)
         if content is None:
-            return self._missing("EntryNotFound")
+            return self._refuse("EntryNotFound")
         self._send(200, json.dumps(content).encode(), Content_Type="application/json")
 
     def _info(self, repo: Path, name: str, commit: str) -> dict[str, object]:
@@ -98,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, file: Path, commit: str) -> None:
         if not file.is_file():
-            return self._missing("EntryNotFound")
+            return self._refuse("EntryNotFound")
         content = file.read_bytes()
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         headers = {"ETag": f'"{_oid(file)}"', "X_Repo_Commit": commit, "Accept_Ranges": "bytes"}

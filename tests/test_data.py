@@ -274,6 +274,7 @@ def test_bad_columns_and_missing_values(tmp_path):
     for row, message in (
         ({"text": None, "label": 1}, r"bad.jsonl, line 2: column 'text' holds no value; expected text"),
         ({"text": 5, "label": 1}, r"line 2: column 'text' holds '5' \(int\); expected text"),
+        ({"text": "b \ud800", "label": 1}, "line 2: column 'text' holds half a character"),
         ({"text": "b", "label": None}, "line 2: the label is empty"),
         ({"text": "b", "label": [1]}, "line 2: the label is a list"),
     ):

@@ -11,7 +11,7 @@ import pytest
 
 from jaxlin.data.files import load_folder_task
 from tests import cases
-from tests.hub import serve
+from tests.hub import TOKEN, serve
 
 CARD = """---
 configs:
@@ -33,7 +33,7 @@ FEATURES = datasets.Features(
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory):
     root = tmp_path_factory.mktemp("repositories")
-    shutil.copytree(cases.TINY_BERT, root / "models" / "org" / "tiny")
+    shutil.copytree(cases.TINY_BERT, root / "models" / "tiny-bert")  # an id without organisation, like roberta-base
     glue = root / "datasets" / "nyu-mll" / "glue"
     (glue / "sst2").mkdir(parents=True)
     for split, size in (("train", 24), ("validation", 10)):
@@ -46,6 +46,9 @@ def repositories(tmp_path_factory):
     program.mkdir(parents=True)
     (program / "program.py").write_text("raise SystemExit('never run')")
     (program / "README.md").write_text("---\n---\n")
+    for name in ("PRIVATE", "GATED"):
+        (root / "datasets" / "org" / name).mkdir()
+        (root / "datasets" / "org" / name / name).touch()
     return root
 
 
@@ -71,10 +74,11 @@ NOWHERE = "http://127.0.0.1:9"
 
 
 def test_model_and_known_task_online_then_from_the_cache(hub, run, tmp_path):
-    named = ("--model_name_or_path", "org/tiny", "--task_name", "sst2")
+    named = ("--model_name_or_path", "tiny-bert", "--task_name", "sst2")
     first = run(hub.url, *named, "--output_dir", "first")
     assert first.returncode == 0, first.stderr
-    task = json.loads((tmp_path / "first" / "config.json").read_text())["task"]
+    config = json.loads((tmp_path / "first" / "config.json").read_text())
+    task = config["task"]
     assert task["labels"] == ["negative", "positive"]
     assert (task["dataset"], task["config"]) == ("nyu-mll/glue", "sst2")
     assert task["commit"] == hub.commit(hub.root / "datasets" / "nyu-mll" / "glue")
@@ -82,7 +86,10 @@ def test_model_and_known_task_online_then_from_the_cache(hub, run, tmp_path):
     for name, endpoint, offline in (("offline", hub.url, "1"), ("unreachable", NOWHERE, "0")):
         again = run(endpoint, *named, "--output_dir", name, "--quiet", HF_HUB_OFFLINE=offline)
         assert again.returncode == 0, again.stderr
-        assert (tmp_path / name / "table.csv").read_text() == (tmp_path / "first" / "table.csv").read_text()
+        other = json.loads((tmp_path / name / "config.json").read_text())
+        assert other["task"] == task
+        assert other["tokenized_sha256"] == config["tokenized_sha256"]
+        assert not again.stderr
     assert len(hub.requests) == asked
 
 
@@ -111,6 +118,8 @@ ERRORS = {
         (*TINY, "--dataset_name", "nyu-mll/glue", "--dataset_config_name", "sst2", "--dataset_revision", "v9"),
         "has no revision 'v9'",
     ),
+    "private": ((*TINY, "--dataset_name", "org/PRIVATE"), "or private and HF_TOKEN is not set"),
+    "gated": ((*TINY, "--dataset_name", "org/GATED"), "org/GATED is gated: ask for access"),
     "a program": ((*TINY, "--dataset_name", "org/program"), "is a program, which is never run"),
     "known task that is not there": ((*TINY, "--task_name", "imdb"), "the hub has no data set 'stanfordnlp/imdb'"),
 }
@@ -137,3 +146,8 @@ def test_not_cached_and_out_of_reach(run, offline, reason):
     assert reason in failed.stderr
     assert HOW_TO in failed.stderr
     assert failed.stderr.count("\n") == 1
+
+
+def test_the_token_is_used(hub, run):
+    failed = run(hub.url, *TINY, "--dataset_name", "org/PRIVATE", HF_TOKEN=TOKEN)
+    assert "data set org/PRIVATE cannot be loaded" in failed.stderr  # seen, and empty

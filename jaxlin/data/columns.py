@@ -133,7 +133,17 @@ def _texts(table: Table, column: str) -> list[str]:
         if not isinstance(value, str):
             what = "no value" if value is None else f"{str(value)[:40]!r} ({type(value).__name__})"
             raise InputError(f"{table.where(i)}: column {column!r} holds {what}; expected text")
+        if not _is_unicode(value):
+            raise InputError(f"{table.where(i)}: column {column!r} holds half a character (a lone surrogate)")
     return table.columns[column]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _whole(value: Any) -> int | None:
@@ -147,7 +157,7 @@ def _score(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

@@ -124,7 +124,7 @@ def run(config: CompareConfig) -> Comparison:
     folder = RunFolder(config.output.output_dir or default, config.output.overwrite_output_dir)
     if config.output.quiet:  # read by the libraries when they are imported, which is when data or a model are loaded
         for library in ("HF_HUB", "HF_DATASETS"):
-            os.environ[f"{library}_DISABLE_PROGRESS_BARS"] = "1"
+            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     setting = prepare(config.model, config.data, config.tuned, config.sweep, config.training)
     options: dict[str, Any] = {
         "lams": lam_grid(config.sweep),

@@ -123,7 +123,7 @@ def _named_task(name: str, given: Path | None, columns: Columns) -> Task:
     if given is not None:
         return load_folder_task(given, name, columns)
     default = os.environ.get("JAXLIN_DATA")
-    if default and has_task(Path(default), name):
+    if default and ((Path(default) / name).is_dir() or has_task(Path(default), name)):
         return load_folder_task(Path(default), name, columns)
     known = KNOWN_TASKS.get(name)
     if known is not None:
