@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,9 @@ def _set_up() -> None:
     """Quietens imports and keeps compiled programs, unless the environment says otherwise."""
     import jax
 
+    for stream in (sys.stdout, sys.stderr):  # λ and θ must not end a run whose terminal cannot show them
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -124,3 +124,14 @@ def reference_jacobian(tun, data, theta=None):
 
 def relative_error(found, expected):
     return np.abs(np.asarray(found, np.float64) - expected).max() / max(np.abs(expected).max(), 1e-300)
+
+
+def flags(arguments):
+    """Words of a command line; True is a bare flag, False leaves the option out."""
+    listed = []
+    for name, value in arguments.items():
+        if value is False:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        listed += [f"--{name}", *values]
+    return ["compare", *listed]

@@ -1,10 +1,13 @@
 import os
+import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+from jaxlin import cli
 from tests import cases
 
 # Compilation makes the first example slow; the number of examples is what is bounded.
@@ -44,3 +47,47 @@ def _folder(variable: str) -> Path:
 @pytest.fixture(scope="session")
 def data_folder():
     return _folder("JAXLIN_DATA")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["jaxlin", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    before = jax.config.jax_compilation_cache_dir
+    yield call
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.fixture
+def files(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = {}
+    for name, size in (("train", 24), ("validation", 10)):
+        rows = [
+            ("good film in a way" if i % 2 else "bad and dull") + f" {rng.integers(9999)}\t{i % 2}" for i in range(size)
+        ]
+        paths[name] = tmp_path / f"{name}.tsv"
+        paths[name].write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    return paths
+
+
+@pytest.fixture
+def arguments(tmp_path, files):
+    return {
+        "model_name_or_path": cases.TINY_BERT,
+        "head": "mean",
+        "train_file": files["train"],
+        "validation_file": files["validation"],
+        "lora_rank": 2,
+        "max_steps": 3,
+        "per_device_train_batch_size": 8,
+        "output_dir": tmp_path / "out",
+    }

@@ -2,75 +2,23 @@
 
 import csv
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+import yaml
 
-from jaxlin import cli
 from tests import cases
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["jaxlin", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    before = jax.config.jax_compilation_cache_dir
-    yield call
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
-@pytest.fixture
-def files(tmp_path):
-    rng = np.random.default_rng(0)
-    paths = {}
-    for name, size in (("train", 24), ("validation", 10)):
-        rows = [
-            ("good film in a way" if i % 2 else "bad and dull") + f" {rng.integers(9999)}\t{i % 2}" for i in range(size)
-        ]
-        paths[name] = tmp_path / f"{name}.tsv"
-        paths[name].write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
-    return paths
-
-
-@pytest.fixture
-def arguments(tmp_path, files):
-    return {
-        "model_name_or_path": cases.TINY_BERT,
-        "head": "mean",
-        "train_file": files["train"],
-        "validation_file": files["validation"],
-        "lora_rank": 2,
-        "max_steps": 3,
-        "per_device_train_batch_size": 8,
-        "output_dir": tmp_path / "out",
-    }
-
-
-def flags(arguments):
-    listed = []
-    for name, value in arguments.items():
-        if value is False:
-            continue
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        listed += [f"--{name}", *values]
-    return ["compare", *listed]
-
-
 def test_a_run_writes_what_it_promises(run, arguments, tmp_path):
-    code, out, err = run(*flags({**arguments, "lam_rel": [0, 0.1], "with_frozen_A": True}))
+    code, out, err = run(*cases.flags({**arguments, "lam_rel": [0, 0.1], "with_frozen_A": True}))
     assert code == 0, err
     folder = tmp_path / "out"
     results = json.loads((folder / "all_results.json").read_text())
@@ -87,25 +35,36 @@ def test_a_run_writes_what_it_promises(run, arguments, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config["versions"]["jax"] == jax.__version__
     assert len(config["data_sha256"]) == 64
-    assert config["arguments"]["training"]["lam_rel"] == [0, 0.1]
+    assert config["arguments"]["sweep"]["lam_rel"] == [0, 0.1]
     assert "training: 12/12" in (folder / "run.log").read_text()
     for text in ("κ", "‖θ−θ̄‖", "λ/μ₁", "kernel regression", "majority class", "linear probe", "full, A frozen"):
         assert text in out
     assert "left" in err
     assert "Traceback" not in err
 
-    again = run(*flags(arguments))
+    again = run(*cases.flags(arguments))
     assert again[0] == 2
     assert "is not empty; give another folder, or --overwrite_output_dir" in again[2]
-    code, _, err = run(*flags({**arguments, "lam_rel": [0.5], "overwrite_output_dir": True, "quiet": True}))
+    code, _, err = run(*cases.flags({**arguments, "lam_rel": [0.5], "overwrite_output_dir": True, "quiet": True}))
     assert code == 0, err
     assert not err
     assert len(list((folder / "tensorboard").glob("*/events.out.tfevents.*"))) == 2
 
 
-@pytest.mark.parametrize("peft", ["head", "full"])
+PEFT = {
+    "head": {},
+    "full": {},
+    "bitfit": {},
+    "layer_norm": {},
+    "ia3": {"lora_layers": [1]},
+    "select": {"select": "layer_1/attention"},
+}
+
+
+@pytest.mark.parametrize("peft", PEFT)
 def test_other_peft(run, arguments, tmp_path, peft):
-    code, _, err = run(*flags({**arguments, "peft": peft, "lam_rel": [0, 1]}))
+    options = {**arguments, "lora_rank": False, "peft": peft, **PEFT[peft]}
+    code, _, err = run(*cases.flags({**options, "lam_rel": [0, 1]}))
     assert code == 0, err
     assert (tmp_path / "out" / "figures" / "compare.png").exists()
     if peft == "head":  # linear in its parameters: no gap but rounding
@@ -113,9 +72,65 @@ def test_other_peft(run, arguments, tmp_path, peft):
         assert all(row["output_gap_relative_eval"] < 1e-3 for row in table if row["arm"] == "full")
 
 
+def test_everything_of_lora(run, arguments, tmp_path):
+    options = {
+        "lora_targets": [r".*/(query|mlp/up)"],
+        "lora_rank_pattern": ["query=3"],
+        "lora_alpha_pattern": ["mlp/up=2"],
+        "use_rslora": True,
+        "use_dora": True,
+        "modules_to_save": ["attention_norm"],
+        "loraplus_lr_ratio": 4,
+        "lam_blocks": ["classifier=0.5"],
+        "lam_rel": [0.1],
+    }
+    code, out, err = run(*cases.flags({**arguments, **options}))
+    assert code == 0, err
+    assert "in other" in out
+    ranks = 2 * 3 * (32 + 32) + 2 * 2 * (32 + 48)
+    magnitudes, norms, head = 2 * (32 + 48), 2 * 2 * 32, 33 * 2
+    results = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert results["summary"]["trainable_parameters"] == ranks + magnitudes + norms + head
+
+
+def test_linearizing_late(run, arguments, tmp_path):
+    code, out, err = run(*cases.flags({**arguments, "lam_rel": [0, 0.1], "linearize_at": "0,1,3"}))
+    assert code == 0, err
+    assert "linearized at step k of it" in out
+    assert "training: 10/10" in err  # for each λ full 3, linearized at 1: 2, at 3: 0; at the start: from the cache
+    table = json.loads((tmp_path / "out" / "all_results.json").read_text())["table"]
+    late = {row["linearize_at"]: row for row in table if row["lam"] == 0}
+    assert late[3]["parameter_gap"] == 0
+    assert late[1]["output_gap_eval"] > late[3]["output_gap_eval"]
+    assert (tmp_path / "out" / "figures" / "linearize_at.png").stat().st_size > 5000
+
+
+def test_the_file_that_a_run_wrote_runs_it_again(run, arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # relative paths in, absolute ones in the file
+    relative = {**arguments, "train_file": "train.tsv", "validation_file": "validation.tsv"}
+    code, _, err = run(*cases.flags({**relative, "lam_rel": [0, 0.1], "lora_layers": [1], "no-group_by_length": True}))
+    assert code == 0, err
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, _, err = run("compare", "--config", tmp_path / "out" / "config.yaml", "--output_dir", "again", "--seed", 0)
+    assert code == 0, err
+    first, second = (json.loads((f / "all_results.json").read_text()) for f in (tmp_path / "out", Path("again")))
+    assert first["table"] == second["table"]
+    # What stands on the command line counts more than the file, before it or behind.
+    code, _, err = run("compare", "--seed=5", f"--config={tmp_path / 'out' / 'config.yaml'}", "--output_dir", "other")
+    assert code == 0, err
+    third = json.loads(Path("other/config.json").read_text())["arguments"]
+    assert third["training"]["seed"] == 5
+    assert third["training"]["group_by_length"] is False
+    assert third["tuned"]["lora_layers"] == [1]
+    written = yaml.safe_load(Path("other/config.yaml").read_text())
+    assert "output_dir" not in written
+    assert written["lam_rel"] == [0.0, 0.1]
+
+
 def test_spd_and_cross_entropy_and_streaming(run, arguments):
     options = {"pull": "spd", "lams": ["0", "0.5"], "loss": "cross_entropy", "linear_mode": "streaming"}
-    code, out, err = run(*flags({**arguments, **options}))
+    code, out, err = run(*cases.flags({**arguments, **options}))
     assert code == 0, err
     assert "λ/μ₁" not in out
 
@@ -130,7 +145,7 @@ def write_scores(files, names=("text_a", "text_b", "rating")):
 def test_scores_have_metrics_of_their_own(run, arguments, files, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     write_scores(files)
-    code, out, err = run(*flags({**arguments, "label_column_name": "rating", "lam_rel": [0, 0.1]}))
+    code, out, err = run(*cases.flags({**arguments, "label_column_name": "rating", "lam_rel": [0, 0.1]}))
     assert code == 0, err
     assert "scores are standardised: the loss is in units of the training variance" in err
     for text in ("pearson", "spearman", "mean score"):
@@ -161,7 +176,7 @@ def test_classes_follow_the_names_of_the_checkpoint(run, arguments, files, tmp_p
     config |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     (folder / "config.json").write_text(json.dumps(config))
     changed = {**arguments, "model_name_or_path": folder, "head": "auto", "lams": ["0"]}
-    code, _, err = run(*flags(changed))
+    code, _, err = run(*cases.flags(changed))
     assert code == 0, err
     assert "class ids follow the checkpoint's order, by name: ENTAILMENT, neutral, contradiction" in err
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -169,109 +184,15 @@ def test_classes_follow_the_names_of_the_checkpoint(run, arguments, files, tmp_p
 
 
 def test_both_spellings(run, arguments):
-    dashed = [flag.replace("_", "-") if str(flag).startswith("--") else flag for flag in flags(arguments)]
+    dashed = [flag.replace("_", "-") if str(flag).startswith("--") else flag for flag in cases.flags(arguments)]
     code, _, err = run(*dashed, "--lams", "0", "--quiet")
     assert code == 0, err
-
-
-def with_file(files, text):
-    files["train"].write_bytes(text if isinstance(text, bytes) else text.encode())
-
-
-def damaged(tmp_path, edit):
-    folder = tmp_path / "model"
-    shutil.copytree(cases.TINY_BERT, folder)
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors")
-    return {"model_name_or_path": folder}
-
-
-def poisoned(tensors):
-    tensors["bert.embeddings.word_embeddings.weight"][5, 5] = np.nan
-
-
-BAD = {
-    "unknown model": (lambda t, f: {"model_name_or_path": t / "none"}, "there is no folder"),
-    "not a hub id": (lambda t, f: {"model_name_or_path": "no such model!"}, "neither a folder nor a valid hub id"),
-    "folder without config": (lambda t, f: {"model_name_or_path": t}, "without config.json"),
-    "NaN in weights": (lambda t, f: damaged(t, poisoned), "holds NaN or infinity"),
-    "empty file": (lambda t, f: with_file(f, ""), "is empty (0 bytes)"),
-    "one class": (lambda t, f: with_file(f, "sentence\tlabel\na b\t1\nc d\t1\n"), "the one label '1'"),
-    "label outside": (lambda t, f: with_file(f, "sentence\tlabel\na b\t0\nc d\t2\n"), None),
-    "missing column": (lambda t, f: with_file(f, "sentence\ttarget\na b\t1\n"), "no column 'label'"),
-    "missing file": (lambda t, f: {"train_file": t / "none.tsv"}, "cannot be read"),
-    "binary file": (lambda t, f: with_file(f, b"\x89PNG\r\n\x1a\n\x00"), "NUL byte in line 3: it is binary"),
-    "one of two files": (lambda t, f: {"validation_file": False}, "belong together"),
-    "two sources": (lambda t, f: {"task_name": "sst2"}, "--train_file and --task_name are both given; give one of"),
-    "three sources": (lambda t, f: {"dataset_name": "a/b"}, "--train_file and --dataset_name are both given"),
-    "folder and file": (
-        lambda t, f: {"data_dir": t},
-        "--data_dir is given beside --train_file; it is for a --task_name",
-    ),
-    "configuration of nothing": (lambda t, f: {"dataset_config_name": "x"}, "--dataset_config_name is given without"),
-    "split of a file": (lambda t, f: {"train_split_name": "x"}, "--train_split_name is given without --dataset_name"),
-    "columns of the embedded task": (
-        lambda t, f: {"train_file": False, "validation_file": False, "label_column_name": "y"},
-        "the embedded task has no columns to choose",
-    ),
-    "unknown task": (
-        lambda t, f: {"train_file": False, "validation_file": False, "task_name": "SST-2"},
-        "--task_name SST-2 is no task (near: sst2",
-    ),
-    "task not in the folder": (
-        lambda t, f: {"train_file": False, "validation_file": False, "task_name": "sst2", "data_dir": t},
-        "sst2 has no file train",
-    ),
-    "column that is not there": (lambda t, f: {"text_column_names": ["body"]}, "has no column 'body'"),
-    "unknown suffix": (lambda t, f: {"train_file": cases.TINY_BERT / "model.safetensors"}, "has the suffix"),
-    "constant scores": (lambda t, f: with_file(f, "sentence\tlabel\na b\t0.5\nc d\t0.5\n"), "training scores are 0.5"),
-    "negative lam": (lambda t, f: {"lams": ["-1"]}, "each at least 0"),
-    "lam no number": (lambda t, f: {"lams": ["much"]}, "expected numbers, or auto"),
-    "two grids": (lambda t, f: {"lams": ["1"], "lam_rel": [1]}, "give one of them"),
-    "rank 0": (lambda t, f: {"lora_rank": 0}, "LoRA rank 0: expected 1 to 32"),
-    "rank too large": (lambda t, f: {"lora_rank": 33}, "LoRA rank 33: expected 1 to 32"),
-    "no target": (lambda t, f: {"lora_targets": ["valeu"]}, "near: "),
-    "no layer": (lambda t, f: {"lora_layers": [7]}, "expected some of 0 to 1"),
-    "zero frozen head": (lambda t, f: {"head_init": "zero", "train_head": "False"}, None),
-    "optimizer": (lambda t, f: {"optimizer": "adamw"}, "is AdamW towards theta0"),
-    "steps": (lambda t, f: {"max_steps": -3}, "max_steps=-3"),
-    "length": (lambda t, f: {"max_seq_length": 2}, "leaves no room"),
-    "samples": (lambda t, f: {"max_train_samples": 1}, "at least 2"),
-    "output is a file": (lambda t, f: {"output_dir": f["train"]}, "is a file; expected a folder"),
-    "kernel examples": (lambda t, f: {"kernel_examples": 0}, "kernel_examples=0"),
-    "seed": (lambda t, f: {"seed": -1}, "seed=-1"),
-    "spd in units": (lambda t, f: {"pull": "spd", "lam_rel": [1]}, "give lams, not lam_rel"),
-    "contradiction": (lambda t, f: {"peft": "head", "with_frozen_A": True}, "needs --peft lora"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_sentence(run, arguments, files, tmp_path, monkeypatch, case):
-    change, message = BAD[case]
-    monkeypatch.delenv("JAXLIN_DATA", raising=False)
-    changed = {**arguments, **(change(tmp_path, files) or {})}
-    if case == "label outside":
-        files["train"].write_text("sentence\tlabel\na b\t0\nc d\t1\n")
-        files["validation"].write_text("sentence\tlabel\nx y\t2\n")
-        message = "label '2' is none of the task's classes: 0, 1"
-    if case == "zero frozen head":
-        changed.pop("train_head")
-        code, _, err = run(*flags(changed), "--no-train_head")
-        message = "the head is zero and frozen"
-    else:
-        code, _, err = run(*flags(changed))
-    assert code == 2
-    assert err.startswith("jaxlin: ")
-    assert err.count("\n") == 1
-    assert message in err
-    assert not (tmp_path / "out").exists()
 
 
 def test_offline_and_not_cached(run, arguments, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    code, _, err = run(*flags({**arguments, "model_name_or_path": "nobody/nothing"}))
+    code, _, err = run(*cases.flags({**arguments, "model_name_or_path": "nobody/nothing"}))
     assert code == 2
     assert "HF_HUB_OFFLINE is set" in err
     assert "hf download nobody/nothing" in err
@@ -280,20 +201,22 @@ def test_offline_and_not_cached(run, arguments, monkeypatch, tmp_path):
 def test_a_folder_that_is_no_run_is_never_overwritten(run, arguments, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
-    code, _, err = run(*flags({**arguments, "overwrite_output_dir": True}))
+    code, _, err = run(*cases.flags({**arguments, "overwrite_output_dir": True}))
     assert code == 2
     assert "not a run; it is not overwritten" in err
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 
 def test_truncation_is_counted_and_said(run, arguments, files):
-    code, _, err = run(*flags({**arguments, "max_seq_length": 9, "lams": ["0"]}))
+    code, _, err = run(*cases.flags({**arguments, "max_seq_length": 9, "lams": ["0"]}))
     assert code == 0, err
     assert "24 of 24 train texts are longer than 9 tokens and were truncated" in err
 
 
 def test_divergence_keeps_the_log(run, arguments, tmp_path):
-    code, _, err = run(*flags({**arguments, "optimizer": "sgd", "learning_rate": 1e12, "max_steps": 30, "lams": ["0"]}))
+    code, _, err = run(
+        *cases.flags({**arguments, "optimizer": "sgd", "learning_rate": 1e12, "max_steps": 30, "lams": ["0"]})
+    )
     assert code == 1
     assert "at step" in err.splitlines()[-1]
     assert "lower the learning rate" in err
@@ -304,7 +227,7 @@ def test_divergence_keeps_the_log(run, arguments, tmp_path):
 
 def test_debug_shows_the_traceback(run, arguments):
     with pytest.raises(ValueError, match="LoRA rank 0"):
-        run(*flags({**arguments, "lora_rank": 0, "debug": True}))
+        run(*cases.flags({**arguments, "lora_rank": 0, "debug": True}))
 
 
 def test_doctor(run, monkeypatch):
@@ -313,6 +236,29 @@ def test_doctor(run, monkeypatch):
     assert code == 0
     for text in ("jax ", "devices", "0.6.5, bridged to jax", "embedded task", "JAXLIN_DATA", "absent (not used)"):
         assert text in out
+
+
+def test_completion(run):
+    code, out, _ = run("--tyro-print-completion", "bash")
+    assert code == 0
+    assert "--linearize-at" in out
+
+
+def test_help_of_a_group_fits_a_screen(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    code, out, _ = run("compare", "--help")
+    assert code == 0
+    groups = re.split(r"^ \w+ options\s*$", out, flags=re.MULTILINE)[1:]
+    assert len(groups) == 6
+    assert max(group.count("\n") for group in groups) <= 40
+
+
+def test_a_terminal_without_greek(arguments):
+    program = [sys.executable, "-m", "jaxlin", *map(str, cases.flags({**arguments, "lam_rel": 1, "max_steps": 1}))]
+    plain = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(program, capture_output=True, text=True, env=plain)
+    assert done.returncode == 0, done.stderr
+    assert "?/?" in done.stdout
 
 
 def test_as_a_program():
@@ -338,5 +284,7 @@ def test_the_embedded_default(run, tmp_path):
 @pytest.mark.slow
 def test_shared_data_through_the_command_line(run, tmp_path, data_folder):
     sizes = {"max_train_samples": 40, "max_eval_samples": 20, "max_steps": 4, "lam_rel": [0, 1]}
-    code, _, err = run(*flags({"data_dir": data_folder, "task_name": "mrpc", **sizes, "output_dir": tmp_path / "out"}))
+    code, _, err = run(
+        *cases.flags({"data_dir": data_folder, "task_name": "mrpc", **sizes, "output_dir": tmp_path / "out"})
+    )
     assert code == 0, err

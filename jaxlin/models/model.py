@@ -45,9 +45,12 @@ def _tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions on a damaged file
         raise InputError(f"no usable tokenizer in {folder} (tokenizer.json or vocab.txt): {error}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers 5 makes an empty one where there is no file
+        raise InputError(f"no usable tokenizer in {folder}: it has no tokenizer.json, vocab.txt or the like")
+    return tokenizer
 
 
 @jax.tree_util.register_dataclass
