@@ -141,13 +141,13 @@ def late(table: Sequence[Row], title: str) -> Figure:
             mine = [row for row in rows if row["lam"] == lam]
             axis.plot(
                 [row["linearize_at"] for row in mine],
-                [row["output_gap_relative_eval"] for row in mine],
+                [row["output_gap_relative_eval"] or np.nan for row in mine],
                 "o-",
                 color=colour,
                 label=f"{mine[0][column]:.2g}",
             )
-        axis.set(xlabel="linearized at step k of full fine-tuning", ylabel="‖f−f̄‖ / ‖f−f₀‖, evaluation")
-        axis.set_ylim(bottom=0)
+        axis.set(xlabel="linearized at step k of full fine-tuning", ylabel="‖f−f̄‖ / ‖f−f₀‖, evaluation", yscale="log")
+        axis.set_xticks(sorted({row["linearize_at"] for row in rows}))
         axis.legend(title=f"pull {label}")
         figure.suptitle(title, fontsize=7)
     return figure

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from tests import cases
 
@@ -162,6 +163,20 @@ def test_scores_have_metrics_of_their_own(run, arguments, files, tmp_path, monke
     assert -1 <= rows["full"]["spearman_eval"] <= 1
     undefined = ("accuracy", "f1", "matthews", "kl", "agreement", "agreement_f0")
     assert all(row[f"{name}_eval"] is None for row in results["table"] for name in undefined)
+
+
+def test_a_regression_head_of_its_own_keeps_its_units(run, arguments, files, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(cases.TINY_BERT, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {name: tensors[name][:1].copy() for name in ("classifier.weight", "classifier.bias")}
+    save_file(tensors, folder / "model.safetensors")
+    write_scores(files, ("sentence1", "sentence2", "label"))
+    own = {**arguments, "model_name_or_path": folder, "head": "pooler", "max_steps": 1, "lams": ["0"]}
+    code, _, err = run(*cases.flags(own))
+    assert code == 0, err
+    assert "standardised" not in err
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["target_std"] is None
 
 
 def test_classes_follow_the_names_of_the_checkpoint(run, arguments, files, tmp_path):

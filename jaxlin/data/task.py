@@ -98,7 +98,8 @@ def make_task(
     train = train.take(kept)
     for split, what in ((train, "training"), (validation, "validation")):
         if not len(split):
-            raise InputError(f"task {name!r}: the {what} split holds no example")
+            why = f": the text of all {dropped} rows is also in validation" if what == "training" and dropped else ""
+            raise InputError(f"task {name!r}: the {what} split holds no example{why}")
     if label_names and len(np.unique(train.labels)) < 2:
         only = label_names[train.labels[0]]
         raise InputError(f"task {name!r}: all {len(train)} training examples have the one label {only!r}; expected two")

@@ -259,7 +259,9 @@ def prepare(
         revision=model_arguments.model_revision,
     )
     task, splits, notes = _in_order_of_checkpoint(model, task, splits)
-    scale = None if task.label_names else scale_of(splits["train"])
+    # A checkpoint's own regression head speaks in the units that it was trained in.
+    own_head = model.source is not None and not model.source.head_is_new
+    scale = None if task.label_names or own_head else scale_of(splits["train"])
     if scale:
         splits = {name: standardise(split, scale) for name, split in splits.items()}
         notes += (
