@@ -106,13 +106,18 @@ def moved(tun, scale=0.1, seed=0):
     return jax.tree.unflatten(tree, drawn)
 
 
+@jax.jit
+def _jacrev(apply, theta, batch):
+    return jax.jacrev(lambda p: apply(p, batch))(theta)
+
+
 def reference_jacobian(tun, data, theta=None):
     """Dense float64 Jacobian [N*C, P] by one jacrev over the whole batch, and the leaf path of every column."""
     data = as_dataset(data)
     with jax.enable_x64(True):
         apply, theta = to_float64((tun.apply, tun.theta0 if theta is None else theta))
         batch = data.batch(np.arange(len(data)))
-        jac = jax.jit(jax.jacrev(lambda p: apply(p, batch)))(theta)
+        jac = _jacrev(apply, theta, batch)
         rows = [np.asarray(leaf) for leaf in jax.tree.leaves(jac)]
     assert all(leaf.dtype == np.float64 for leaf in rows)
     n, c = rows[0].shape[:2]

@@ -73,6 +73,7 @@ def run(tmp_path):
 NOWHERE = "http://127.0.0.1:9"
 
 
+@pytest.mark.slow
 def test_model_and_known_task_online_then_from_the_cache(hub, run, tmp_path):
     named = ("--model_name_or_path", "tiny-bert", "--task_name", "sst2")
     first = run(hub.url, *named, "--output_dir", "first")

@@ -53,12 +53,14 @@ def test_every_check(family, peft, kind):
     linear = np.asarray(jax.jit(jl.linearize(tun).apply)(theta, batch))
     assert cases.relative_error(linear.reshape(-1), first_order) < 1e-4
 
-    kernel = jl.ntk(tun, batch, blocks="leaf", check_examples=0)
-    assert cases.relative_error(kernel.matrix(), jac @ jac.T) < 1e-4
-    assert set(kernel.parts) == set(leaf_paths(tun.theta0))
-    for name, block in kernel.blocks.items():
-        of_block = jac[:, columns == name]
-        assert np.abs(block.matrix() - of_block @ of_block.T).max() < 1e-4 * np.abs(jac @ jac.T).max()
+    for at in (tun.theta0, theta):
+        jac, _ = cases.reference_jacobian(tun, batch, at)
+        kernel = jl.ntk(tun, batch, theta=at, blocks="leaf", check_examples=0)
+        assert cases.relative_error(kernel.matrix(), jac @ jac.T) < 1e-4
+        assert set(kernel.parts) == set(leaf_paths(tun.theta0))
+        for name, block in kernel.blocks.items():
+            of_block = jac[:, columns == name]
+            assert np.abs(block.matrix() - of_block @ of_block.T).max() < 1e-4 * np.abs(jac @ jac.T).max()
 
     result = jl.train(tun, batch, batch, jl.TrainConfig(loss=loss, max_steps=1, lam=0.1))
     assert result.history[-1]["distance"] > 0

@@ -78,11 +78,11 @@ def score_table(table: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> T
     """
     strength, label = plots.strength(table)
     columns = {
-        f"{name}\n{split}": (f"{name}_{split}", ".4f" if name == "loss" else ".3f")
+        f"{name}\n{split}": (f"{name}_{split}", "z.4f" if name == "loss" else "z.3f")
         for name in ("loss", *metrics)
         for split in ("train", "eval")
     }
-    columns["agrees\nwith f₀\neval"] = ("agreement_f0_eval", ".3f")
+    columns["agrees\nwith f₀\neval"] = ("agreement_f0_eval", "z.3f")
     columns = {head: cell for head, cell in columns.items() if any(row[cell[0]] is not None for row in table)}
     out = _table(f"Loss and {', '.join(metrics)}", [label, "model", *columns], gap=int(len(metrics) < 2))
     last = None
