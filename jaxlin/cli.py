@@ -53,7 +53,8 @@ def main() -> None:
     try:
         if words[:1] == ["compare"] and (file := config_file.find(words)) is not None:
             # Before the others, so that what stands on the command line counts.
-            words[1:1] = config_file.read(file, config_file.flat_options(CompareConfig()))
+            known = set(config_file.flat_options(CompareConfig())) - {"config", "debug"}
+            words[1:1] = config_file.read(file, known)
         tyro.extras.subcommand_cli_from_dict(
             {"compare": compare, "doctor": doctor},
             prog="jaxlin",

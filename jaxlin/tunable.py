@@ -45,7 +45,8 @@ def block_factors(paths: Sequence[str], patterns: Mapping[str, float] | None, wh
         what: Name of the option, for messages.
 
     Raises:
-        InputError: If a pattern is no regular expression or is found nowhere, or a factor is negative or infinite.
+        InputError: If a pattern is no regular expression, is found nowhere or behind others only, or a factor is
+            negative or infinite.
     """
     found: list[tuple[re.Pattern[str], float]] = []
     for pattern, factor in (patterns or {}).items():
@@ -57,12 +58,19 @@ def block_factors(paths: Sequence[str], patterns: Mapping[str, float] | None, wh
             raise InputError(f"{what}: {pattern!r} is found in no tuned parameter, such as {paths[0]}")
         if not 0 <= found[-1][1] < math.inf:
             raise InputError(f"{what}: {pattern!r}={factor}; expected a finite factor, at least 0")
-    return {path: next((factor for expression, factor in found if expression.search(path)), 1.0) for path in paths}
+    chosen = {path: next((i for i, (regex, _) in enumerate(found) if regex.search(path)), None) for path in paths}
+    unused = sorted(set(range(len(found))) - set(chosen.values()))
+    if unused:
+        raise InputError(
+            f"{what}: {found[unused[0]][0].pattern!r} never counts, since patterns before it match the same "
+            "parameters; put the narrower one first"
+        )
+    return {path: 1.0 if i is None else found[i][1] for path, i in chosen.items()}
 
 
 def in_head(path: str) -> bool:
     """Returns whether a parameter belongs to the classification head."""
-    return path.partition("/")[0] in (CLASSIFIER, CLASSIFIER_DENSE)
+    return path.partition("/")[0] in (CLASSIFIER, CLASSIFIER_DENSE, "pre_classifier")  # the last: transformers' Flax
 
 
 def leaf_paths(tree: PyTree) -> tuple[str, ...]:

@@ -67,6 +67,10 @@ def whole_numbers(tensors):
     tensors[WORDS] = np.ones_like(tensors[WORDS], np.int32)
 
 
+def extra_tensor(tensors):
+    tensors["bert.encoder.extra"] = np.ones(2)
+
+
 def fewer_words(tensors):
     tensors[WORDS] = tensors[WORDS][:20].copy()
 
@@ -106,11 +110,11 @@ BAD = {
     "truncated weights": (lambda t, f: truncated(t), "cannot be read as safetensors"),
     "corrupt weights": (lambda t, f: truncated(t, 7), "cannot be read as safetensors"),
     "no weights": (lambda t, f: without(t, "model.safetensors"), "has no model.safetensors"),
-    "a pickle": (lambda t, f: a_pickle(t), "safe_serialization=True"),
+    "a pickle": (lambda t, f: a_pickle(t), "transformers.BertForSequenceClassification.from_pretrained("),
     "NaN in weights": (lambda t, f: model(t, poisoned), "holds NaN or infinity"),
     "integer weights": (lambda t, f: model(t, whole_numbers), "has dtype int32; expected floating point"),
     "a tensor missing": (lambda t, f: model(t, lambda x: x.pop(WORDS)), "lacks 1 tensor(s)"),
-    "a tensor too many": (lambda t, f: model(t, lambda x: x.update(extra=np.ones(2))), "unexpected tensor 'extra'"),
+    "a tensor too many": (lambda t, f: model(t, extra_tensor), "unexpected tensor 'bert.encoder.extra'"),
     "another architecture": (lambda t, f: model(t, config={"model_type": "t5"}), "model_type 't5'; supported"),
     "configuration of another size": (lambda t, f: model(t, config={"hidden_size": 64}), "the configuration says"),
     "configuration that is no JSON": (
@@ -213,6 +217,7 @@ BAD = {
     "options that are no YAML": (lambda t, f: config_file(t, "a: [1"), "is not YAML"),
     "options that are no mapping": (lambda t, f: config_file(t, "- 1"), "expected lines `option: value`"),
     "unknown option in the file": (lambda t, f: config_file(t, "sed: 3"), "'sed' is no option; did you mean seed?"),
+    "a file in the file": (lambda t, f: config_file(t, "config: b.yaml"), "'config' is no option"),
     "nested options": (lambda t, f: config_file(t, "seed: {a: 1}"), "seed is nested"),
 }
 

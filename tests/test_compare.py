@@ -259,7 +259,13 @@ def test_kernel_regression_with_factors_by_block_is_the_end_of_descent(lam_rel):
     ends = jl.compare(tun, data, cases.vectors(5, seed=1), config, lams=[lam_rel * mu1])
     (linear,), (fit,) = rows_of(ends, "linearized"), rows_of(ends, "kernel_regression")
     assert linear["loss_eval"] == pytest.approx(fit["loss_eval"], rel=2e-3)
+    frozen = dataclasses.replace(config, learning_rate_blocks={"out": 0.0})
+    ends = jl.compare(tun, data, cases.vectors(5, seed=1), frozen, lams=[lam_rel * mu1])
+    (linear,), (fit,) = rows_of(ends, "linearized"), rows_of(ends, "kernel_regression")
+    assert linear["loss_eval"] == pytest.approx(fit["loss_eval"], rel=2e-3)
     if lam_rel:
+        adamw = dataclasses.replace(config, optimizer="adam", pull="decoupled", max_steps=2)
+        assert not rows_of(jl.compare(tun, data, data, adamw, lams=[1.0]), "kernel_regression")
         free = dataclasses.replace(config, lam_blocks={"hidden": 0.0}, max_steps=2)
         assert not rows_of(jl.compare(tun, data, data, free, lams=[1.0]), "kernel_regression")
 

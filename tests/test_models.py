@@ -81,6 +81,25 @@ def test_shards_are_one_checkpoint(tmp_path):
         jl.load_model(folder, 2)
 
 
+def test_another_map_to_the_logits_behind_the_same_pooler(tmp_path):
+    folder = cases.write_checkpoint(tmp_path / "a", cases.ENCODERS["roberta: uneven, C = 2"])
+    with pytest.raises(jl.InputError, match="head has 2 outputs, the task 3; new_head=True"):
+        jl.load_model(folder, 3)
+    old, new = jl.load_model(folder, 2), jl.load_model(folder, 3, new_head=True)
+    assert new.source.head_is_new
+    assert new.params["classifier"]["kernel"].shape == (16, 3)
+    np.testing.assert_array_equal(new.params["classifier_dense"]["kernel"], old.params["classifier_dense"]["kernel"])
+    # BERT that was saved with a masked-LM head has no pooler.
+    bert = cases.write_checkpoint(tmp_path / "b", cases.ENCODERS["bert: masked LM"])
+    assert jl.load_model(bert).module.head == "mean"
+    with pytest.raises(jl.InputError, match="the head 'mean' or 'cls' does without it"):
+        jl.load_model(bert, head="pooler")
+    (bert / "1_Pooling").mkdir()
+    (bert / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
+    with pytest.raises(jl.InputError, match=r"pools by .*max_tokens"):
+        jl.load_model(bert)
+
+
 def test_a_pretrained_body_without_a_head(tmp_path):
     """RoBERTa before fine-tuning has no head: auto reads the mean; the family's own head starts anew, dense and all."""
     folder = cases.write_checkpoint(tmp_path, cases.ENCODERS["roberta: masked LM"])
@@ -224,7 +243,10 @@ def edited(tmp_path, edit=None, config=None):
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 BAD_TENSORS = {
     "missing": (lambda t: t.pop(QUERY), r"lacks 1 tensor.*encoder.layer.1.attention.self.query"),
-    "unexpected": (lambda t: t.update({"bert.extra.weight": np.ones(3, np.float32)}), r"unexpected tensor 'bert.extra"),
+    "unexpected": (
+        lambda t: t.update({"bert.encoder.extra.weight": np.ones(3, np.float32)}),
+        r"unexpected tensor .bert.encoder",
+    ),
     "shape": (lambda t: t.update({QUERY: np.ones((32, 31), np.float32)}), r"query.weight.*\(31, 32\).*\(32, 32\)"),
     "nan": (lambda t: t.update({QUERY: np.full((32, 32), np.nan, np.float32)}), r"query.weight' holds NaN"),
     "integer": (lambda t: t.update({QUERY: np.ones((32, 32), np.int32)}), r"query.weight' has dtype int32"),
@@ -239,7 +261,7 @@ def test_bad_checkpoint_is_named(tmp_path, case):
 
 
 def test_arguments_that_do_not_fit(tmp_path):
-    with pytest.raises(jl.InputError, match="head has 3 outputs, the task 2; a head 'mean' or 'cls'"):
+    with pytest.raises(jl.InputError, match="head has 3 outputs, the task 2; new_head=True"):
         jl.load_model(str(cases.TINY_BERT), 2)
     with pytest.raises(jl.InputError, match="float64 needs JAX's x64 mode"), jax.enable_x64(False):
         jl.load_model(cases.TINY_BERT, 3, dtype="float64")

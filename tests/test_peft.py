@@ -130,6 +130,27 @@ def test_a_module_that_is_no_text_model(mixer, peft):
     assert {row["arm"] for row in table} >= {"full", "linearized", "kernel_regression"}
 
 
+def test_a_head_of_several_modules_of_ones_own():
+    class Head(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(2, name="out_proj")(nn.tanh(nn.Dense(4, name="dense")(x)))
+
+    class Whole(nn.Module):
+        @nn.compact
+        def __call__(self, batch):
+            return Head(name="classifier")(nn.Dense(4, name="body")(batch["x"]))
+
+    batch = cases.vectors(3)
+    model = jl.from_linen(Whole(), Whole().init(jax.random.key(0), batch)["params"])
+    for tun in (jl.lora(model, rank=2, targets=("body",), train_head=False), jl.select(model, "body")):
+        assert tun.apply(tun.theta0, batch).shape == (3, 2)
+    assert set(jl.head_only(model).blocks) == {"classifier/dense", "classifier/out_proj"}
+    for method in (jl.layer_norm_only, lambda m: jl.layer_norm_only(m, train_head=False)):
+        with pytest.raises(jl.InputError, match="the model has no LayerNorm outside its head"):
+            method(model)
+
+
 def test_from_linen_refuses_what_it_cannot_use(mixer):
     model, batch = mixer
     with pytest.raises(jl.InputError, match="params is a list; expected the nested dict"):

@@ -219,6 +219,7 @@ def test_lora_plus_moves_b_faster(model):
     for patterns, message in (
         ({"lora_C": 1.0}, r"learning_rate_blocks: 'lora_C' is found in no tuned parameter, such as"),
         ({"(": 1.0}, "is no regular expression"),
+        ({"lora_B": 16.0, "layer_1/.*/lora_B": 4.0}, "never counts, since patterns before it match the same"),
         ({"lora_B": -1.0}, "expected a finite factor, at least 0"),
     ):
         with pytest.raises(jl.InputError, match=message):

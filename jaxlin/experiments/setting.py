@@ -35,12 +35,14 @@ class ModelArguments:
         model_revision: Branch, tag or commit of a hub model.
         head: What the classification head reads; auto: as the checkpoint was trained.
         head_init: Start of a new head; probe: closed-form ridge on the frozen features.
+        new_head: Draw the map to the logits anew where the checkpoint has one.
     """
 
     model_name_or_path: str = EMBEDDED_MODEL
     model_revision: str | None = None
     head: Literal["auto", "mean", "cls", "pooler"] = "auto"
     head_init: Literal["probe", "random", "zero"] = "probe"
+    new_head: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +164,7 @@ def train_config(arguments: TrainingArguments, sweep: SweepArguments) -> TrainCo
     if arguments.loraplus_lr_ratio is not None:
         if "lora_B" in rates:
             raise InputError("--loraplus_lr_ratio and --learning_rate_blocks lora_B=… are both given; give one of them")
-        rates = {"lora_B": arguments.loraplus_lr_ratio, **rates}
+        rates["lora_B"] = arguments.loraplus_lr_ratio  # last: a narrower pattern that is given counts first
     return TrainConfig(
         loss=arguments.loss,
         optimizer=arguments.optimizer,
@@ -255,6 +257,7 @@ def prepare(
         task.num_labels,
         head=model_arguments.head,
         head_init=head_init,
+        new_head=model_arguments.new_head,
         rng=seed,
         revision=model_arguments.model_revision,
     )

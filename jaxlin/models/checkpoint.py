@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from jaxlin.tunable import CLASSIFIER, in_head
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WORDS = "embeddings/word/embedding"
+BODY = ("embeddings", "encoder", "transformer")
+"""First words of the names of an encoder's own tensors; one of them that is not known is an error."""
 
 
 def _tensor_names(family: Family, num_layers: int) -> dict[str, str]:
@@ -40,6 +41,31 @@ def _flax_leaf(path: str, kind: str) -> str:
     if path in ("embeddings/word", "embeddings/position", "embeddings/token_type"):
         return "embedding"
     return "scale" if path.endswith("norm") else "kernel"
+
+
+def how_to_convert(source: Path | str) -> str:
+    """Says how to make safetensors of a pickle, with the class that its configuration names so that no head is lost."""
+    try:
+        named = json.loads((Path(source) / "config.json").read_text())["architectures"][0]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        named = "THE_CLASS_IN_ITS_config.json"
+    return (
+        f"convert it where torch is installed: transformers.{named}.from_pretrained({str(source)!r})"
+        ".save_pretrained(FOLDER, safe_serialization=True), and the same with AutoTokenizer"
+    )
+
+
+def tensor_names(folder: Path, family: Family) -> set[str]:
+    """Returns the names of a checkpoint's tensors, the family's prefix removed.
+
+    Raises:
+        InputError: If a file cannot be read.
+    """
+    names: set[str] = set()
+    for file in weights_files(folder):
+        with _opened(file) as tensors:
+            names |= {name.removeprefix(family.prefix) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
+    return names
 
 
 def weights_files(folder: Path) -> list[Path]:
@@ -62,8 +88,7 @@ def weights_files(folder: Path) -> list[Path]:
         return [folder / name for name in shards]
     if (folder / "pytorch_model.bin").exists() or (folder / "pytorch_model.bin.index.json").exists():
         raise InputError(
-            f"{folder} has only pytorch_model.bin, a pickle, which is never loaded; convert it where torch is "
-            "installed: AutoModel.from_pretrained(folder).save_pretrained(folder, safe_serialization=True)"
+            f"{folder} has only pytorch_model.bin, a pickle, which is never loaded; {how_to_convert(folder)}"
         )
     raise InputError(f"{folder} has no {WEIGHTS}; it holds {sorted(p.name for p in folder.iterdir())[:12]}")
 
@@ -87,10 +112,12 @@ def _flax_path(name: str, family: Family, modules: Mapping[str, str], file: Path
     bare = name.removeprefix(family.prefix)
     if bare == f"{family.decoder}.weight":
         return WORDS
-    if re.fullmatch(family.ignored, bare):
+    if bare == "embeddings.position_ids":  # a buffer of older versions
         return None
     module, _, kind = bare.rpartition(".")
     kind = {"gamma": "weight", "beta": "bias"}.get(kind, kind)
+    if module not in modules and bare.partition(".")[0] not in BODY:
+        return None  # another head's
     if module not in modules or kind not in ("weight", "bias"):
         near = difflib.get_close_matches(module, modules, 1)
         hint = f" (did it mean {near[0]!r}?)" if near else ""
@@ -109,7 +136,7 @@ def _flax_array(value: np.ndarray, path: str, expected: tuple[int, ...], where: 
         if path.startswith(f"{CLASSIFIER}/"):
             raise InputError(
                 f"{where}: the checkpoint's head has {value.shape[-1]} outputs, the task {expected[-1]}; "
-                "a head 'mean' or 'cls' would be a new one"
+                "new_head=True (--new_head) draws another in its place"
             )
         raise InputError(f"{where} gives {path} shape {value.shape}; the configuration says {expected}")
     if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -151,5 +178,8 @@ def load_params(folder: Path, family: Family, num_layers: int, expected: Mapping
     if lost:
         theirs = {ours: name for name, ours in modules.items()}
         named = [f"{theirs[path.rpartition('/')[0]]} ({path})" for path in lost[:3]]
-        raise InputError(f"{folder} lacks {len(lost)} tensor(s) of the configuration, among them {', '.join(named)}")
+        hint = "; the head 'mean' or 'cls' does without it" if lost[0].startswith("pooler/") else ""
+        raise InputError(
+            f"{folder} lacks {len(lost)} tensor(s) of the configuration, among them {', '.join(named)}{hint}"
+        )
     return unflatten_dict(found, sep="/"), missing

@@ -19,7 +19,6 @@ class Family:
         prefix: Prefix that a checkpoint with a head puts before the encoder's tensors.
         modules: Module names in the checkpoint to our paths; `{i}` stands for the layer.
         decoder: The masked-LM head's output map, which is the word embedding under another name.
-        ignored: Pattern of tensor names, prefix removed, that no module of ours has (other heads, buffers).
         config: Builds our configuration from the Hugging Face one.
         pretrained_pooler: Whether the dense map in front of the classifier is part of the pretrained body.
     """
@@ -27,7 +26,6 @@ class Family:
     prefix: str
     modules: Mapping[str, str]
     decoder: str
-    ignored: str
     config: Callable[[Any], EncoderConfig]
     pretrained_pooler: bool = False
 
@@ -135,9 +133,6 @@ def _lm_head(module: str, dense: str, norm: str) -> dict[str, str]:
     return {module: "lm_head", dense: "lm_head/dense", norm: "lm_head/norm"}
 
 
-_OTHER = r"embeddings\.position_ids|qa_outputs\..*"
-_TOKEN_HEAD = r"classifier\.(weight|bias)"
-
 _ROBERTA = Family(
     prefix="roberta.",
     modules={
@@ -147,7 +142,6 @@ _ROBERTA = Family(
         **_lm_head("lm_head", "lm_head.dense", "lm_head.layer_norm"),
     },
     decoder="lm_head.decoder",
-    ignored=rf"{_OTHER}|{_TOKEN_HEAD}|pooler\..*|lm_head\.decoder\.bias",
     config=_roberta_config,
 )
 
@@ -161,7 +155,6 @@ FAMILIES: Mapping[str, Family] = {
             **_lm_head("cls.predictions", "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),
         },
         decoder="cls.predictions.decoder",
-        ignored=rf"{_OTHER}|cls\.predictions\.decoder\.bias|cls\.seq_relationship\..*",
         config=_bert_config,
         pretrained_pooler=True,
     ),
@@ -177,7 +170,6 @@ FAMILIES: Mapping[str, Family] = {
             **_lm_head("vocab_projector", "vocab_transform", "vocab_layer_norm"),
         },
         decoder="vocab_projector",
-        ignored=_OTHER,
         config=_distilbert_config,
     ),
     "electra": Family(
@@ -190,7 +182,6 @@ FAMILIES: Mapping[str, Family] = {
             **_lm_head("generator_lm_head", "generator_predictions.dense", "generator_predictions.LayerNorm"),
         },
         decoder="generator_lm_head",
-        ignored=rf"{_OTHER}|{_TOKEN_HEAD}|discriminator_predictions\..*",
         config=_electra_config,
     ),
 }

@@ -13,10 +13,11 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Array, PyTree
 
 from jaxlin.errors import InputError
-from jaxlin.models.checkpoint import load_params
+from jaxlin.models.checkpoint import load_params, tensor_names
 from jaxlin.models.encoder import HEADS, MaskedLm, SequenceClassifier
 from jaxlin.models.families import FAMILIES
-from jaxlin.models.model import HEAD_STARTS, Model, ModelSource, new_dense, new_head
+from jaxlin.models.model import HEAD_STARTS, Model, ModelSource, new_dense
+from jaxlin.models.model import new_head as draw_head
 from jaxlin.models.resolve import EMBEDDED_MODEL, resolve_model
 from jaxlin.tunable import CLASSIFIER, CLASSIFIER_DENSE, in_head
 
@@ -41,16 +42,30 @@ def _has_classifier(hf: Any) -> bool:
     return any("ForSequenceClassification" in name for name in hf.architectures or ())
 
 
+def _sentence_pooling(file: Path) -> str:
+    """Head of a sentence encoder, by the flags of its pooling."""
+    try:
+        flags = json.loads(file.read_text())
+        modes = {name for name, on in flags.items() if name.startswith("pooling_mode_") and on}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{file} is not a pooling configuration: {error}") from error
+    heads = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"}
+    if len(modes) != 1 or not modes <= heads.keys():
+        raise InputError(f"{file} pools by {sorted(modes)}; supported are {sorted(heads)}; choose head 'mean' or 'cls'")
+    return heads[modes.pop()]
+
+
 def _auto_head(folder: Path, hf: Any) -> str:
     """Head that the checkpoint was trained with: a classifier's, a sentence encoder's pooling, a pretrained pooler."""
     if _has_classifier(hf):
         return "pooler"
     pooling = folder / "1_Pooling" / "config.json"
     if pooling.is_file():
-        flags = json.loads(pooling.read_text())
-        return "cls" if flags.get("pooling_mode_cls_token") else "mean"
-    # RoBERTa, DistilBERT and ELECTRA before fine-tuning have nothing trained behind the token states.
-    return "pooler" if FAMILIES[hf.model_type].pretrained_pooler else "mean"
+        return _sentence_pooling(pooling)
+    # RoBERTa, DistilBERT and ELECTRA before fine-tuning have nothing trained behind the token states; nor has BERT
+    # where it was saved with another head.
+    family = FAMILIES[hf.model_type]
+    return "pooler" if family.pretrained_pooler and "pooler.dense.weight" in tensor_names(folder, family) else "mean"
 
 
 def _check_dtype(dtype: Any) -> None:
@@ -77,6 +92,7 @@ def load_model(
     *,
     head: str = "auto",
     head_init: str = "random",
+    new_head: bool = False,
     dtype: Any = None,
     rng: int | Array = 0,
     revision: str | None = None,
@@ -95,6 +111,7 @@ def load_model(
             where nothing behind the token states was.
         head_init: How to start a head that the checkpoint does not have: `"random"` (normal with the
             configuration's `initializer_range`) or `"zero"`. For a probe head see `probe_head`.
+        new_head: Draw the map to the logits anew where the checkpoint has one, such as for another task.
         dtype: Floating-point dtype of the parameters and of all computation; `None` keeps the
             checkpoint's. float64 needs JAX's x64 mode.
         rng: Seed or key of a random head.
@@ -120,18 +137,18 @@ def load_model(
     folder = resolve_model(name_or_path, revision)
     hf = _hf_config(folder)
     family = FAMILIES[hf.model_type]
-    own_head = _auto_head(folder, hf)
-    head = own_head if head == "auto" else head
+    head = _auto_head(folder, hf) if head == "auto" else head
     config = family.config(hf)
     module = SequenceClassifier(config, num_labels, head)
     expected = _shapes(module)
-    if head != own_head or not _has_classifier(hf):  # one trained on another pooling, or for tokens, is no start
+    # One trained on another pooling, or for tokens, is no start.
+    if new_head or head != "pooler" or not _has_classifier(hf):
         expected = {path: leaf for path, leaf in expected.items() if not path.startswith(f"{CLASSIFIER}/")}
     params, missing = load_params(folder, family, config.num_layers, expected)
     body = jax.tree.leaves(params)[0].dtype
     head_is_new = CLASSIFIER not in params or any(in_head(path) for path in missing)
     if head_is_new:
-        params[CLASSIFIER] = new_head(head_init, rng, config.hidden_size, num_labels, config.initializer_range)
+        params[CLASSIFIER] = draw_head(head_init, rng, config.hidden_size, num_labels, config.initializer_range)
     if any(path.startswith(f"{CLASSIFIER_DENSE}/") for path in missing):
         params[CLASSIFIER_DENSE] = new_dense(rng, config.hidden_size, config.initializer_range)
     params = _cast(_cast(params, body), dtype)

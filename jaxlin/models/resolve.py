@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from jaxlin.errors import InputError
-from jaxlin.models.checkpoint import INDEX, WEIGHTS, weights_files
+from jaxlin.models.checkpoint import INDEX, WEIGHTS, how_to_convert, weights_files
 
 EMBEDDED_MODEL = "all-MiniLM-L6-v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -70,7 +70,7 @@ def resolve_model(name_or_path: str, revision: str | None = None) -> Path:
     if folder.is_file():
         raise InputError(f"{folder} is a file; expected a Hugging Face model folder, with config.json and weights")
     if revision is not None and (folder.is_dir() or name_or_path == EMBEDDED_MODEL):
-        raise InputError(f"model_revision={revision!r} is for models of the hub; {name_or_path!r} is not one")
+        raise InputError(f"revision {revision!r} is for models of the hub; {name_or_path!r} is not one")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder} is a folder without config.json; expected a Hugging Face model folder")
@@ -85,7 +85,7 @@ def resolve_model(name_or_path: str, revision: str | None = None) -> Path:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(WANTED)))
@@ -104,7 +104,7 @@ def _download(name: str, revision: str | None) -> Path:
             f"the hub has no model {name!r} that can be read (misspelt, or private and HF_TOKEN is not set)"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        offline = " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
         mirror = f" at HF_ENDPOINT={os.environ['HF_ENDPOINT']}" if os.environ.get("HF_ENDPOINT") else ""
         raise InputError(
             f"model {name!r} is no local folder, not in the hub's cache, and the hub{mirror} cannot be reached"
@@ -114,9 +114,14 @@ def _download(name: str, revision: str | None) -> Path:
     if not (folder / "config.json").is_file():
         raise InputError(f"the hub's {name!r} has no config.json: it is not a transformers model")
     if not any((folder / file).is_file() for file in (WEIGHTS, INDEX)):
+        if constants.HF_HUB_OFFLINE:
+            raise InputError(
+                f"the hub's cache has {name!r} without {WEIGHTS}, and HF_HUB_OFFLINE is set; load it once where there "
+                f"is a network, or `hf download {name} --local-dir FOLDER` there and give FOLDER"
+            )
+        convert = how_to_convert(folder)
         raise InputError(
             f"the hub's {name!r} has no {WEIGHTS}; pickles (pytorch_model.bin) are never loaded: take a revision that "
-            "has it, such as the conversion that the hub's bot offers (--model_revision refs/pr/N), or convert it "
-            "where torch is installed: AutoModel.from_pretrained(name).save_pretrained(folder, safe_serialization=True)"
+            f"has it, such as the conversion that the hub's bot offers (--model_revision refs/pr/N), or {convert}"
         )
     return folder

@@ -74,7 +74,7 @@ class Kernel:
 
         With rates `η·η_ℓ` gradient descent on the linearized model follows the closed forms (theory 2) of `K_η` at
         rate η, where there is no pull or one of strength `λ/η_ℓ` on each block. With pulls `λ·w_ℓ` its limit is
-        kernel regression with `K_η`, `η_ℓ = 1/w_ℓ`, and ridge λ, whatever the rates.
+        kernel regression with `K_η`, `η_ℓ = 1/w_ℓ`, and ridge λ, whatever the rates above 0.
 
         Args:
             factors: Regular expression, searched for in the paths of parameters, to η_ℓ ≥ 0; the first that matches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
@@ -11,9 +12,7 @@ from flax.traverse_util import flatten_dict
 from jaxlin.errors import InputError
 from jaxlin.models.model import Model
 from jaxlin.peft.function import PeftFunction, split_params
-from jaxlin.tunable import CLASSIFIER, CLASSIFIER_DENSE, Tunable
-
-_HEAD = rf"^({CLASSIFIER}|{CLASSIFIER_DENSE})/"
+from jaxlin.tunable import CLASSIFIER, Tunable, in_head
 
 
 def near_matches(pattern: str, names: list[str]) -> str:
@@ -29,14 +28,22 @@ def require_live_head(model: Model) -> None:
     """Refuses a zero head that stays frozen.
 
     Raises:
-        InputError: If the head's kernel is zero.
+        InputError: If the map to the logits is zero. A head of several modules, or of another name, is not looked into.
     """
     head = model.params.get(CLASSIFIER)
-    if head is not None and not bool(jnp.any(head["kernel"])):
+    if isinstance(head, Mapping) and "kernel" in head and not bool(jnp.any(head["kernel"])):
         raise InputError(
             "the head is zero and frozen: every gradient and the kernel would vanish; "
             "train the head, or start it as 'random' or 'probe'"
         )
+
+
+def _tunable(model: Model, chosen: Callable[[str], bool]) -> Tunable:
+    """Tunes the parameters that are chosen by path, at least one."""
+    theta, frozen = split_params(model.params, chosen)
+    if not chosen(f"{CLASSIFIER}/kernel"):
+        require_live_head(model)
+    return Tunable(PeftFunction(frozen, model.module), theta)
 
 
 def select(model: Model, pattern: str) -> Tunable:
@@ -58,12 +65,9 @@ def select(model: Model, pattern: str) -> Tunable:
     except re.error as error:
         raise InputError(f"{pattern!r} is not a regular expression: {error}") from error
     paths = list(flatten_dict(model.params, sep="/"))
-    theta, frozen = split_params(model.params, lambda path: expression.search(path) is not None)
-    if not theta:
+    if not any(expression.search(path) for path in paths):
         raise InputError(f"{pattern!r} matches no parameter; near: {near_matches(pattern, paths)}")
-    if not expression.search(f"{CLASSIFIER}/kernel"):
-        require_live_head(model)
-    return Tunable(PeftFunction(frozen, model.module), theta)
+    return _tunable(model, lambda path: expression.search(path) is not None)
 
 
 def full(model: Model) -> Tunable:
@@ -72,19 +76,33 @@ def full(model: Model) -> Tunable:
 
 
 def head_only(model: Model) -> Tunable:
-    """Tunes the classification head; where that is one dense map, a linear model, its own linearization."""
-    return select(model, _HEAD)
+    """Tunes the classification head; where that is one dense map, a linear model, its own linearization.
+
+    Returns:
+        A Tunable of the top-level module `classifier`, and of the dense map in front of it that belongs to the head.
+
+    Raises:
+        InputError: If the model has no module of that name.
+    """
+    if not any(in_head(path) for path in flatten_dict(model.params, sep="/")):
+        raise InputError(f"the model has no head {CLASSIFIER!r}; its top-level modules: {', '.join(model.params)}")
+    return _tunable(model, in_head)
 
 
 def bias_only(model: Model, train_head: bool = True) -> Tunable:
     """Tunes the biases of all modules (BitFit), and the whole head unless `train_head` is false."""
-    return _body_part(model, r"/bias$", train_head)
+    return _body_part(model, r"/bias$", train_head, "bias")
 
 
 def layer_norm_only(model: Model, train_head: bool = True) -> Tunable:
     """Tunes scale and bias of every LayerNorm, and the whole head unless `train_head` is false."""
-    return _body_part(model, r"(?i:norm)[^/]*/(scale|bias)$", train_head)
+    return _body_part(model, r"(?i:norm|(?:^|/)ln)[^/]*/(?:scale|bias)$", train_head, "LayerNorm")
 
 
-def _body_part(model: Model, pattern: str, train_head: bool) -> Tunable:
-    return select(model, rf"{pattern}|{_HEAD}" if train_head else rf"^(?!{_HEAD[1:]}).*{pattern}")
+def _body_part(model: Model, pattern: str, train_head: bool, what: str) -> Tunable:
+    def wanted(path: str) -> bool:
+        return not in_head(path) and re.search(pattern, path) is not None
+
+    if not any(wanted(path) for path in flatten_dict(model.params, sep="/")):
+        raise InputError(f"the model has no {what} outside its head: there is nothing of that kind to tune")
+    return _tunable(model, lambda path: wanted(path) or (train_head and in_head(path)))

@@ -89,10 +89,11 @@ def by_pattern(paths: Collection[str], patterns: Mapping[str, Value], default: V
             raise InputError(
                 f"{what}: {pattern!r} matches none of the adapted modules; near: {near_matches(pattern, list(paths))}"
             )
-    return {
-        path: next((value for expression, value in compiled.items() if expression.fullmatch(path)), default)
-        for path in paths
-    }
+    first = {path: next((regex for regex in compiled if regex.fullmatch(path)), None) for path in paths}
+    for pattern, regex in zip(patterns, compiled, strict=True):
+        if regex not in first.values():
+            raise InputError(f"{what}: {pattern!r} never counts, since patterns before it match the same modules")
+    return {path: default if regex is None else compiled[regex] for path, regex in first.items()}
 
 
 def saved_modules(model: Model, names: Sequence[str]) -> set[str]:

@@ -126,7 +126,7 @@ def check_comparison(
         raise InputError(f"kernel_examples={kernel_examples}; expected at least 1")
     steps = config.total_steps(len(data["train"]))
     for k in linearize_at:
-        if not 0 <= k <= steps:
+        if k != int(k) or not 0 <= k <= steps:
             raise InputError(f"linearize_at={k} is no step of this run; expected 0 to {steps}")
     check_blocks(tun, config)
     for part in data.values():

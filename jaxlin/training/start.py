@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -108,20 +109,25 @@ class Start:
         """Returns the closed form of what the linearized arm converges to; `None` where it has none.
 
         With a pull it is the minimiser of the loss with `λ w_ℓ` on each block: K_η with η = 1/w (theory 7). Without
-        one it is the point that descent with rates η_ℓ reaches: K_η with those.
+        one it is the point that gradient descent from θ₀ reaches: K_η with the rates, if the optimizer is descent.
 
         Args:
             config: Its pull and factors by block.
             pulled: Whether λ > 0.
         """
-        if config.pull in ("selective", "spd"):
-            return None
-        factors = config.learning_rate_blocks or {}
-        if pulled:
-            weights = config.lam_blocks or {}
-            if not all(weights.values()):
-                return None  # a block without a pull: ridge regression with an unpenalised part
-            factors = {pattern: 1 / weight for pattern, weight in weights.items()}
+        descent = config.optimizer in ("sgd", "momentum")
+        if config.pull in ("selective", "spd") or (config.pull in ("decoupled", "prox") and pulled and not descent):
+            return None  # they minimise no such objective
+        paths = [path for members in self.kernel.leaves.values() for path in members]
+        pulls = block_factors(paths, config.lam_blocks, "lam_blocks")
+        rates = block_factors(paths, config.learning_rate_blocks, "learning_rate_blocks")
+        if pulled and any(rates[path] and not pulls[path] for path in paths):
+            return None  # a block without a pull: ridge regression with an unpenalised part
+        # A rate of 0 freezes a block; other rates matter to where descent ends only where nothing pulls.
+        weights = {
+            path: 1 / pulls[path] if pulled else rates[path] if descent else 1.0 for path in paths if rates[path]
+        }
+        factors = {f"^{re.escape(path)}$": weights.get(path, 0.0) for path in paths}
         y = np.asarray(targets(self.data["train"]["labels"], self.f0["train"].shape[1]), np.float64)
         fit = kernel_regression(self.kernel.weighted(factors), y[self.chosen], self.f0["train"][self.chosen], 0.0)
         kernel_eval = None if self.kernel_eval is None else self.kernel_eval.weighted(factors)

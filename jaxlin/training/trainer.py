@@ -320,6 +320,9 @@ def train(
     tx, step = _compiled_step(config.loss, config.optimizer, schedule, config.pull, *by_block)
     if start is None:
         start = TrainState(tun.theta0, tx.init(tun.theta0), 0)
+    beyond = [k for k in (start.step, *keep) if not 0 <= k <= total]
+    if beyond:
+        raise InputError(f"step {beyond[0]} to start from or keep is none of this run, which has {total}")
     theta, state = copied(start.theta), copied(start.optimizer)  # since the step takes its buffers over
     lam = config.lam if config.pull == "spd" else to_mean(config.lam, n, "lam")
     state = state._replace(lam=jnp.asarray(lam, jnp.result_type(*jax.tree.leaves(theta))))
