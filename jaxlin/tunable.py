@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,30 @@ def layer_index(path: str) -> int | None:
     return None if found is None else int(found.group(1))
 
 
+def first_match(
+    paths: Collection[str], matches: Mapping[str, Callable[[str], object]], what: str, noun: str
+) -> dict[str, str | None]:
+    """Returns for every path the first pattern that matches it, or `None`.
+
+    Args:
+        paths: What is matched.
+        matches: Pattern, as it was given, to the test that it stands for.
+        what: Name of the option, for messages.
+        noun: What the paths are, for messages.
+
+    Raises:
+        InputError: If a pattern is behind others for every path.
+    """
+    chosen = {path: next((pattern for pattern, match in matches.items() if match(path)), None) for path in paths}
+    unused = [pattern for pattern in matches if pattern not in chosen.values()]
+    if unused:
+        raise InputError(
+            f"{what}: {unused[0]!r} never counts, since patterns before it match the same {noun}; "
+            "put the narrower one first"
+        )
+    return chosen
+
+
 def block_factors(paths: Sequence[str], patterns: Mapping[str, float] | None, what: str) -> dict[str, float]:
     """Returns a factor for every leaf: that of the first pattern found in its path, or 1.
 
@@ -48,24 +72,19 @@ def block_factors(paths: Sequence[str], patterns: Mapping[str, float] | None, wh
         InputError: If a pattern is no regular expression, is found nowhere or behind others only, or a factor is
             negative or infinite.
     """
-    found: list[tuple[re.Pattern[str], float]] = []
+    factors: dict[str, float] = {}
+    matches: dict[str, Callable[[str], object]] = {}
     for pattern, factor in (patterns or {}).items():
         try:
-            found.append((re.compile(pattern), float(factor)))
+            matches[pattern], factors[pattern] = re.compile(pattern).search, float(factor)
         except (re.error, TypeError, ValueError) as error:
             raise InputError(f"{what}: {pattern!r}={factor!r} is no regular expression and number: {error}") from error
-        if not any(found[-1][0].search(path) for path in paths):
+        if not any(map(matches[pattern], paths)):
             raise InputError(f"{what}: {pattern!r} is found in no tuned parameter, such as {paths[0]}")
-        if not 0 <= found[-1][1] < math.inf:
+        if not 0 <= factors[pattern] < math.inf:
             raise InputError(f"{what}: {pattern!r}={factor}; expected a finite factor, at least 0")
-    chosen = {path: next((i for i, (regex, _) in enumerate(found) if regex.search(path)), None) for path in paths}
-    unused = sorted(set(range(len(found))) - set(chosen.values()))
-    if unused:
-        raise InputError(
-            f"{what}: {found[unused[0]][0].pattern!r} never counts, since patterns before it match the same "
-            "parameters; put the narrower one first"
-        )
-    return {path: 1.0 if i is None else found[i][1] for path, i in chosen.items()}
+    chosen = first_match(paths, matches, what, "parameters")
+    return {path: 1.0 if pattern is None else factors[pattern] for path, pattern in chosen.items()}
 
 
 def in_head(path: str) -> bool:

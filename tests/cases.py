@@ -1,13 +1,14 @@
 """The zoo of small models, data and PEFT choices that the tests share, and the dense float64 reference."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import jaxlin as jl
 from jaxlin.data.dataset import as_dataset
@@ -33,6 +34,20 @@ def write_checkpoint(folder, case, num_labels=None):
     (folder / "config.json").write_text(json.dumps(case["config"]))
     save_file(weights(shapes), folder / "model.safetensors")
     return folder
+
+
+def edited_checkpoint(folder, tensors=None, config=None):
+    """A copy of the tiny checkpoint in `folder/model`, with tensors or configuration changed."""
+    copy = folder / "model"
+    shutil.copytree(TINY_BERT, copy)
+    if tensors is not None:
+        content = load_file(copy / "model.safetensors")
+        tensors(content)
+        save_file(content, copy / "model.safetensors")
+    if config is not None:
+        old = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps({**old, **config}))
+    return copy
 
 
 def encoder(family, num_labels=3, **options):

@@ -1,12 +1,9 @@
 """Bad input through the real command line: one sentence, exit code 2, nothing half-written."""
 
-import json
 import os
-import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from tests import cases
 
@@ -25,18 +22,8 @@ def task(folder, name, text):
     return {"train_file": False, "validation_file": False, "task_name": name, "data_dir": folder / "tasks"}
 
 
-def model(folder, tensors=None, config=None, **options):
-    """A copy of the tiny checkpoint with tensors or configuration changed."""
-    copy = folder / "model"
-    shutil.copytree(cases.TINY_BERT, copy)
-    if tensors is not None:
-        content = load_file(copy / "model.safetensors")
-        tensors(content)
-        save_file(content, copy / "model.safetensors")
-    if config is not None:
-        old = json.loads((copy / "config.json").read_text())
-        (copy / "config.json").write_text(json.dumps({**old, **config}))
-    return {"model_name_or_path": copy, **options}
+def model(folder, tensors=None, config=None):
+    return {"model_name_or_path": cases.edited_checkpoint(folder, tensors, config)}
 
 
 def truncated(folder, keep=-100):

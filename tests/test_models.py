@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -227,17 +226,7 @@ def test_probe_head_is_ridge_regression(batch):
 
 
 def edited(tmp_path, edit=None, config=None):
-    """The golden checkpoint with changed tensors or configuration."""
-    folder = tmp_path / "model"
-    shutil.copytree(cases.TINY_BERT, folder)
-    if edit is not None:
-        tensors = load_file(folder / "model.safetensors")
-        edit(tensors)
-        save_file(tensors, folder / "model.safetensors")
-    if config is not None:
-        values = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**values, **config}))
-    return str(folder)
+    return str(cases.edited_checkpoint(tmp_path, edit, config))
 
 
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"

@@ -84,7 +84,17 @@ class Kernel:
             InputError: If a pattern matches nothing, or the parameters of one block have different factors.
         """
         paths = [path for members in self.leaves.values() for path in members]
-        by_path = block_factors(paths, factors, "factors")
+        return self.scaled(block_factors(paths, factors, "factors"))
+
+    def scaled(self, by_path: Mapping[str, float]) -> Kernel:
+        """Returns `weighted` by the factor of every leaf.
+
+        Args:
+            by_path: Path of a leaf to its factor.
+
+        Raises:
+            InputError: If the parameters of one block have different factors.
+        """
         weights: dict[str, float] = {}
         for block, members in self.leaves.items():
             if len({by_path[path] for path in members}) > 1:

@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from jaxlin.errors import InputError
 from jaxlin.models.model import Model
 from jaxlin.peft.select import near_matches
-from jaxlin.tunable import in_head, layer_index
+from jaxlin.tunable import first_match, in_head, layer_index
 
 Value = TypeVar("Value")
 
@@ -81,19 +81,16 @@ def by_pattern(paths: Collection[str], patterns: Mapping[str, Value], default: V
         what: Name of the option, for messages.
 
     Raises:
-        InputError: If a pattern is no regular expression, or matches nothing.
+        InputError: If a pattern is no regular expression, or matches nothing or behind others only.
     """
-    compiled = {_compiled(rf"(?:.*/)?(?:{pattern})", what): value for pattern, value in patterns.items()}
-    for pattern, expression in zip(patterns, compiled, strict=True):
-        if not any(expression.fullmatch(path) for path in paths):
+    matches = {pattern: _compiled(rf"(?:.*/)?(?:{pattern})", what).fullmatch for pattern in patterns}
+    for pattern, match in matches.items():
+        if not any(map(match, paths)):
             raise InputError(
                 f"{what}: {pattern!r} matches none of the adapted modules; near: {near_matches(pattern, list(paths))}"
             )
-    first = {path: next((regex for regex in compiled if regex.fullmatch(path)), None) for path in paths}
-    for pattern, regex in zip(patterns, compiled, strict=True):
-        if regex not in first.values():
-            raise InputError(f"{what}: {pattern!r} never counts, since patterns before it match the same modules")
-    return {path: default if regex is None else compiled[regex] for path, regex in first.items()}
+    chosen = first_match(paths, matches, what, "modules")
+    return {path: default if pattern is None else patterns[pattern] for path, pattern in chosen.items()}
 
 
 def saved_modules(model: Model, names: Sequence[str]) -> set[str]:

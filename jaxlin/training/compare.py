@@ -321,17 +321,16 @@ def _compare(
         for name, arm in arms.items():
             results[name, lam] = run(name, arm, lam)
             outputs[name] = arm.outputs(results[name, lam])
-        late_arms = {}
+        late_arms, step_of = {}, {LINEARIZED: 0}
         for k, state in results[FULL, lam].states.items():
             late_arms[name := f"{LATE}{k}"] = _Arm(linearize(tun, at=state.theta), data)
+            step_of[name] = k
             results[name, lam] = run(name, late_arms[name], lam, state)
             outputs[name] = late_arms[name].outputs(results[name, lam])
         for name, arm in {**arms, **late_arms}.items():
             theta = results[name, lam].theta
-            row: Row = {"arm": name, **labels}
+            row: Row = {"arm": name, **labels, "linearize_at": step_of.get(name)}
             row.update({f"distance{key}": value for key, value in distances(theta, arm.tun.theta0).items()})
-            if name == LINEARIZED or name in late_arms:
-                row["linearize_at"] = int(name.removeprefix(LATE)) if name in late_arms else 0
             if name != LINEARIZED:
                 ours, other = (FULL, name) if name in late_arms else (name, LINEARIZED)
                 gap = distances(results[ours, lam].theta, results[other, lam].theta)

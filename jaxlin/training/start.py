@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -127,10 +126,10 @@ class Start:
         weights = {
             path: 1 / pulls[path] if pulled else rates[path] if descent else 1.0 for path in paths if rates[path]
         }
-        factors = {f"^{re.escape(path)}$": weights.get(path, 0.0) for path in paths}
+        factors = {path: weights.get(path, 0.0) for path in paths}
         y = np.asarray(targets(self.data["train"]["labels"], self.f0["train"].shape[1]), np.float64)
-        fit = kernel_regression(self.kernel.weighted(factors), y[self.chosen], self.f0["train"][self.chosen], 0.0)
-        kernel_eval = None if self.kernel_eval is None else self.kernel_eval.weighted(factors)
+        fit = kernel_regression(self.kernel.scaled(factors), y[self.chosen], self.f0["train"][self.chosen], 0.0)
+        kernel_eval = None if self.kernel_eval is None else self.kernel_eval.scaled(factors)
         return Limit(fit, kernel_eval, self.f0, len(self.chosen))
 
 
