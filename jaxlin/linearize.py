@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from jaxlin.errors import InputError
 from jaxlin.tunable import Batch, Tunable
 
 
@@ -48,7 +49,7 @@ def linearize(tun: Tunable, at: PyTree | None = None) -> Tunable:
         `f(at) + J(at) (theta - at)`, exactly `f(at)` at `theta = at`.
 
     Raises:
-        ValueError: If `at` has another structure or other shapes than `tun.theta0`.
+        InputError: If `at` has another structure or other shapes than `tun.theta0`.
 
     Example:
         >>> import jax.numpy as jnp, jaxlin as jl
@@ -62,5 +63,5 @@ def linearize(tun: Tunable, at: PyTree | None = None) -> Tunable:
     else:
         want, got = (jax.tree.map(jnp.shape, tree) for tree in (tun.theta0, at))
         if want != got:
-            raise ValueError(f"at must have the structure and shapes of theta0, {want}; got {got}")
+            raise InputError(f"at must have the structure and shapes of theta0, {want}; got {got}")
     return dataclasses.replace(tun, apply=Linearized(tun.apply, at))

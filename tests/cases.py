@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
+from jax.flatten_util import ravel_pytree
 from safetensors.numpy import load_file, save_file
 
 import jaxlin as jl
@@ -119,6 +121,42 @@ def moved(tun, scale=0.1, seed=0):
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     drawn = [x + scale * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(tree, drawn)
+
+
+def check(tun, batch, model=None, tolerance=1e-4):
+    """What holds for everything that can be tuned: start, merge, round trip, linearization, kernel and its blocks.
+
+    Linearization and kernel are held to the dense reference, both at theta0 and away from it.
+    """
+    theta = moved(tun)
+    outputs = {name: np.asarray(tun.apply(point, batch)) for name, point in (("start", tun.theta0), ("moved", theta))}
+    if model is not None:
+        np.testing.assert_allclose(outputs["start"], model.apply(model.params, batch), atol=1e-5)
+        np.testing.assert_allclose(model.apply(jl.merge(tun, theta), batch), outputs["moved"], atol=tolerance)
+
+    flat, unravel = ravel_pytree(theta)
+    assert flat.size == tun.num_params
+    written = safetensors.numpy.save(dict(zip(leaf_paths(theta), jax.device_get(jax.tree.leaves(theta)), strict=True)))
+    read = safetensors.numpy.load(written)
+    back = jax.tree.unflatten(jax.tree.structure(tun.theta0), [read[path] for path in leaf_paths(tun.theta0)])
+    for other in (unravel(flat), back):
+        assert jax.tree.all(jax.tree.map(np.array_equal, other, theta))
+    np.testing.assert_array_equal(tun.apply(back, batch), outputs["moved"])
+
+    step = np.asarray(flat - ravel_pytree(tun.theta0)[0], np.float64)
+    for at, to, delta, f in (
+        (tun.theta0, theta, step, outputs["start"]),
+        (theta, tun.theta0, -step, outputs["moved"]),
+    ):
+        jac, columns = reference_jacobian(tun, batch, at)
+        linear = np.asarray(jax.jit(jl.linearize(tun, at=at).apply)(to, batch))
+        assert relative_error(linear.reshape(-1), f.reshape(-1) + jac @ delta) < tolerance
+        kernel = jl.ntk(tun, batch, theta=at, blocks="leaf", check_examples=0)
+        assert relative_error(kernel.matrix(), jac @ jac.T) < tolerance
+        assert set(kernel.parts) == set(leaf_paths(tun.theta0))
+        for name, block in kernel.blocks.items():
+            of_block = jac[:, columns == name]
+            assert np.abs(block.matrix() - of_block @ of_block.T).max() < tolerance * np.abs(jac @ jac.T).max()
 
 
 @jax.jit

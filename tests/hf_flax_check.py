@@ -3,9 +3,7 @@
 Run by `tests/test_hf_flax.py` in an environment of its own.
 """
 
-import jax
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from transformers import (
     BertConfig,
     FlaxBertForSequenceClassification,
@@ -16,6 +14,7 @@ from transformers import (
 )
 
 import jaxlin as jl
+from tests import cases
 
 SIZE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 GPT2 = GPT2Config(vocab_size=40, n_positions=20, n_embd=16, n_layer=2, n_head=2)
@@ -44,11 +43,6 @@ for name, (hf, targets, logits) in MODELS.items():
     expected = out.logits if logits is None else logits(out)
     np.testing.assert_allclose(model.apply(model.params, batch), expected, atol=1e-5)
     for tun in (jl.lora(model, rank=2, alpha=3, targets=targets, layers=[1]), jl.full(model)):
-        flat, unravel = ravel_pytree(tun.theta0)
-        theta = unravel(flat + 0.1 * jax.random.normal(jax.random.key(0), flat.shape))
-        np.testing.assert_allclose(model.apply(jl.merge(tun, theta), batch), tun.apply(theta, batch), atol=1e-4)
-        assert np.abs(tun.apply(theta, batch) - expected).max() > 1e-3
-        kernel = jl.ntk(tun, batch, check_examples=1)
-        assert kernel.info.epsilon_J < 1e-5
+        cases.check(tun, batch, model)
     assert "layer_1/lora_A" in jl.lora(model, targets=targets).grouped("layer")
     print(name, "ok")

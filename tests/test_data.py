@@ -427,6 +427,28 @@ def test_subsets_are_stratified_and_seeded():
         subsample(split, 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("counts", "size", "shares"),
+    [
+        ((80, 20), 20, (16, 4)),
+        ((6, 5, 1), 11, (5, 5, 1)),  # one left over
+        ((97, 2, 1), 10, (8, 1, 1)),  # a class of one, and one whose share rounds to nothing
+        ((50, 30, 20), 7, (4, 2, 1)),
+        ((5, 5, 5), 3, (1, 1, 1)),
+    ],
+)
+def test_subsets_take_the_largest_remainders(counts, size, shares):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    split = TextSplit(tuple((str(i),) for i in range(len(labels))), labels)
+    for seed in range(3):
+        assert tuple(np.bincount(subsample(split, size, seed).labels)) == shares
+
+
+def test_subsets_of_scores_are_drawn_from_all():
+    split = TextSplit(tuple((str(i),) for i in range(9)), np.linspace(0, 5, 9))
+    assert len(subsample(split, 4, 0)) == 4
+
+
 def test_tokens_and_truncation(model):
     split = TextSplit((("is it good", "the film"), ("a b c d e f g h i j k l", "m")), np.array([0, 1]))
     data, truncated = tokenize(split, model.tokenizer, 10)

@@ -103,5 +103,5 @@ def test_a_step_is_one_primal_one_tangent_one_transpose(model, batch):
 
 def test_another_structure_is_refused(model):
     tun = jl.lora(model, rank=3)
-    with pytest.raises(ValueError, match="structure and shapes of theta0"):
+    with pytest.raises(jl.InputError, match="structure and shapes of theta0"):
         jl.linearize(tun, jl.lora(model, rank=2).theta0)

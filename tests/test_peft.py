@@ -121,11 +121,7 @@ MIXER_PEFT = {
 def test_a_module_that_is_no_text_model(mixer, peft):
     model, batch = mixer
     tun = MIXER_PEFT[peft](model)
-    np.testing.assert_allclose(tun.apply(tun.theta0, batch), model.apply(model.params, batch), atol=1e-6)
-    theta = cases.moved(tun)
-    np.testing.assert_allclose(model.apply(jl.merge(tun, theta), batch), tun.apply(theta, batch), atol=2e-5)
-    jac, _ = cases.reference_jacobian(tun, batch, theta)
-    assert cases.relative_error(jl.ntk(tun, batch, theta=theta).matrix(), jac @ jac.T) < 1e-5
+    cases.check(tun, batch, model)
     table = jl.compare(tun, batch, batch, jl.TrainConfig(max_steps=3), lam_rel=[0, 1]).table
     assert {row["arm"] for row in table} >= {"full", "linearized", "kernel_regression"}
 
@@ -193,8 +189,7 @@ def test_nnx_module_by_filter():
     partly["last"] = {**tun.theta0["last"], "bias": theta["last"]["bias"]}
     np.testing.assert_allclose(tun.apply(partly, batch), changed(batch), atol=1e-6)
     for tunable in (tun, last):
-        jac, _ = cases.reference_jacobian(tunable, batch)
-        assert cases.relative_error(jl.ntk(tunable, batch).matrix(), jac @ jac.T) < 1e-5
+        cases.check(tunable, batch)
     assert jl.train(tun, batch, None, jl.TrainConfig(max_steps=2)).history[-1]["distance"] > 0
     with pytest.raises(jl.InputError, match="selects nothing of the Net"):
         jl.from_nnx(net, wrt=nnx.BatchStat)

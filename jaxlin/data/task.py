@@ -113,28 +113,35 @@ def _normalised(text: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def subsample(split: TextSplit, size: int | None, seed: int) -> TextSplit:
-    """Returns at most `size` examples, with the classes' shares kept; the same for the same seed.
+    """Returns at most `size` examples, the same for the same seed; classes keep their shares, and at least one each.
 
     Raises:
         InputError: If `size` is less than one example a class.
     """
     if size is None or size >= len(split):
         return split
-    classes = split.labels.dtype.kind != "f"
-    least = len(np.unique(split.labels)) if classes else 1
-    if size < least:
-        raise InputError(f"a subset of {size} example(s) is too small; expected at least {least}, one a class")
-    from sklearn.model_selection import train_test_split
+    rng = np.random.default_rng(seed)
+    scores = split.labels.dtype.kind == "f"
+    groups = np.zeros(len(split), int) if scores else split.labels
+    values, counts = np.unique(groups, return_counts=True)
+    if size < len(values):
+        raise InputError(f"a subset of {size} example(s) is too small; expected at least {len(values)}, one a class")
+    parts = [
+        rng.permutation(np.flatnonzero(groups == value))[:share]
+        for value, share in zip(values, _shares(counts, size), strict=True)
+    ]
+    return split.take(np.sort(np.concatenate(parts)))
 
-    order = np.arange(len(split))
-    if len(split) - size < least:  # too few are left over to be stratified
-        return split.take(np.sort(np.random.default_rng(seed).permutation(order)[:size]))
-    stratify = split.labels if classes and np.bincount(split.labels.astype(int)).max() > 1 else None
-    try:
-        chosen, _ = train_test_split(order, train_size=size, stratify=stratify, random_state=seed)
-    except ValueError:  # a class with a single example cannot be stratified
-        chosen, _ = train_test_split(order, train_size=size, random_state=seed)
-    return split.take(np.sort(chosen))
+
+def _shares(counts: np.ndarray, size: int) -> np.ndarray:
+    """Rounds `size` examples in proportion to `counts` to whole ones by the largest remainder, none to zero."""
+    exact = size * counts / counts.sum()
+    shares = np.maximum(exact.astype(int), 1)
+    while shares.sum() < size:
+        shares[np.argmax(exact - shares)] += 1
+    while shares.sum() > size:
+        shares[np.argmax(np.where(shares > 1, shares - exact, -np.inf))] -= 1
+    return shares
 
 
 def tokenize(split: TextSplit, tokenizer: Any, max_length: int, token_types: bool = True) -> tuple[Dataset, int]:
