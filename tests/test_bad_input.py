@@ -141,6 +141,14 @@ BAD = {
     "three sources": (lambda t, f: {"dataset_name": "a/b"}, "--train_file and --dataset_name are both given"),
     "folder and file": (lambda t, f: {"data_dir": t}, "--data_dir is given beside --train_file; it is for a"),
     "configuration of nothing": (lambda t, f: {"dataset_config_name": "x"}, "--dataset_config_name is given without"),
+    "revision of a file": (
+        lambda t, f: {"dataset_revision": "v2"},
+        "--dataset_revision is given, but the data are not",
+    ),
+    "revision of a folder's task": (
+        lambda t, f: {**task(t, "sst2", ""), "dataset_revision": "v2"},
+        "--dataset_revision is given, but the data are not",
+    ),
     "split of a file": (lambda t, f: {"train_split_name": "x"}, "--train_split_name is given without --dataset_name"),
     "columns of the embedded task": (
         lambda t, f: {**NO_FILES, "label_column_name": "y"},
@@ -164,6 +172,7 @@ BAD = {
     "module to save": (lambda t, f: {"modules_to_save": ["lost"]}, "modules_to_save: 'lost' matches no module"),
     "zero frozen head": (lambda t, f: {"head_init": "zero", "no-train_head": True}, "the head is zero and frozen"),
     "option of another method": (lambda t, f: {"peft": "full", "use_dora": True}, "--lora_rank needs --peft lora"),
+    "scaled modules of LoRA": (lambda t, f: {"ia3_targets": ["query"]}, "--ia3_targets needs --peft ia3; it is lora"),
     "selection without a pattern": (lambda t, f: {"peft": "select", "lora_rank": False}, "belong together"),
     "selection of nothing": (
         lambda t, f: {"peft": "select", "lora_rank": False, "select": "layer_9"},
@@ -201,6 +210,10 @@ BAD = {
     "output below a file": (lambda t, f: {"output_dir": f["train"] / "out"}, "--output_dir"),
     "unwritable output": (lambda t, f: {"output_dir": "/proc/jaxlin/out"}, "--output_dir /proc/jaxlin/out cannot be"),
     "no such options": (lambda t, f: {"config": t / "none.yaml"}, "cannot be read"),
+    "two files of options": (
+        lambda t, f: {"config": ["a.yaml", "--config", "b.yaml"]},
+        "given 2 times (a.yaml, b.yaml)",
+    ),
     "options that are no YAML": (lambda t, f: config_file(t, "a: [1"), "is not YAML"),
     "options that are no mapping": (lambda t, f: config_file(t, "- 1"), "expected lines `option: value`"),
     "unknown option in the file": (lambda t, f: config_file(t, "sed: 3"), "'sed' is no option; did you mean seed?"),

@@ -56,7 +56,7 @@ PEFT = {
     "full": {},
     "bitfit": {},
     "layer_norm": {},
-    "ia3": {"lora_layers": [1]},
+    "ia3": {"lora_layers": [1], "ia3_targets": [r".*/(query|value)"], "ia3_feedforward": ["mlp/up"]},
     "select": {"select": "layer_1/attention"},
 }
 

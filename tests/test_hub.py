@@ -8,6 +8,7 @@ import sys
 
 import datasets
 import pytest
+import yaml
 
 from jaxlin.data.files import load_folder_task
 from tests import cases
@@ -83,12 +84,18 @@ def test_model_and_known_task_online_then_from_the_cache(hub, run, tmp_path):
     assert task["labels"] == ["negative", "positive"]
     assert (task["dataset"], task["config"]) == ("nyu-mll/glue", "sst2")
     assert task["commit"] == hub.commit(hub.root / "datasets" / "nyu-mll" / "glue")
+    written = yaml.safe_load((tmp_path / "first" / "config.yaml").read_text())
+    assert written["dataset_revision"] == task["commit"]
+    assert written["model_revision"] == hub.commit(hub.root / "models" / "tiny-bert")
     asked = len(hub.requests)
-    for name, endpoint, offline in (("offline", hub.url, "1"), ("unreachable", NOWHERE, "0")):
-        again = run(endpoint, *named, "--output_dir", name, "--quiet", HF_HUB_OFFLINE=offline)
+    for name, endpoint, offline, what, revision in (
+        ("offline", hub.url, "1", named, "main"),
+        ("unreachable", NOWHERE, "0", ("--config", "first/config.yaml"), task["commit"]),
+    ):
+        again = run(endpoint, *what, "--output_dir", name, "--quiet", HF_HUB_OFFLINE=offline)
         assert again.returncode == 0, again.stderr
         other = json.loads((tmp_path / name / "config.json").read_text())
-        assert other["task"] == task
+        assert other["task"] == {**task, "revision": revision}
         assert other["tokenized_sha256"] == config["tokenized_sha256"]
         assert not again.stderr
     assert len(hub.requests) == asked

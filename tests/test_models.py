@@ -115,6 +115,16 @@ def test_a_pretrained_body_without_a_head(tmp_path):
         jl.load_masked_lm(cases.write_checkpoint(tmp_path / "classifier", cases.ENCODERS["roberta: uneven, C = 2"]))
 
 
+def test_a_classifier_whose_configuration_names_no_class(tmp_path):
+    folder = cases.write_checkpoint(tmp_path, cases.ENCODERS["roberta: uneven, C = 2"])
+    named = jl.load_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    model = jl.load_model(folder)
+    assert (model.module.head, model.source.head_is_new) == ("pooler", False)
+    jax.tree.map(np.testing.assert_array_equal, model.params, named.params)
+
+
 def test_roberta_has_fewer_positions_and_no_second_token_type():
     model = cases.encoder("roberta")
     ids = np.full((1, 21), 7)

@@ -31,6 +31,7 @@ from jaxlin.experiments.setting import (
 )
 from jaxlin.experiments.tables import gap_tables, late_table, score_table, spectrum_line
 from jaxlin.experiments.tuned_arguments import FROZEN_A, TunedArguments
+from jaxlin.models.resolve import EMBEDDED_MODEL
 from jaxlin.training.compare import Comparison, check_comparison, compare
 
 
@@ -82,13 +83,17 @@ def _resolved(config: CompareConfig, setting: Setting) -> dict[str, Any]:
     }
 
 
-def _options(config: CompareConfig) -> str:
-    """The options as a file that runs the same again, from any directory, into a folder of its own."""
-    model = config.model
+def _options(config: CompareConfig, setting: Setting) -> str:
+    """The options as a file that runs the same again: paths absolute, commits for what is from the hub, no output."""
+    model, data, source = config.model, with_folder(config.data), setting.model.source
     if Path(model.model_name_or_path).expanduser().is_dir():
         folder = str(Path(model.model_name_or_path).expanduser().absolute())
         model = dataclasses.replace(model, model_name_or_path=folder)
-    config = dataclasses.replace(config, model=model, data=with_folder(config.data))
+    elif source is not None and source.name != EMBEDDED_MODEL:
+        model = dataclasses.replace(model, model_revision=Path(source.folder).name)  # as the hub's cache has it
+    if commit := setting.task.provenance.get("commit"):
+        data = dataclasses.replace(data, dataset_revision=commit)
+    config = dataclasses.replace(config, model=model, data=data)
     return to_yaml(config, without=("output_dir", "overwrite_output_dir", "config", "debug"))
 
 
@@ -136,15 +141,16 @@ def run(config: CompareConfig) -> Comparison:
     training = train_config(config.training, config.sweep)
     check_comparison(setting.tun, setting.data, training, **options)
     resolved = _resolved(config, setting)
-    folder.open(resolved, _options(config))
+    folder.open(resolved, _options(config, setting))
     source = setting.model.source
     assert source is not None  # loaded by name
     sizes = {name: len(part) for name, part in setting.data.items()}
     try:
         with ProgressReporter(folder.line, config.output.quiet) as progress:
             progress.say(
-                f"{source.name}, {config.tuned.peft} ({setting.tun.num_params:,} trainable parameters), task "
-                f"{setting.task.name}: {sizes['train']} training, {sizes['eval']} evaluation examples, "
+                f"{source.name} with head {setting.model.module.head!r}, {config.tuned.peft} "
+                f"({setting.tun.num_params:,} trainable parameters), task {setting.task.name}: "
+                f"{sizes['train']} training, {sizes['eval']} evaluation examples, "
                 f"{setting.task.num_labels} output(s)"
             )
             if source.head_is_new:

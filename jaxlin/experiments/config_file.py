@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,12 +80,13 @@ def read(file: Path, known: Collection[str]) -> list[str]:
 
 
 def find(words: Sequence[str]) -> Path | None:
-    """Returns the file that `--config` names on a command line."""
-    for i, word in enumerate(words):
-        option, equals, value = word.partition("=")
-        if option == "--config":
-            if equals:
-                return Path(value)
-            if i + 1 < len(words):
-                return Path(words[i + 1])
-    return None
+    """Returns the file that `--config` names on a command line.
+
+    Raises:
+        InputError: If there are several.
+    """
+    found = [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    found += [value for word, value in itertools.pairwise(words) if word == "--config"]
+    if len(found) > 1:
+        raise InputError(f"--config is given {len(found)} times ({', '.join(found)}); expected one file")
+    return Path(found[0]) if found else None

@@ -31,7 +31,7 @@ class DataArguments:
         validation_file: Validation rows, likewise.
         dataset_name: Hub data set in place of task_name.
         dataset_config_name: Its configuration.
-        dataset_revision: Its branch, tag or commit.
+        dataset_revision: Branch, tag or commit of it, or of a task_name of the hub.
         train_split_name: Its training split; default: train.
         validation_split_name: Its split to evaluate on; default: validation.
         text_column_names: One text column, or the two of a pair; default: as run_glue finds them.
@@ -60,11 +60,12 @@ class DataArguments:
 def with_folder(arguments: DataArguments) -> DataArguments:
     """Returns the arguments with the folder that `JAXLIN_DATA` stands for written out."""
     default = os.environ.get("JAXLIN_DATA")
-    taken = default and arguments.data_dir is None and has_task(Path(default), arguments.task_name)
+    elsewhere = arguments.data_dir is not None or arguments.dataset_revision
+    taken = default and not elsewhere and has_task(Path(default), arguments.task_name)
     return dataclasses.replace(arguments, data_dir=Path(default)) if default and taken else arguments
 
 
-_OF_HUB = ("dataset_config_name", "dataset_revision", "train_split_name", "validation_split_name")
+_OF_HUB = ("dataset_config_name", "train_split_name", "validation_split_name")
 
 
 def _check(arguments: DataArguments) -> None:
@@ -84,9 +85,15 @@ def _check(arguments: DataArguments) -> None:
     for name in _OF_HUB:
         if getattr(arguments, name) and not arguments.dataset_name:
             raise InputError(f"--{name} is given without --dataset_name; it is for a hub data set named by that")
+    if arguments.dataset_revision and not arguments.dataset_name and not _may_be_of_hub(arguments):
+        raise InputError("--dataset_revision is given, but the data are not of the hub; it is for those that are")
     for name in ("text_column_names", "label_column_name"):
         if getattr(arguments, name) and not named:
             raise InputError(f"--{name} is given, but the embedded task has no columns to choose; name the data")
+
+
+def _may_be_of_hub(arguments: DataArguments) -> bool:
+    return arguments.task_name in KNOWN_TASKS and arguments.data_dir is None
 
 
 def load_task(arguments: DataArguments) -> Task:
@@ -115,15 +122,16 @@ def load_task(arguments: DataArguments) -> Task:
         )
     if arguments.task_name == STDLIB:
         return load_stdlib_task()
-    return _named_task(arguments.task_name, arguments.data_dir, columns)
+    return _named_task(arguments, columns)
 
 
-def _named_task(name: str, given: Path | None, columns: Columns) -> Task:
-    """A task of a folder that is given, else of `JAXLIN_DATA`, else a known one from the hub."""
-    if given is not None:
-        return load_folder_task(given, name, columns)
+def _named_task(arguments: DataArguments, columns: Columns) -> Task:
+    """A task of a folder that is given, else of `JAXLIN_DATA` unless a revision is, else a known one from the hub."""
+    name, revision = arguments.task_name, arguments.dataset_revision
+    if arguments.data_dir is not None:
+        return load_folder_task(arguments.data_dir, name, columns)
     default = os.environ.get("JAXLIN_DATA")
-    if default and ((Path(default) / name).is_dir() or has_task(Path(default), name)):
+    if default and not revision and ((Path(default) / name).is_dir() or has_task(Path(default), name)):
         return load_folder_task(Path(default), name, columns)
     known = KNOWN_TASKS.get(name)
     if known is not None:
@@ -131,6 +139,7 @@ def _named_task(name: str, given: Path | None, columns: Columns) -> Task:
             known.hub,
             known.config,
             name=name,
+            revision=revision,
             train_split=known.train_split,
             validation_split=known.validation_split,
             columns=columns,

@@ -33,6 +33,8 @@ class TunedArguments:
         use_dora: Magnitude and direction apart (DoRA).
         freeze_A: Keep A fixed (LoRA-FA).
         modules_to_save: Modules that are tuned whole beside LoRA.
+        ia3_targets: Modules whose output IA³ scales; as lora_targets.
+        ia3_feedforward: Modules whose input IA³ scales.
         select: Regular expression for the parameters to tune, with --peft select.
         train_head: Whether the head is tuned too.
     """
@@ -48,6 +50,8 @@ class TunedArguments:
     use_dora: bool = False
     freeze_A: bool = False
     modules_to_save: tuple[str, ...] = ()
+    ia3_targets: tuple[str, ...] = ("key", "value")
+    ia3_feedforward: tuple[str, ...] = ("mlp/down",)
     select: str | None = None
     train_head: bool = True
 
@@ -78,12 +82,18 @@ def _check(arguments: TunedArguments) -> None:
         name = field.name
         if name in ("peft", "train_head", "select") or getattr(arguments, name) == getattr(default, name):
             continue
-        if arguments.peft != "lora" and (arguments.peft, name) != ("ia3", "lora_layers"):
-            raise InputError(f"--{name} needs --peft lora; it is {arguments.peft}")
+        method = "ia3" if name.startswith("ia3") else "lora"
+        if arguments.peft != method and (arguments.peft, name) != ("ia3", "lora_layers"):
+            raise InputError(f"--{name} needs --peft {method}; it is {arguments.peft}")
     if (arguments.select is not None) != (arguments.peft == "select"):
         raise InputError("--select REGEX and --peft select belong together")
     if not arguments.train_head and arguments.peft in ("head", "select", "full"):
         raise InputError(f"--no-train_head contradicts --peft {arguments.peft}")
+
+
+def _modules(words: tuple[str, ...]) -> str | tuple[str, ...]:
+    """Ends of modules' paths, or the one regular expression for whole paths."""
+    return words[0] if len(words) == 1 and re.search(r"[^\w/]", words[0]) else words
 
 
 def tune(model: Model, arguments: TunedArguments, seed: int, with_frozen_A: bool) -> tuple[Tunable, dict[str, Tunable]]:
@@ -97,13 +107,10 @@ def tune(model: Model, arguments: TunedArguments, seed: int, with_frozen_A: bool
     if with_frozen_A and (method != "lora" or arguments.freeze_A):
         raise InputError(f"--with_frozen_A needs --peft lora with A tuned; it is {method}")
     if method == "lora":
-        targets: Any = arguments.lora_targets
-        if len(targets) == 1 and re.search(r"[^\w/]", targets[0]):
-            targets = targets[0]  # a regular expression
         options: dict[str, Any] = {
             "rank": arguments.lora_rank,
             "alpha": arguments.lora_alpha,
-            "targets": targets,
+            "targets": _modules(arguments.lora_targets),
             "layers": arguments.lora_layers or None,
             "rng": seed,
             "rank_pattern": pairs(arguments.lora_rank_pattern, "lora_rank_pattern", int),
@@ -116,7 +123,8 @@ def tune(model: Model, arguments: TunedArguments, seed: int, with_frozen_A: bool
         extra = {FROZEN_A: lora(model, **options, freeze_A=True)} if with_frozen_A else {}
         return lora(model, **options, freeze_A=arguments.freeze_A), extra
     if method == "ia3":
-        return ia3(model, layers=arguments.lora_layers or None, train_head=arguments.train_head), {}
+        outward, inward = _modules(arguments.ia3_targets), _modules(arguments.ia3_feedforward)
+        return ia3(model, outward, inward, arguments.lora_layers or None, train_head=arguments.train_head), {}
     if method in ("bitfit", "layer_norm"):
         return (bias_only if method == "bitfit" else layer_norm_only)(model, arguments.train_head), {}
     if arguments.select is not None:

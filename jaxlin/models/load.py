@@ -38,8 +38,13 @@ def _hf_config(folder: Path) -> Any:
         raise InputError(f"{file} cannot be read: {error}") from error
 
 
-def _has_classifier(hf: Any) -> bool:
-    return any("ForSequenceClassification" in name for name in hf.architectures or ())
+def _has_classifier(folder: Path, hf: Any) -> bool:
+    """Whether a checkpoint is a classifier's, by its configuration or, where that says nothing, by its tensors."""
+    if hf.architectures:
+        return any("ForSequenceClassification" in name for name in hf.architectures)
+    family = FAMILIES[hf.model_type]
+    outputs = {f"{theirs}.weight" for theirs, ours in family.modules.items() if ours == CLASSIFIER}
+    return bool(outputs & tensor_names(folder, family))
 
 
 def _sentence_pooling(file: Path) -> str:
@@ -57,7 +62,7 @@ def _sentence_pooling(file: Path) -> str:
 
 def _auto_head(folder: Path, hf: Any) -> str:
     """Head that the checkpoint was trained with: a classifier's, a sentence encoder's pooling, a pretrained pooler."""
-    if _has_classifier(hf):
+    if _has_classifier(folder, hf):
         return "pooler"
     pooling = folder / "1_Pooling" / "config.json"
     if pooling.is_file():
@@ -142,7 +147,7 @@ def load_model(
     module = SequenceClassifier(config, num_labels, head)
     expected = _shapes(module)
     # One trained on another pooling, or for tokens, is no start.
-    if new_head or head != "pooler" or not _has_classifier(hf):
+    if new_head or head != "pooler" or not _has_classifier(folder, hf):
         expected = {path: leaf for path, leaf in expected.items() if not path.startswith(f"{CLASSIFIER}/")}
     params, missing = load_params(folder, family, config.num_layers, expected)
     body = jax.tree.leaves(params)[0].dtype
