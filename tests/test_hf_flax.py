@@ -10,7 +10,7 @@ import pytest
 import jaxlin as jl
 
 REQUIREMENTS = ("transformers==4.57.6", "jax>=0.10", "flax>=0.12", "optax", "scikit-learn", "jaxtyping", "tyro", "rich",
-                "matplotlib", "tensorboardX", "frozendict", "safetensors", "scipy")  # fmt: skip
+                "matplotlib", "tensorboardX", "frozendict", "safetensors", "scipy", "beartype")  # fmt: skip
 
 
 def _environment(folder: Path) -> Path:
