@@ -110,17 +110,15 @@ def jacobian(
         Outputs and Jacobian on the host, in the dtype of the computation.
 
     Raises:
-        InputError: If the Jacobian does not fit the budget, or `dtype` is neither.
+        InputError: If the Jacobian does not fit the budget.
     """
-    if dtype not in (None, "float64"):
-        raise InputError(f'dtype={dtype!r} is unknown; expected "float64", or None for that of the parameters')
     tun.check_batch(data.columns)
     size = jacobian_bytes(tun, data) * (2 if dtype == "float64" else 1)
     if size > memory_budget:
         raise InputError(
             f"the Jacobian of {len(data)} examples with respect to {tun.num_params:,} parameters takes "
             f"{size / 2**30:.1f} GiB, more than memory_budget={memory_budget / 2**30:.1f} GiB; use fewer examples, "
-            'tune less, or raise the budget (engine="neural_tangents" does not hold it whole)'
+            'tune less, or raise the budget (engine="factored" does not hold it whole)'
         )
     chunk = int(np.clip(memory_budget // 16 // max(size // len(data), 1), 1, min(MAX_CHUNK, len(data))))
     apply, theta = tun.apply, tun.theta0 if theta is None else theta

@@ -18,7 +18,7 @@ class KernelInfo:
     """How a kernel was computed.
 
     Attributes:
-        engine: `"jacobian"`, or `"neural_tangents:<implementation>"`.
+        engine: `"jacobian"`, `"factored"`, or `"neural_tangents:<implementation>"`.
         dtype: Of the Jacobian (or of the whole computation, where none is formed).
         gram_dtype: Of the sum over parameters.
         precision: Of the matrix products on the device.

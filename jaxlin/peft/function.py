@@ -126,6 +126,26 @@ class PeftFunction:
             )
         return logits
 
+    def module_output(self, path: str, module: nn.Module, leaves: Mapping[str, Array], x: Array) -> Array:
+        """Returns the output of one module, adapters included, as a function of its leaves by name.
+
+        Args:
+            path: Of the module.
+            module: The module, unbound.
+            leaves: All its parameters and adapter leaves.
+            x: Its input.
+        """
+        params = {name: leaf for name, leaf in leaves.items() if name not in ADAPTER_NAMES}
+        adapters = {name: leaf for name, leaf in leaves.items() if name in ADAPTER_NAMES}
+
+        def call(x: Any) -> Array:
+            return cast(Array, module.apply({"params": params}, x))
+
+        if not adapters:
+            return call(x)
+        kernel = params["kernel"].T if path in self.transposed else params["kernel"]
+        return _adapted(call, x, adapters, kernel, params.get("bias", 0.0), dict(self.scales).get(path, 1.0))
+
     def check_batch(self, batch: Batch) -> None:
         """Checks inputs on the host; see `jaxlin.models.model.check_text_batch`."""
         check_text_batch(self.module, batch)

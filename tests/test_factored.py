@@ -1,0 +1,137 @@
+"""The engine that never holds a large Jacobian, against the dense float64 reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import jaxlin as jl
+from jaxlin.data.dataset import as_dataset
+from jaxlin.ntk import factored
+from jaxlin.ntk.factored import find_sites
+from jaxlin.tunable import leaf_paths
+from tests import cases
+
+
+def check(tun, data, theta=None, tolerance=5e-6, **options):
+    dense, columns = cases.reference_jacobian(tun, data, theta)
+    kernel = jl.ntk(tun, data, theta=theta, blocks="leaf", engine="factored", **options)
+    whole = dense @ dense.T
+    assert cases.relative_error(kernel.matrix(), whole) < tolerance
+    for block, part in kernel.blocks.items():
+        own = dense[:, columns == block]
+        assert np.abs(part.matrix() - own @ own.T).max() < tolerance * np.abs(whole).max()
+    return kernel
+
+
+# By default every method is checked at one of the two points; the other is slow.
+POINTS = [(name, away, away == i % 2) for i, name in enumerate(cases.PEFT) for away in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "away"),
+    [
+        pytest.param(
+            name, away, marks=() if fast else pytest.mark.slow, id=f"{name}-{'elsewhere' if away else 'theta0'}"
+        )
+        for name, away, fast in POINTS
+    ],
+)
+def test_it_equals_the_dense_reference(model, batch, name, away):
+    tun = cases.PEFT[name](model)
+    kernel = check(tun, batch, cases.moved(tun) if away else None, check_examples=1)
+    assert kernel.info.engine == "factored"
+    assert 1e-9 < kernel.info.epsilon_J < 1e-5
+    np.testing.assert_array_equal(kernel.matrix(), kernel.matrix().T)
+
+
+@pytest.mark.parametrize("family", [family for family in cases.FAMILIES if family != "bert"])
+@pytest.mark.parametrize("peft", [pytest.param("lora-all-modules", marks=pytest.mark.slow), "full"])
+def test_other_encoders(family, peft):
+    batch = cases.text_batch(4, longest=8, ids=40, padding_id=1 if family == "roberta" else 0)
+    if family in ("roberta", "distilbert"):
+        del batch["token_type_ids"]
+    check(cases.PEFT[peft](cases.encoder(family)), batch, check_examples=0)
+
+
+def test_float64_and_the_columns_of_other_examples(model, batch):
+    tun, other = jl.full(model), cases.text_batch(4, seed=9, longest=12)
+    kernel = check(tun, batch, dtype="float64", tolerance=1e-12)
+    assert kernel.info.dtype == "float64"
+    j1, _ = cases.reference_jacobian(tun, batch)
+    j2, _ = cases.reference_jacobian(tun, other)
+    between = jl.ntk(tun, batch, other, engine="factored")
+    assert between.array.shape == (6, 4, 3, 3)
+    assert not between.symmetric
+    assert cases.relative_error(between.matrix(), j1 @ j2.T) < 5e-6
+
+
+def test_invariance_to_passes_and_column_blocks(model, batch, monkeypatch):
+    """A budget too small for all modules at once, and derivatives of few columns at a time, change rounding only."""
+    tun, seen = jl.select(model, "layer_1/mlp|word"), []
+    whole = jl.ntk(tun, batch, blocks="layer", engine="factored", check_examples=0)
+    monkeypatch.setattr(factored, "_BLOCK_BYTES", 30_000)
+    options = {"engine": "factored", "memory_budget": 200_000, "check_examples": 0}
+    parts = jl.ntk(tun, batch, blocks="layer", progress=lambda *done: seen.append(done), **options)
+    assert seen[-1][0] == seen[-1][1] >= 3 * 6  # at least three passes over six examples
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert list(parts.parts) == list(whole.parts)
+    for name in whole.parts:
+        assert cases.relative_error(parts.parts[name], whole.parts[name]) < 1e-6
+    with pytest.raises(jl.InputError, match=r"of encoder/layer_0/mlp/up take .* more than half of memory_b"):
+        jl.ntk(jl.select(model, "mlp/up/kernel"), batch, **{**options, "memory_budget": 20_000})
+    with pytest.raises(jl.InputError, match="with respect to the small parameters take"):
+        jl.ntk(jl.lora(model, rank=4), batch, **{**options, "memory_budget": 1000})
+
+
+def test_auto_takes_it_where_the_jacobian_does_not_fit(model, batch):
+    tun = jl.full(model)
+    kernel = jl.ntk(tun, batch, memory_budget=1_000_000)
+    assert kernel.info.engine == "factored"
+    whole = jl.ntk(tun, batch)
+    assert whole.info.engine == "jacobian"
+    assert cases.relative_error(kernel.matrix(), whole.matrix()) < 1e-6
+
+
+def test_zero_derivatives_of_a_are_left_out_only_where_b_is_zero(model, batch):
+    tun, data = jl.lora(model, rank=3), as_dataset(batch)
+    names = {name for site in find_sites(tun, data, tun.theta0) for name in site.rows}
+    assert "lora_A" not in names
+    assert "lora_A" in {name for site in find_sites(tun, data, cases.moved(tun)) for name in site.rows}
+    partly = cases.moved(tun)
+    query = partly["encoder"]["layer_1"]["attention"]["query"]
+    query["lora_B"] = jnp.zeros_like(query["lora_B"])
+    check(tun, batch, partly, check_examples=0)
+
+
+class Twice(nn.Module):
+    @nn.compact
+    def __call__(self, batch):
+        again = nn.Dense(4, name="again")
+        return nn.Dense(2, name="last")(jnp.tanh(again(jnp.tanh(again(batch["x"])))))
+
+
+def test_what_it_cannot_see_is_refused():
+    batch = cases.vectors(3)
+    with pytest.raises(jl.InputError, match="needs a Tunable made of a Model; its apply is a PlainFunction"):
+        jl.ntk(cases.mlp(), batch, engine="factored")
+    model = jl.from_linen(Twice(), Twice().init(jax.random.key(0), batch)["params"])
+    with pytest.raises(jl.InputError, match=r"needs again, which owns tuned parameters, .* it is called 2 times"):
+        jl.ntk(jl.full(model), batch, engine="factored")
+    check(jl.select(model, "last"), batch, check_examples=0)
+    with pytest.raises(jl.InputError, match="keep_jacobian is an option of"):
+        jl.ntk(jl.select(model, "last"), batch, engine="factored", keep_jacobian=True)
+
+
+def test_tied_weights_are_refused(tmp_path):
+    """The masked-LM head reads the word embedding beside its module's call."""
+    model = jl.load_masked_lm(cases.write_checkpoint(tmp_path, cases.ENCODERS["bert: masked LM"]))
+    text = cases.text_batch(2, longest=6, ids=40)
+    batch = {**text, "positions": np.array([1, 2])}
+    with pytest.raises(jl.InputError, match="embeddings/word/embedding is used outside of its module's call"):
+        jl.ntk(jl.select(model, "embeddings/word"), batch, engine="factored")
+    with pytest.raises(jl.InputError, match=r"needs lm_head, .* with other than one array"):
+        jl.ntk(jl.full(model), batch, engine="factored")
+    tun = jl.select(model, "encoder/layer_1")
+    assert set(jl.ntk(tun, batch, engine="factored", blocks="leaf").parts) == set(leaf_paths(tun.theta0))
