@@ -45,6 +45,7 @@ class Site:
         factored: Name of its leaf whose derivative is kept as input and cotangent, if any.
         inputs: Shape of its input, without the example.
         outputs: Shape of its output, likewise.
+        source: Path of the first module that reads the same array.
     """
 
     path: str
@@ -53,38 +54,64 @@ class Site:
     factored: str | None
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    source: str
 
     def numbers(self, c: int) -> int:
         """How many numbers its input and the cotangents of C outputs are, an example."""
         return math.prod(self.inputs) + c * math.prod(self.outputs)
 
 
-def _traced_calls(apply: PeftFunction, theta: PyTree, batch: Batch) -> dict[str, list[tuple[nn.Module, Any, Any]]]:
-    """Every call of every module, by path: the module, its arguments' and its result's shapes."""
-    calls: dict[str, list[tuple[nn.Module, Any, Any]]] = {}
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One call of a module: the module, its arguments' and its result's shapes, and who first read the same array."""
+
+    module: nn.Module
+    given: Any
+    out: Any
+    source: str
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it maps one array to one array, examples first."""
+        if self.given is None or not hasattr(self.out, "shape"):
+            return False
+        args, kwargs = self.given
+        if len(args) != 1 or kwargs or not hasattr(args[0], "shape"):
+            return False
+        # The examples of a batch of two, or what they share, such as positions.
+        return args[0].shape[:1] == self.out.shape[:1] and self.out.shape[0] in (1, 2)
+
+
+def _traced_calls(apply: PeftFunction, theta: PyTree, batch: Batch) -> dict[str, list[_Call]]:
+    """Every call of every module, by path."""
+    calls: dict[str, list[_Call]] = {}
+    readers: list[tuple[Any, str]] = []
 
     def record(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         out = next_fun(*args, **kwargs)
         if context.method_name == "setup":
             return out
-        module = context.module
-        given = jax.tree.map(jax.typeof, (args, kwargs)) if context.method_name == "__call__" else None
-        entry = (module.clone(parent=None), given, jax.tree.map(jax.typeof, out))
-        calls.setdefault("/".join(module.path), []).append(entry)
+        path, given = "/".join(context.module.path), None
+        if context.method_name == "__call__":
+            given = jax.tree.map(jax.typeof, (args, kwargs))
+            readers.append((args[0] if args else None, path))
+        source = next((other for x, other in readers if args and x is args[0]), path)
+        call = _Call(context.module.clone(parent=None), given, jax.tree.map(jax.typeof, out), source)
+        calls.setdefault(path, []).append(call)
         return out
 
-    def traced(theta: PyTree, batch: Batch) -> Array:
+    def traced(apply: PeftFunction, theta: PyTree, batch: Batch) -> Array:
         with nn.intercept_methods(record):  # around that of the adapters: it sees what they make of a module
             return apply(theta, batch)
 
-    jax.eval_shape(traced, theta, batch)
+    jax.eval_shape(traced, apply, theta, batch)
     return calls
 
 
 def _used_elsewhere(apply: PeftFunction, theta: PyTree, batch: Batch, outputs: Mapping[str, Any]) -> set[str]:
     """Paths of leaves of theta that matter beside the calls of the modules in `outputs` (tied weights)."""
 
-    def without(theta: PyTree, batch: Batch, stand_ins: Mapping[str, Array]) -> Array:
+    def without(theta: PyTree, apply: PeftFunction, batch: Batch, stand_ins: Mapping[str, Array]) -> Array:
         def replace(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
             path = "/".join(context.module.path)
             replaced = context.method_name == "__call__" and path in stand_ins
@@ -94,10 +121,39 @@ def _used_elsewhere(apply: PeftFunction, theta: PyTree, batch: Batch, outputs: M
         with nn.intercept_methods(replace):
             return apply.module.apply({"params": unflatten_dict(params, sep="/")}, batch)
 
-    traced = jax.make_jaxpr(without)(theta, batch, dict(outputs)).jaxpr
+    traced = jax.make_jaxpr(without)(theta, apply, batch, dict(outputs)).jaxpr
     used = {id(var) for eqn in traced.eqns for var in eqn.invars} | {id(var) for var in traced.outvars}
     own = traced.invars[: len(jax.tree.leaves(theta))]
     return {path for path, var in zip(leaf_paths(theta), own, strict=True) if id(var) in used}
+
+
+@functools.lru_cache(maxsize=64)
+def _owners(structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> dict[str, _Call]:
+    """Returns the call of every module that owns tuned parameters, in order.
+
+    Of shapes alone, so that it is kept: tracing a model takes a while.
+
+    Raises:
+        InputError: As `find_sites`.
+    """
+    apply, theta, batch = jax.tree.unflatten(structure, shapes)
+    calls = _traced_calls(apply, theta, batch)
+    owners = {path.rpartition("/")[0] for path in leaf_paths(theta)}
+    for path in sorted(owners):
+        met = calls.get(path, [])
+        if len(met) != 1 or not met[0].is_plain:
+            what = f"{len(met)} times" if len(met) != 1 else "with other than one array, examples first"
+            raise InputError(
+                f'engine="factored" needs {path or "the module"}, which owns tuned parameters, to be called once on '
+                f'one array; it is called {what}; use engine="jacobian"'
+            )
+    elsewhere = _used_elsewhere(apply, theta, batch, {path: calls[path][0].out for path in owners})
+    if elsewhere:
+        raise InputError(
+            f'{min(elsewhere)} is used outside of its module\'s call, which engine="factored" does not see; use '
+            'engine="jacobian"'
+        )
+    return {path: met[0] for path, met in calls.items() if path in owners}
 
 
 def find_sites(tun: Tunable, data: Dataset, theta: PyTree) -> tuple[Site, ...]:
@@ -121,34 +177,18 @@ def find_sites(tun: Tunable, data: Dataset, theta: PyTree) -> tuple[Site, ...]:
     if not isinstance(apply, PeftFunction):
         raise InputError(f'engine="factored" needs a Tunable made of a Model; its apply is a {type(apply).__name__}')
     batch = data.batch(np.array([0 if data.lengths is None else np.argmax(data.lengths)]), 2)
-    calls, tuned = _traced_calls(apply, theta, batch), flatten_dict(theta, sep="/")
-    owners: dict[str, list[str]] = {}
-    for path in tuned:
-        module, _, name = path.rpartition("/")
-        owners.setdefault(module, []).append(name)
-    for path in owners:
-        met = calls.get(path, ())
-        if len(met) != 1 or not _is_plain(met[0]):
-            what = f"{len(met)} times" if len(met) != 1 else "with other than one array, examples first"
-            raise InputError(
-                f'engine="factored" needs {path or "the module"}, which owns tuned parameters, to be called once on '
-                f'one array; it is called {what}; use engine="jacobian"'
-            )
-    elsewhere = _used_elsewhere(apply, theta, batch, {path: calls[path][0][2] for path in owners})
-    if elsewhere:
-        raise InputError(
-            f'{sorted(elsewhere)[0]} is used outside of its module\'s call, which engine="factored" does not see; use '
-            'engine="jacobian"'
-        )
+    leaves, structure = jax.tree.flatten((apply, theta, batch))
+    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, jnp.result_type(leaf)) for leaf in leaves)
+    tuned, frozen = (flatten_dict(tree, sep="/") for tree in (theta, apply.frozen))
     c, sites = num_outputs(tun, data), []
-    for path in (path for path in calls if path in owners):
-        module, ((x,), _), y = calls[path][0]
-        names = sorted(owners[path])
+    for path, call in _owners(structure, shapes).items():
+        names = sorted(name for module, _, name in (leaf.rpartition("/") for leaf in tuned) if module == path)
         if "lora_B" in names and not np.any(tuned[f"{path}/lora_B"]):
             names = [name for name in names if name != "lora_A"]
-        site = Site(path, module, tuple(names), None, x.shape[1:], y.shape[1:])
-        large = {nn.Dense: "kernel", nn.Embed: "embedding"}.get(type(module))
-        adapted = any(f"{path}/{name}" in (*tuned, *flatten_dict(apply.frozen, sep="/")) for name in ADAPTER_NAMES)
+        (x,), _ = call.given
+        site = Site(path, call.module, tuple(names), None, x.shape[1:], call.out.shape[1:], call.source)
+        large = {nn.Dense: "kernel", nn.Embed: "embedding"}.get(type(call.module))
+        adapted = any(f"{path}/{name}" in leaves for name in ADAPTER_NAMES for leaves in (tuned, frozen))
         if large in names and not adapted and site.numbers(c) < c * tuned[f"{path}/{large}"].size:
             site = dataclasses.replace(site, rows=tuple(name for name in names if name != large), factored=large)
         if site.rows or site.factored:
@@ -156,22 +196,14 @@ def find_sites(tun: Tunable, data: Dataset, theta: PyTree) -> tuple[Site, ...]:
     return tuple(sites)
 
 
-def _is_plain(call: tuple[nn.Module, Any, Any]) -> bool:
-    _, given, out = call
-    if given is None or not hasattr(out, "shape"):
-        return False
-    args, kwargs = given
-    if len(args) != 1 or kwargs or not hasattr(args[0], "shape"):
-        return False
-    # The examples of a batch of two, or what they share, such as positions.
-    return args[0].shape[:1] == out.shape[:1] and out.shape[0] in (1, 2)
-
-
 @functools.partial(jax.jit, static_argnames=("sites",))
 def _pass(
     apply: PeftFunction, theta: PyTree, batch: Batch, sites: tuple[Site, ...]
-) -> tuple[Array, dict[str, Array], dict[str, tuple[Array, Array]]]:
-    """Outputs `[B, C]`, small derivatives by leaf `[B, C, size]`, inputs `[B, T, d]` and cotangents `[B, C, T, k]`."""
+) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
+    """Returns small derivatives by leaf `[B, C, size]`; of sites with a large one, inputs and cotangents `[C, B, …]`.
+
+    The inputs are by `Site.source`, so that one that several modules read is there once.
+    """
     size = next(iter(batch.values())).shape[0]
 
     def outputs_and_inputs(taps: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
@@ -181,14 +213,15 @@ def _pass(
             out, path = next_fun(*args, **kwargs), "/".join(context.module.path)
             if context.method_name != "__call__" or path not in taps:
                 return out
-            inputs[path] = jnp.broadcast_to(args[0], (size, *args[0].shape[1:]))
+            # One array where modules read the same: what is kept of it is then kept once.
+            inputs[path] = args[0] if args[0].shape[0] == size else jnp.repeat(args[0], size, axis=0)
             return out + taps[path]  # one row an example, also where they share the output
 
         with nn.intercept_methods(tap):
             return apply(theta, batch), inputs
 
     calls = _traced_calls(apply, theta, batch)
-    shapes = {site.path: calls[site.path][0][2] for site in sites}
+    shapes = {site.path: calls[site.path][0].out for site in sites}
     taps = {path: jnp.zeros((size, *shape.shape[1:]), shape.dtype) for path, shape in shapes.items()}
     outputs, pullback, inputs = jax.vjp(outputs_and_inputs, taps, has_aux=True)
     c = outputs.shape[1]
@@ -197,9 +230,7 @@ def _pass(
     params, adapters = apply.variables(theta)
     leaves = {**params, **adapters}
     rows: dict[str, Array] = {}
-    factors: dict[str, tuple[Array, Array]] = {}
     for site in sites:
-        x, delta = inputs[site.path], jnp.swapaxes(cotangents[site.path], 0, 1)
         own = {path.rpartition("/")[2]: leaf for path, leaf in leaves.items() if path.rpartition("/")[0] == site.path}
 
         def one(x: Array, delta: Array, site: Site = site, own: Mapping[str, Array] = own) -> dict[str, Array]:
@@ -209,60 +240,90 @@ def _pass(
             _, back = jax.vjp(local, {name: own[name] for name in site.rows})
             return jax.vmap(lambda d: back(d)[0])(delta)
 
-        for name, derivative in jax.vmap(one)(x, delta).items() if site.rows else ():
-            rows[f"{site.path}/{name}".lstrip("/")] = derivative.reshape(size, c, -1)
-        if site.factored == "kernel":
-            x = x.reshape(size, -1, x.shape[-1])
-        elif site.factored:
-            x = x.reshape(size, -1)
-        if site.factored:
-            factors[site.path] = (x, delta.reshape(size, c, -1, delta.shape[-1]))
-    return outputs, rows, factors
-
-
-@functools.partial(jax.jit, static_argnames=("precision",))
-def _derivative(x: Float[Array, "B T d"], delta: Float[Array, "B C T k"], precision: str) -> Float[Array, "B C _"]:
-    out = jnp.einsum("btd,bctk->bcdk", x, delta, precision=precision)
-    return out.reshape(*out.shape[:2], -1)
+        if site.rows:
+            derivatives = jax.vmap(one, in_axes=(0, 1))(inputs[site.path], cotangents[site.path])
+            for name, derivative in derivatives.items():
+                rows[f"{site.path}/{name}".lstrip("/")] = derivative.reshape(size, c, -1)
+    large = [site for site in sites if site.factored]
+    read = {site.source: inputs[site.path] for site in large}
+    return rows, read, {site.path: cotangents[site.path] for site in large}
 
 
 class _Pass:
-    """What a pass over a data set gave: small derivatives whole, and the factors of large ones by chunk."""
+    """What a pass over a data set gave: small derivatives whole, and the factors of large ones by example."""
 
     def __init__(self, tun: Tunable, data: Dataset, theta: PyTree, sites: tuple[Site, ...], chunk: int) -> None:
         self.tun, self.data, self.theta, self.sites, self.chunk = tun, data, theta, sites, chunk
         self.rows: dict[str, np.ndarray] = {}
-        self.factors: dict[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {}
+        self.inputs: dict[str, dict[int, np.ndarray]] = {site.path: {} for site in sites if site.factored}
+        self.cotangents: dict[str, dict[int, np.ndarray]] = {site.path: {} for site in sites if site.factored}
 
     def run(self) -> Iterator[int]:
-        """Fills `rows` and `factors`; yields the examples done after each chunk."""
+        """Fills `rows`, `inputs` and `cotangents`; yields the examples done after each chunk."""
         done = 0
         for indices, batch in self.data.chunks(self.chunk):
-            _, rows, factors = jax.device_get(_pass(self.tun.apply, self.theta, batch, self.sites))
+            rows, inputs, cotangents = jax.device_get(_pass(self.tun.apply, self.theta, batch, self.sites))
             for path, value in rows.items():
                 if path not in self.rows:
                     self.rows[path] = np.zeros((len(self.data), *value.shape[1:]), value.dtype)
                 self.rows[path][indices] = value[: len(indices)]
-            for path, (x, delta) in factors.items():
-                self.factors.setdefault(path, []).append((indices, x, delta))
+            for site in self.sites:
+                if site.factored:
+                    x, delta = inputs[site.source], cotangents[site.path]
+                    self.inputs[site.path] |= dict(zip(indices.tolist(), x, strict=False))
+                    self.cotangents[site.path] |= dict(zip(indices.tolist(), delta.swapaxes(0, 1), strict=False))
             done += len(indices)
             yield done
 
-    def vocabulary(self, path: str) -> np.ndarray:
-        """The ids that an embedding was read at."""
-        return np.unique(np.concatenate([np.unique(x[: len(indices)]) for indices, x, _ in self.factors[path]]))
+    def columns(self, site: Site, start: int, stop: int, out: np.ndarray) -> np.ndarray:
+        """Derivatives with respect to rows `start` to `stop` of a dense kernel, into `out` `[N, C, ≥ size]`."""
+        some = out[..., : (stop - start) * site.outputs[-1]].reshape(*out.shape[:2], stop - start, -1)
+        for i, x in self.inputs[site.path].items():
+            delta = self.cotangents[site.path][i]
+            x = x.reshape(-1, x.shape[-1])[:, start:stop]
+            np.matmul(x.T[None], delta.reshape(len(delta), len(x), -1), out=some[i])
+        return some.reshape(*out.shape[:2], -1)
 
-    def derivatives(self, path: str, wanted: np.ndarray, ids: bool, precision: str) -> Float[np.ndarray, "N C _"]:
-        """Derivatives of all outputs with respect to some rows of the weight at `path`."""
-        out: np.ndarray | None = None
-        for indices, x, delta in self.factors[path]:
-            part = (x[..., None] == wanted).astype(delta.dtype) if ids else x[..., wanted[0] : wanted[-1] + 1]
-            value = np.asarray(_derivative(part, delta, precision))[: len(indices)]
-            if out is None:
-                out = np.zeros((len(self.data), *value.shape[1:]), value.dtype)
-            out[indices] = value
-        assert out is not None  # a Dataset is never empty
-        return out
+    def readers(self, site: Site) -> dict[int, list[tuple[int, np.ndarray]]]:
+        """Id to the examples that read it and their derivatives `[C, k]` with respect to its embedding."""
+        found: dict[int, list[tuple[int, np.ndarray]]] = {}
+        for i, ids in self.inputs[site.path].items():
+            delta = self.cotangents[site.path][i]
+            delta = delta.reshape(len(delta), ids.size, -1)
+            unique, where = np.unique(ids, return_inverse=True)
+            sums = np.zeros((len(unique), len(delta), delta.shape[-1]), delta.dtype)
+            np.add.at(sums, where.reshape(-1), delta.swapaxes(0, 1))
+            for word, derivative in zip(unique.tolist(), sums, strict=True):
+                found.setdefault(word, []).append((i, derivative))
+        return found
+
+
+def _large_blocks(
+    first: _Pass, last: _Pass, site: Site, c: int
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields some rows of a large leaf, the examples that they matter to, and the derivatives of both data sets."""
+    if site.factored == "embedding":
+        readers = first.readers(site)
+        others = readers if last is first else last.readers(site)
+        for word in readers.keys() | others.keys():
+            (rows1, part1), (rows2, part2) = (
+                zip(*found.get(word, [(0, np.zeros((c, site.outputs[-1])))]), strict=True)  # read by none of these
+                for found in (readers, others)
+            )
+            stacked = np.stack(part1)
+            other = stacked if last is first else np.stack(part2)
+            yield slice(word, word + 1), np.array(rows1), stacked, np.array(rows2), other
+        return
+    n, d_in, d_out = len(first.data) + len(last.data), site.inputs[-1], site.outputs[-1]
+    width = int(np.clip(_BLOCK_BYTES // (4 * n * c * d_out), 1, d_in))
+    dtype = next(iter(first.cotangents[site.path].values())).dtype
+    out = [np.empty((len(data), c, width * d_out), dtype) for data in {id(p): p.data for p in (first, last)}.values()]
+    everyone = [np.arange(len(p.data)) for p in (first, last)]
+    for start in range(0, d_in, width):
+        stop = min(start + width, d_in)
+        rows1 = first.columns(site, start, stop, out[0])
+        rows2 = rows1 if last is first else last.columns(site, start, stop, out[1])
+        yield slice(start, stop), everyone[0], rows1, everyone[1], rows2
 
 
 def _groups(sites: tuple[Site, ...], n: int, c: int, itemsize: int, memory_budget: int) -> list[tuple[Site, ...]]:
@@ -364,19 +425,14 @@ def factored_parts(
             first, last = passes[0], passes[-1]
             for path, rows in first.rows.items():
                 parts[block_of[path]] += gram(rows, last.rows[path])
-                check.compare(path, slice(None), rows)
+                check.compare(path, slice(None), np.arange(len(data1)), rows)
             for site in group:
                 if site.factored is None:
                     continue
-                path, ids = f"{site.path}/{site.factored}".lstrip("/"), site.factored == "embedding"
-                wanted = first.vocabulary(site.path) if ids else np.arange(site.inputs[-1])
-                width = max(1, _BLOCK_BYTES // (4 * n * c * site.outputs[-1]))
-                for start in range(0, len(wanted), width):
-                    some = wanted[start : start + width]
-                    rows1 = first.derivatives(site.path, some, ids, precision)
-                    rows2 = rows1 if last is first else last.derivatives(site.path, some, ids, precision)
-                    parts[block_of[path]] += gram(rows1, rows2)
-                    check.compare(path, some, rows1)
+                path = f"{site.path}/{site.factored}".lstrip("/")
+                for some, examples1, rows1, examples2, rows2 in _large_blocks(first, last, site, c):
+                    parts[block_of[path]][np.ix_(examples1, examples2)] += gram(rows1, rows2)
+                    check.compare(path, some, examples1, rows1)
     return parts, check.epsilon()
 
 
@@ -396,14 +452,15 @@ class _Check:
             self.reference = dict(jacobian(tun, data.take(self.chosen), theta, **options).rows)
             self.scale = sum(float(np.sum(rows**2)) for rows in self.reference.values())
 
-    def compare(self, path: str, wanted: Any, rows: np.ndarray) -> None:
-        """Adds the error of the derivatives with respect to some rows of the leaf at `path`."""
-        if len(self.chosen):
-            exact = self.reference.get(path, np.zeros((*rows.shape[:0], len(self.chosen), rows.shape[1], 1)))
+    def compare(self, path: str, wanted: slice, examples: np.ndarray, rows: np.ndarray) -> None:
+        """Adds the error of some examples' derivatives with respect to some rows of the leaf at `path`."""
+        _, here, there = np.intersect1d(examples, self.chosen, return_indices=True)
+        if here.size:
+            found, exact = rows[here].astype(np.float64), np.zeros(())
             if path in self.reference:
-                whole = exact.reshape(*exact.shape[:2], *(self.sizes[path] or (1,)))
-                exact = whole[:, :, wanted].reshape(len(self.chosen), rows.shape[1], -1)
-            self.error += float(np.sum((rows[self.chosen].astype(np.float64) - exact) ** 2))
+                whole = self.reference[path][there]
+                exact = whole.reshape(*whole.shape[:2], *(self.sizes[path] or (1,)))[:, :, wanted].reshape(found.shape)
+            self.error += float(np.sum((found - exact) ** 2))
 
     def epsilon(self) -> float | None:
         """ε_J, at least float64's own rounding; `None` if nothing was compared."""
