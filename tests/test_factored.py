@@ -86,6 +86,16 @@ def test_invariance_to_passes_and_column_blocks(model, batch, monkeypatch):
         jl.ntk(jl.lora(model, rank=4), batch, **{**options, "memory_budget": 1000})
 
 
+def test_half_precision_is_summed_in_float32(batch):
+    model = cases.tiny_model(dtype=jnp.bfloat16)
+    for pattern in ("layer_1/mlp/up", "word"):
+        kernel = jl.ntk(jl.select(model, pattern), batch, engine="factored")
+        exact = jl.ntk(jl.select(cases.tiny_model(), pattern), batch)
+        assert kernel.info.dtype == "bfloat16"
+        assert 1e-3 < kernel.info.epsilon_J < 0.03
+        assert cases.relative_error(kernel.matrix(), exact.matrix()) < 0.03
+
+
 def test_auto_takes_it_where_the_jacobian_does_not_fit(model, batch):
     tun = jl.full(model)
     kernel = jl.ntk(tun, batch, memory_budget=1_000_000)

@@ -249,6 +249,11 @@ def _pass(
     return rows, read, {site.path: cotangents[site.path] for site in large}
 
 
+def _summed_in(dtype: np.dtype) -> type[np.floating]:
+    """Dtype that products of activations and cotangents are summed in: at least float32, on the host."""
+    return np.float64 if dtype == np.float64 else np.float32
+
+
 class _Pass:
     """What a pass over a data set gave: small derivatives whole, and the factors of large ones by example."""
 
@@ -279,8 +284,8 @@ class _Pass:
         """Derivatives with respect to rows `start` to `stop` of a dense kernel, into `out` `[N, C, ≥ size]`."""
         some = out[..., : (stop - start) * site.outputs[-1]].reshape(*out.shape[:2], stop - start, -1)
         for i, x in self.inputs[site.path].items():
-            delta = self.cotangents[site.path][i]
-            x = x.reshape(-1, x.shape[-1])[:, start:stop]
+            delta = self.cotangents[site.path][i].astype(out.dtype, copy=False)
+            x = x.reshape(-1, x.shape[-1])[:, start:stop].astype(out.dtype, copy=False)
             np.matmul(x.T[None], delta.reshape(len(delta), len(x), -1), out=some[i])
         return some.reshape(*out.shape[:2], -1)
 
@@ -291,7 +296,7 @@ class _Pass:
             delta = self.cotangents[site.path][i]
             delta = delta.reshape(len(delta), ids.size, -1)
             unique, where = np.unique(ids, return_inverse=True)
-            sums = np.zeros((len(unique), len(delta), delta.shape[-1]), delta.dtype)
+            sums = np.zeros((len(unique), len(delta), delta.shape[-1]), _summed_in(delta.dtype))
             np.add.at(sums, where.reshape(-1), delta.swapaxes(0, 1))
             for word, derivative in zip(unique.tolist(), sums, strict=True):
                 found.setdefault(word, []).append((i, derivative))
@@ -316,7 +321,7 @@ def _large_blocks(
         return
     n, d_in, d_out = len(first.data) + len(last.data), site.inputs[-1], site.outputs[-1]
     width = int(np.clip(_BLOCK_BYTES // (4 * n * c * d_out), 1, d_in))
-    dtype = next(iter(first.cotangents[site.path].values())).dtype
+    dtype = _summed_in(next(iter(first.cotangents[site.path].values())).dtype)
     out = [np.empty((len(data), c, width * d_out), dtype) for data in {id(p): p.data for p in (first, last)}.values()]
     everyone = [np.arange(len(p.data)) for p in (first, last)]
     for start in range(0, d_in, width):
