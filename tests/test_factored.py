@@ -116,6 +116,10 @@ def test_zero_derivatives_of_a_are_left_out_only_where_b_is_zero(model, batch):
     check(tun, batch, partly, check_examples=0)
 
 
+def vectors_of(batch):
+    return (batch["x"],)
+
+
 class Twice(nn.Module):
     @nn.compact
     def __call__(self, batch):
@@ -131,6 +135,8 @@ def test_what_it_cannot_see_is_refused():
     with pytest.raises(jl.InputError, match=r"needs again, which owns tuned parameters, .* it is called 2 times"):
         jl.ntk(jl.full(model), batch, engine="factored")
     check(jl.select(model, "last"), batch, check_examples=0)
+    alone = jl.from_linen(nn.Dense(2), nn.Dense(2).init(jax.random.key(0), batch["x"])["params"], inputs=vectors_of)
+    check(jl.full(alone), batch, check_examples=1)
     with pytest.raises(jl.InputError, match="keep_jacobian is an option of"):
         jl.ntk(jl.select(model, "last"), batch, engine="factored", keep_jacobian=True)
 

@@ -235,10 +235,6 @@ def test_probe_head_is_ridge_regression(batch):
     np.testing.assert_allclose(flat.apply(flat.params, same), np.tile(y[:2].mean(axis=0), (2, 1)), atol=1e-6)
 
 
-def edited(tmp_path, edit=None, config=None):
-    return str(cases.edited_checkpoint(tmp_path, edit, config))
-
-
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 BAD_TENSORS = {
     "missing": (lambda t: t.pop(QUERY), r"lacks 1 tensor.*encoder.layer.1.attention.self.query"),
@@ -256,7 +252,7 @@ BAD_TENSORS = {
 def test_bad_checkpoint_is_named(tmp_path, case):
     edit, message = BAD_TENSORS[case]
     with pytest.raises(jl.InputError, match=message):
-        jl.load_model(edited(tmp_path, edit), 3)
+        jl.load_model(cases.edited_checkpoint(tmp_path, edit), 3)
 
 
 def test_arguments_that_do_not_fit(tmp_path):
@@ -272,7 +268,7 @@ def test_bfloat16_checkpoint(tmp_path, model, batch):
     def halve(tensors):
         tensors.update({name: value.astype(jnp.bfloat16) for name, value in tensors.items()})
 
-    half = jl.load_model(edited(tmp_path, halve), 3)
+    half = jl.load_model(cases.edited_checkpoint(tmp_path, halve), 3)
     logits = half.apply(half.params, batch)
     assert logits.dtype == jnp.bfloat16
     np.testing.assert_allclose(logits.astype(jnp.float32), model.apply(model.params, batch), atol=0.1)
@@ -284,7 +280,7 @@ def test_old_layer_norm_names_and_missing_prefix_load(tmp_path, model, batch):
             new = name.removeprefix("bert.").replace("LayerNorm.weight", "LayerNorm.gamma")
             tensors[new.replace("LayerNorm.bias", "LayerNorm.beta")] = tensors.pop(name)
 
-    loaded = jl.load_model(edited(tmp_path, rename), 3)
+    loaded = jl.load_model(cases.edited_checkpoint(tmp_path, rename), 3)
     np.testing.assert_array_equal(loaded.apply(loaded.params, batch), model.apply(model.params, batch))
 
 
@@ -299,11 +295,11 @@ BAD_CONFIGS = {
 def test_unsupported_configuration_is_named(tmp_path, case):
     config, message = BAD_CONFIGS[case]
     with pytest.raises(jl.InputError, match=message):
-        jl.load_model(edited(tmp_path, config=config), 3)
+        jl.load_model(cases.edited_checkpoint(tmp_path, config=config), 3)
 
 
 def test_damaged_and_absent_files(tmp_path, monkeypatch):
-    folder = edited(tmp_path)
+    folder = cases.edited_checkpoint(tmp_path)
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(jl.InputError, match="cannot be read as safetensors"):

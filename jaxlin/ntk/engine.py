@@ -123,8 +123,8 @@ def ntk(
 
 def _choose(tun: Tunable, data: Dataset, dtype: str | None, memory_budget: int) -> str:
     """Returns the engine for `"auto"`: the one that holds the Jacobian, unless it does not fit and need not be."""
-    size = jacobian_bytes(tun, data) * (2 if dtype == "float64" else 1)
-    return "jacobian" if size <= memory_budget or not isinstance(tun.apply, PeftFunction) else "factored"
+    fits = jacobian_bytes(tun, data, dtype) <= memory_budget
+    return "jacobian" if fits or not isinstance(tun.apply, PeftFunction) else "factored"
 
 
 def kernel_from_jacobian(

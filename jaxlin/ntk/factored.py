@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
-from jaxlin.ntk.jacobian import MAX_CHUNK, Progress, gram, jacobian, jacobian_bytes, num_outputs, to_float64
+from jaxlin.ntk.jacobian import MAX_CHUNK, EpsilonCheck, Progress, gram, num_outputs, to_float64
 from jaxlin.peft.function import PeftFunction
 from jaxlin.tunable import ADAPTER_NAMES, Batch, Blocks, Tunable, leaf_paths
 
@@ -55,6 +55,10 @@ class Site:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     source: str
+
+    def leaf(self, name: str) -> str:
+        """Path of one of its leaves."""
+        return f"{self.path}/{name}".lstrip("/")
 
     def numbers(self, c: int) -> int:
         """How many numbers its input and the cotangents of C outputs are, an example."""
@@ -188,8 +192,8 @@ def find_sites(tun: Tunable, data: Dataset, theta: PyTree) -> tuple[Site, ...]:
         (x,), _ = call.given
         site = Site(path, call.module, tuple(names), None, x.shape[1:], call.out.shape[1:], call.source)
         large = {nn.Dense: "kernel", nn.Embed: "embedding"}.get(type(call.module))
-        adapted = any(f"{path}/{name}" in leaves for name in ADAPTER_NAMES for leaves in (tuned, frozen))
-        if large in names and not adapted and site.numbers(c) < c * tuned[f"{path}/{large}"].size:
+        adapted = any(site.leaf(name) in leaves for name in ADAPTER_NAMES for leaves in (tuned, frozen))
+        if large is not None and large in names and not adapted and site.numbers(c) < c * tuned[site.leaf(large)].size:
             site = dataclasses.replace(site, rows=tuple(name for name in names if name != large), factored=large)
         if site.rows or site.factored:
             sites.append(site)
@@ -232,21 +236,25 @@ def _pass(
     rows: dict[str, Array] = {}
     for site in sites:
         own = {path.rpartition("/")[2]: leaf for path, leaf in leaves.items() if path.rpartition("/")[0] == site.path}
-
-        def one(x: Array, delta: Array, site: Site = site, own: Mapping[str, Array] = own) -> dict[str, Array]:
-            def local(small: Mapping[str, Array]) -> Array:
-                return apply.module_output(site.path, site.module, {**own, **small}, x[None])[0]
-
-            _, back = jax.vjp(local, {name: own[name] for name in site.rows})
-            return jax.vmap(lambda d: back(d)[0])(delta)
-
         if site.rows:
-            derivatives = jax.vmap(one, in_axes=(0, 1))(inputs[site.path], cotangents[site.path])
-            for name, derivative in derivatives.items():
-                rows[f"{site.path}/{name}".lstrip("/")] = derivative.reshape(size, c, -1)
+            one = functools.partial(_small_derivatives, apply, site, own)
+            for name, derivative in jax.vmap(one, in_axes=(0, 1))(inputs[site.path], cotangents[site.path]).items():
+                rows[site.leaf(name)] = derivative.reshape(size, c, -1)
     large = [site for site in sites if site.factored]
     read = {site.source: inputs[site.path] for site in large}
     return rows, read, {site.path: cotangents[site.path] for site in large}
+
+
+def _small_derivatives(
+    apply: PeftFunction, site: Site, own: Mapping[str, Array], x: Array, delta: Array
+) -> dict[str, Array]:
+    """Derivatives `[C, …]` of one example's outputs with respect to the small leaves of a site."""
+
+    def local(small: Mapping[str, Array]) -> Array:
+        return apply.module_output(site.path, site.module, {**own, **small}, x[None])[0]
+
+    _, back = jax.vjp(local, {name: own[name] for name in site.rows})
+    return jax.vmap(lambda d: back(d)[0])(delta)
 
 
 def _summed_in(dtype: np.dtype) -> type[np.floating]:
@@ -303,6 +311,11 @@ class _Pass:
         return found
 
 
+def _stacked(found: list[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    examples, derivatives = zip(*found, strict=True)
+    return np.array(examples), np.stack(derivatives)
+
+
 def _large_blocks(
     first: _Pass, last: _Pass, site: Site, c: int
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
@@ -310,25 +323,21 @@ def _large_blocks(
     if site.factored == "embedding":
         readers = first.readers(site)
         others = readers if last is first else last.readers(site)
-        for word in readers.keys() | others.keys():
-            (rows1, part1), (rows2, part2) = (
-                zip(*found.get(word, [(0, np.zeros((c, site.outputs[-1])))]), strict=True)  # read by none of these
-                for found in (readers, others)
-            )
-            stacked = np.stack(part1)
-            other = stacked if last is first else np.stack(part2)
-            yield slice(word, word + 1), np.array(rows1), stacked, np.array(rows2), other
+        nobody = [(0, np.zeros((c, site.outputs[-1])))]
+        for word, mine in readers.items():
+            examples1, rows1 = _stacked(mine)
+            examples2, rows2 = (examples1, rows1) if last is first else _stacked(others.get(word, nobody))
+            yield slice(word, word + 1), examples1, rows1, examples2, rows2
         return
     n, d_in, d_out = len(first.data) + len(last.data), site.inputs[-1], site.outputs[-1]
     width = int(np.clip(_BLOCK_BYTES // (4 * n * c * d_out), 1, d_in))
     dtype = _summed_in(next(iter(first.cotangents[site.path].values())).dtype)
-    out = [np.empty((len(data), c, width * d_out), dtype) for data in {id(p): p.data for p in (first, last)}.values()]
-    everyone = [np.arange(len(p.data)) for p in (first, last)]
+    passes = [first] if last is first else [first, last]
+    out = [np.empty((len(one.data), c, width * d_out), dtype) for one in passes]
     for start in range(0, d_in, width):
         stop = min(start + width, d_in)
-        rows1 = first.columns(site, start, stop, out[0])
-        rows2 = rows1 if last is first else last.columns(site, start, stop, out[1])
-        yield slice(start, stop), everyone[0], rows1, everyone[1], rows2
+        rows = [one.columns(site, start, stop, into) for one, into in zip(passes, out, strict=True)]
+        yield slice(start, stop), np.arange(len(rows[0])), rows[0], np.arange(len(rows[-1])), rows[-1]
 
 
 def _groups(sites: tuple[Site, ...], n: int, c: int, itemsize: int, memory_budget: int) -> list[tuple[Site, ...]]:
@@ -397,13 +406,13 @@ def factored_parts(
     both = [data1] if data2 is None else [data1, data2]
     n = sum(map(len, both))
     shape = (len(data1), len(both[-1]), c, c)
-    check = _Check(tun, data1, theta, check_examples, precision, memory_budget)
+    check = EpsilonCheck(tun, data1, theta, check_examples, precision, memory_budget)
     if dtype == "float64":
         apply, theta = to_float64((tun.apply, theta))
         tun = dataclasses.replace(tun, apply=apply)
     itemsize = max(leaf.dtype.itemsize for leaf in jax.tree.leaves(theta))
     tuned = flatten_dict(theta, sep="/")
-    small = n * c * itemsize * sum(tuned[f"{s.path}/{name}".lstrip("/")].size for s in sites for name in s.rows)
+    small = n * c * itemsize * sum(tuned[s.leaf(name)].size for s in sites for name in s.rows)
     if small > memory_budget:
         raise InputError(
             f"derivatives of {n} examples with respect to the small parameters take {small / 2**30:.1f} GiB, more than "
@@ -430,46 +439,12 @@ def factored_parts(
             first, last = passes[0], passes[-1]
             for path, rows in first.rows.items():
                 parts[block_of[path]] += gram(rows, last.rows[path])
-                check.compare(path, slice(None), np.arange(len(data1)), rows)
+                check.compare(path, rows)
             for site in group:
                 if site.factored is None:
                     continue
-                path = f"{site.path}/{site.factored}".lstrip("/")
+                path = site.leaf(site.factored)
                 for some, examples1, rows1, examples2, rows2 in _large_blocks(first, last, site, c):
                     parts[block_of[path]][np.ix_(examples1, examples2)] += gram(rows1, rows2)
-                    check.compare(path, some, examples1, rows1)
+                    check.compare(path, rows1, examples1, some)
     return parts, check.epsilon()
-
-
-class _Check:
-    """Compares the derivatives of a few examples with float64, as they are formed (theory 6)."""
-
-    def __init__(
-        self, tun: Tunable, data: Dataset, theta: PyTree, examples: int, precision: str, memory_budget: int
-    ) -> None:
-        examples = min(examples, len(data), memory_budget // (2 * jacobian_bytes(tun, data) // len(data)))
-        self.chosen = np.unique(np.linspace(0, len(data) - 1, examples).astype(int)) if examples else np.zeros(0, int)
-        self.reference: dict[str, np.ndarray] = {}
-        self.sizes = {path: leaf.shape for path, leaf in flatten_dict(theta, sep="/").items()}
-        self.error = self.scale = 0.0
-        if examples:
-            options: dict[str, Any] = {"dtype": "float64", "precision": precision, "memory_budget": memory_budget}
-            self.reference = dict(jacobian(tun, data.take(self.chosen), theta, **options).rows)
-            self.scale = sum(float(np.sum(rows**2)) for rows in self.reference.values())
-
-    def compare(self, path: str, wanted: slice, examples: np.ndarray, rows: np.ndarray) -> None:
-        """Adds the error of some examples' derivatives with respect to some rows of the leaf at `path`."""
-        _, here, there = np.intersect1d(examples, self.chosen, return_indices=True)
-        if here.size:
-            found, exact = rows[here].astype(np.float64), np.zeros(())
-            if path in self.reference:
-                whole = self.reference[path][there]
-                exact = whole.reshape(*whole.shape[:2], *(self.sizes[path] or (1,)))[:, :, wanted].reshape(found.shape)
-            self.error += float(np.sum((found - exact) ** 2))
-
-    def epsilon(self) -> float | None:
-        """ε_J, at least float64's own rounding; `None` if nothing was compared."""
-        if not len(self.chosen):
-            return None
-        floor = float(np.finfo(np.float64).eps) * 10
-        return max((self.error / self.scale) ** 0.5, floor) if self.scale else floor

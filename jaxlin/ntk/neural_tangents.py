@@ -279,7 +279,7 @@ def neural_tangents_parts(
     if implementation not in IMPLEMENTATIONS:
         raise InputError(f"implementation={implementation!r} is unknown; expected one of {', '.join(IMPLEMENTATIONS)}")
     other, c = data1 if data2 is None else data2, num_outputs(tun, data1)
-    needed = 4 * jacobian_bytes(tun, data1) // len(data1)
+    needed = 2 * jacobian_bytes(tun, data1, "float64") // len(data1)
     if needed > memory_budget:
         raise InputError(
             f"checking a kernel against float64 takes {needed / 2**30:.1f} GiB for two examples, more than "
