@@ -148,7 +148,7 @@ def late(table: Sequence[Row], title: str) -> Figure:
             )
         axis.set(xlabel="linearized at step k of full fine-tuning", ylabel="‖f−f̄‖ / ‖f−f₀‖, evaluation", yscale="log")
         axis.set_xticks(sorted({row["linearize_at"] for row in rows}))
-        axis.legend(title=f"pull {label}")
+        axis.legend(title=f"pull {label}", loc="center left", bbox_to_anchor=(1, 0.5))
         figure.suptitle(title, fontsize=7)
     return figure
 
