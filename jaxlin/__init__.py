@@ -9,8 +9,9 @@ from jaxlin.models.load import load_masked_lm, load_model
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
 from jaxlin.nnx import from_nnx
-from jaxlin.ntk.engine import ntk
+from jaxlin.ntk.engine import ntk, ntk_estimate
 from jaxlin.ntk.kernel import Kernel
+from jaxlin.ntk.store import load_kernel
 from jaxlin.peft.function import merge
 from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
@@ -44,11 +45,13 @@ __all__ = [
     "kernel_regression",
     "layer_norm_only",
     "linearize",
+    "load_kernel",
     "load_masked_lm",
     "load_model",
     "lora",
     "merge",
     "ntk",
+    "ntk_estimate",
     "optim",
     "predict",
     "probe_head",

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 import jaxlin as jl
 from jaxlin.data.dataset import as_dataset
-from jaxlin.ntk import factored
+from jaxlin.ntk import work
 from jaxlin.ntk.factored import find_sites
 from jaxlin.tunable import leaf_paths
 from tests import cases
@@ -68,22 +68,22 @@ def test_float64_and_the_columns_of_other_examples(model, batch):
     assert cases.relative_error(between.matrix(), j1 @ j2.T) < 5e-6
 
 
-def test_invariance_to_passes_and_column_blocks(model, batch, monkeypatch):
-    """A budget too small for all modules at once, and derivatives of few columns at a time, change rounding only."""
+def test_invariance_to_chunks_tiles_and_slabs(model, batch):
+    """A budget too small for all that is kept, for tiles of all examples and for whole derivatives changes rounding."""
     tun, seen = jl.select(model, "layer_1/mlp|word"), []
     whole = jl.ntk(tun, batch, blocks="layer", engine="factored", check_examples=0)
-    monkeypatch.setattr(factored, "_BLOCK_BYTES", 30_000)
-    options = {"engine": "factored", "memory_budget": 200_000, "check_examples": 0}
-    parts = jl.ntk(tun, batch, blocks="layer", progress=lambda *done: seen.append(done), **options)
-    assert seen[-1][0] == seen[-1][1] >= 3 * 6  # at least three passes over six examples
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    options = {"engine": "factored", "memory_budget": 400_000, "check_examples": 0, "blocks": "layer"}
+    parts = jl.ntk(tun, batch, **options, progress=lambda *step: seen.append(step))
+    passes = [step[1:] for step in seen if step[0] == work.PASSES]
+    tiles = [step[1:] for step in seen if step[0] == work.TILES]
+    assert passes[-1] == (6, 6)  # one pass over six examples, however small the budget
+    assert len(passes) > 1
+    assert tiles[-1][0] == tiles[-1][1] == len(tiles) > 2 * len(whole.parts)
     assert list(parts.parts) == list(whole.parts)
     for name in whole.parts:
         assert cases.relative_error(parts.parts[name], whole.parts[name]) < 1e-6
-    with pytest.raises(jl.InputError, match=r"of encoder/layer_0/mlp/up take .* more than half of memory_b"):
-        jl.ntk(jl.select(model, "mlp/up/kernel"), batch, **{**options, "memory_budget": 20_000})
-    with pytest.raises(jl.InputError, match="with respect to the small parameters take"):
-        jl.ntk(jl.lora(model, rank=4), batch, **{**options, "memory_budget": 1000})
+    with pytest.raises(jl.InputError, match=r"one example and a tile of the kernel take .* more than memory_b"):
+        jl.ntk(tun, batch, **{**options, "memory_budget": 20_000})
 
 
 def test_half_precision_is_summed_in_float32(batch):
@@ -107,9 +107,9 @@ def test_auto_takes_it_where_the_jacobian_does_not_fit(model, batch):
 
 def test_zero_derivatives_of_a_are_left_out_only_where_b_is_zero(model, batch):
     tun, data = jl.lora(model, rank=3), as_dataset(batch)
-    names = {name for site in find_sites(tun, data, tun.theta0) for name in site.rows}
+    names = {name for site in find_sites(tun, data, tun.theta0, 3) for name in site.rows}
     assert "lora_A" not in names
-    assert "lora_A" in {name for site in find_sites(tun, data, cases.moved(tun)) for name in site.rows}
+    assert "lora_A" in {name for site in find_sites(tun, data, cases.moved(tun), 3) for name in site.rows}
     partly = cases.moved(tun)
     query = partly["encoder"]["layer_1"]["attention"]["query"]
     query["lora_B"] = jnp.zeros_like(query["lora_B"])

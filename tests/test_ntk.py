@@ -191,11 +191,11 @@ def test_the_bridge_keeps_tensorflow_out_and_fails_clearly(monkeypatch):
 
 
 def test_frozen_weights_are_not_compiled_in(model, batch):
-    from jaxlin.ntk.jacobian import _outputs_and_jacobian
+    from jaxlin.ntk.jacobian import outputs_and_jacobian
 
     tun = jl.lora(model, rank=3)
     columns = {k: jnp.asarray(v) for k, v in batch.items()}
-    closed = jax.make_jaxpr(_outputs_and_jacobian)(tun.apply, tun.theta0, columns)
+    closed = jax.make_jaxpr(outputs_and_jacobian)(tun.apply, tun.theta0, columns)
     assert all(np.size(const) < 200 for const in closed.consts)
 
 
@@ -204,7 +204,13 @@ BAD = {
     "dtype": ({"dtype": "float16"}, "dtype='float16' is unknown"),
     "implementation": ({"engine": "neural_tangents", "implementation": "BEST"}, "'BEST' is unknown"),
     "option of the other": ({"engine": "neural_tangents", "dtype": "float64"}, "options of engine"),
-    "memory": ({"memory_budget": 100}, "takes 0.0 GiB, more than memory_budget"),
+    "memory": ({"memory_budget": 100}, "take .* GiB, more than memory_budget"),
+    "memory for all of J": ({"memory_budget": 100, "keep_jacobian": True}, "takes 0.0 GiB, more than memory_budget"),
+    "kind": ({"kind": "ntk"}, "kind='ntk' is unknown; expected one of full, trace"),
+    "kind of two outputs": ({"kind": "logit_difference"}, "difference of two outputs; the model has 3"),
+    "kind of signs": ({"engine": "neural_tangents", "kind": "signgd"}, "does not follow from the kernels"),
+    "resume": ({"resume": True}, "needs the store to go on with"),
+    "store": ({"store": "k", "keep_jacobian": True}, "nothing else holds the whole Jacobian"),
 }
 
 
@@ -212,7 +218,7 @@ BAD = {
 def test_bad_arguments(case):
     options, message = BAD[case]
     with pytest.raises(jl.InputError, match=message):
-        jl.ntk(cases.mlp(), cases.vectors(3), **options)
+        jl.ntk(cases.mlp(3), cases.vectors(3), **options)
 
 
 def test_bad_outputs_and_data():

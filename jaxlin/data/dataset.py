@@ -93,17 +93,19 @@ class Dataset:
             out.update({name: out[name][:, :width] for name in _SEQUENCE_COLUMNS if name in out})
         return {**out, "weight": weight}
 
+    def groups(self) -> list[np.ndarray]:
+        """Returns the examples of every bucket, shortest first."""
+        if self.lengths is None:
+            return [np.arange(len(self))]
+        bucket = np.searchsorted(self.buckets, self.lengths)
+        return [np.flatnonzero(bucket == b) for b in range(len(self.buckets))]
+
     def chunks(self, size: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """Yields `(indices, batch)` over all examples, those of one bucket together.
 
         Every batch has exactly `size` rows; the first `len(indices)` are the examples.
         """
-        if self.lengths is None:
-            groups = [np.arange(len(self))]
-        else:
-            bucket = np.searchsorted(self.buckets, self.lengths)
-            groups = [np.flatnonzero(bucket == b) for b in range(len(self.buckets))]
-        for group in groups:
+        for group in self.groups():
             for start in range(0, len(group), size):
                 indices = group[start : start + size]
                 yield indices, self.batch(indices, size)

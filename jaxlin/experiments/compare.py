@@ -17,7 +17,7 @@ from jaxlin.errors import TrainingDivergedError
 from jaxlin.experiments.config_file import to_yaml
 from jaxlin.experiments.data_arguments import DataArguments, with_folder
 from jaxlin.experiments.progress import ProgressReporter
-from jaxlin.experiments.run_folder import RunFolder, versions, write_csv, write_json
+from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
 from jaxlin.experiments.setting import (
     ModelArguments,
     OutputArguments,
@@ -33,6 +33,7 @@ from jaxlin.experiments.tables import gap_tables, late_table, score_table, spect
 from jaxlin.experiments.tuned_arguments import FROZEN_A, TunedArguments
 from jaxlin.models.resolve import EMBEDDED_MODEL
 from jaxlin.training.compare import Comparison, check_comparison, compare
+from jaxlin.versions import versions
 
 
 @dataclasses.dataclass(frozen=True)

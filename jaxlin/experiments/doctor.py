@@ -13,9 +13,9 @@ import jax
 
 from jaxlin.data.files import tasks_in
 from jaxlin.data.stdlib import load_stdlib_task
-from jaxlin.experiments.run_folder import versions
 from jaxlin.models.resolve import EMBEDDED_MODEL, resolve_model
 from jaxlin.ntk.neural_tangents import load
+from jaxlin.versions import versions
 
 
 def _try(action: Callable[[], str]) -> str:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +13,6 @@ from typing import Any
 
 from jaxlin.errors import InputError
 from jaxlin.experiments import config_file
-
-PACKAGES = ("jaxlin", "jax", "jaxlib", "flax", "optax", "numpy", "scipy", "transformers", "tokenizers", "safetensors")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
 def _finite(value: Any) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,20 +15,27 @@ from jaxtyping import PyTree
 
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError
-from jaxlin.ntk.factored import factored_parts
+from jaxlin.ntk.factored import find_sites
 from jaxlin.ntk.jacobian import (
     MEMORY_BUDGET,
     Jacobian,
-    Progress,
     gram,
     jacobian,
     jacobian_bytes,
     measure_epsilon,
+    num_outputs,
 )
 from jaxlin.ntk.kernel import Kernel, KernelInfo
+from jaxlin.ntk.kinds import Kind, kind_of, without_sign
 from jaxlin.ntk.neural_tangents import neural_tangents_parts
+from jaxlin.ntk.ring import ring_parts
+from jaxlin.ntk.store import KernelStore, fingerprint, transposed
+from jaxlin.ntk.work import PASSES, TILES, Estimate, Plan, Progress, Work
 from jaxlin.peft.function import PeftFunction
 from jaxlin.tunable import Blocks, Tunable
+from jaxlin.versions import versions
+
+ENGINES = ("auto", "jacobian", "factored", "neural_tangents")
 
 
 def ntk(
@@ -33,6 +43,7 @@ def ntk(
     x1: Dataset | Mapping[str, Any],
     x2: Dataset | Mapping[str, Any] | None = None,
     *,
+    kind: str = "full",
     blocks: str | Blocks | None = None,
     engine: str = "auto",
     theta: PyTree | None = None,
@@ -42,89 +53,318 @@ def ntk(
     keep_jacobian: bool = False,
     memory_budget: int = MEMORY_BUDGET,
     check_examples: int = 2,
+    store: str | Path | None = None,
+    resume: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
     progress: Progress | None = None,
 ) -> Kernel:
     """Computes the empirical neural tangent kernel `K = J(x1) J(x2)ᵀ`, unnormalised (theory 0).
+
+    One forward and C backward passes an example give the kernels of all blocks; one backward pass for the kinds
+    `"logit_difference"` and `"pseudo"`.
 
     Args:
         tun: The model; the kernel is of exactly its theta.
         x1: Examples: a `Dataset` or a dict of arrays (an example's result does not depend on the batch
             it was computed in).
         x2: Other examples, for a train-test kernel; `None` for x1 itself.
+        kind: Of kernel (theory 9): `"full"` `[N1, N2, C, C]`; `"trace"`, the mean over outputs of its diagonal, and
+            `"pseudo"`, of the sum of the logits over √C, `[N1, N2]`; `"diagonal"`, equal outputs only, `[N1, N2, C]`;
+            `"logit_difference"`, for C = 2, `[N1, N2]`; `"signgd"`, `sign(J) sign(J)ᵀ`, and `"asymmetric_signgd"`,
+            `J sign(J)ᵀ`, `[N1, N2, C, C]`, where entries of at most 1e-6 of their row's largest in the same leaf
+            (in float32) count as 0 and key biases of attention, whose derivative is rounding, are left out.
         blocks: Which block kernels to keep apart: `"layer"`, `"module"`, `"leaf"`, a mapping of names to
             leaf paths, or `None` for the Tunable's own.
-        engine: `"jacobian"`: per-example Jacobians held in memory, Gram in float64, every block from one
-            pass; `"factored"`: the same of what every module read and what flowed back to it, so that derivatives
-            with respect to large weights are never held whole (models of Linen modules); `"neural_tangents"`: that
-            library, one pass a block; `"auto"`: `"jacobian"` where the Jacobian fits the budget, else `"factored"`.
+        engine: `"jacobian"`: per-example Jacobians; `"factored"`: what every module read and what flowed back to it,
+            so that derivatives with respect to large weights are never held whole (models of Linen modules);
+            `"neural_tangents"`: that library, one pass a block; `"auto"`: `"jacobian"` where the Jacobian fits the
+            budget, else `"factored"`; `K.info.note` says why. Gram in float64 for the first two.
         theta: Where; default `tun.theta0`.
         dtype: `"float64"` computes the Jacobian in float64 (not by neural-tangents); `None` as the parameters.
         precision: Of matrix products on the device: `"highest"` is true float32.
         implementation: Of neural-tangents; see `jaxlin.ntk.neural_tangents.IMPLEMENTATIONS`.
-        keep_jacobian: Keep the Jacobian on the kernel (x2 = None, engine jacobian), so that `spectrum`
+        keep_jacobian: Keep the Jacobian on the kernel (x2 = None, kind full, engine jacobian), so that `spectrum`
             takes eigenvalues from its singular values.
-        memory_budget: Largest size of a Jacobian in bytes, or of what stands for it.
+        memory_budget: Bytes to be held at a time, beside the model and the kernel itself. What does not fit goes
+            to files: in the store, or in a temporary folder.
         check_examples: Number of examples whose Jacobian rows are recomputed in float64 to measure ε_J
             (theory 6); 0 for none.
-        progress: Called with examples (tiles, for neural-tangents) done and in all.
+        store: Folder for the kernel, a Zarr group that can be read while it grows; the kernel returned reads its
+            blocks from there. Passes and tiles already done survive whatever ends the process.
+        resume: Go on with a store that is there, if it is of the same inputs; the result is the same to the bit.
+        mesh: Devices to share the work (`jaxlin.make_mesh`): examples by its first axis, the Jacobian passed round
+            a ring, all of it held (engine jacobian).
+        progress: Called with a phase's name, and units done and in all.
 
     Returns:
         The kernel, float64; `K.info` records engine, dtype, precision and measured error.
 
     Raises:
-        InputError: If an argument is not one of those listed or an input does not fit the model.
+        InputError: If an argument is not one of those listed, an input does not fit the model, the budget is too
+            small for one example, or a store is there already (without `resume`) or is of other inputs.
         FloatingPointError: If neural-tangents' result fails its check against float64.
     """
-    if engine not in ("auto", "jacobian", "factored", "neural_tangents"):
-        raise InputError(f'engine={engine!r} is unknown; expected "auto", "jacobian", "factored" or "neural_tangents"')
+    if engine not in ENGINES:
+        raise InputError(f"engine={engine!r} is unknown; expected one of {', '.join(ENGINES)}")
     if dtype not in (None, "float64"):
         raise InputError(f'dtype={dtype!r} is unknown; expected "float64", or None for that of the parameters')
+    chosen_kind = kind_of(kind)
     data1, data2 = as_dataset(x1), None if x2 is None else as_dataset(x2)
     groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
-    if engine == "auto":
-        engine = _choose(tun, data1, dtype, memory_budget) if not keep_jacobian else "jacobian"
-    if engine == "factored":
-        if keep_jacobian:
-            raise InputError('keep_jacobian is an option of engine="jacobian"; engine="factored" never holds it')
-        parts, epsilon = factored_parts(
-            tun,
-            data1,
-            data2,
-            theta,
-            groups,
-            dtype=dtype,
-            precision=precision,
-            memory_budget=memory_budget,
-            check_examples=check_examples,
-            progress=progress,
-        )
-        name = dtype or str(jnp.result_type(*jax.tree.leaves(theta)))
-        info = KernelInfo("factored", name, "float64", precision, jax.default_backend(), epsilon)
-        return Kernel(parts, data2 is None, info, groups)
+    _check_options(engine, kind, dtype, keep_jacobian=keep_jacobian, store=store, resume=resume, mesh=mesh)
+    engine, note = _choose(engine, tun, data1, theta, dtype, memory_budget, keep_jacobian or mesh)
+    options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
+    name = dtype or str(jnp.result_type(*jax.tree.leaves(theta)))
+    info = KernelInfo(engine, name, "float64", precision, jax.default_backend(), None, note)
+    symmetric = data2 is None and chosen_kind.symmetric
     if engine == "neural_tangents":
-        if dtype is not None or keep_jacobian:
-            raise InputError('dtype and keep_jacobian are no options of engine="neural_tangents"')
         for data in (data1, data2):
             if data is not None:
                 tun.check_batch(data.columns)
+        report = None if progress is None else functools.partial(progress, TILES)
         with jax.default_matmul_precision(precision):
             parts = neural_tangents_parts(
-                tun, data1, data2, theta, groups, implementation, memory_budget=memory_budget, progress=progress
+                tun, data1, data2, theta, groups, implementation, memory_budget=memory_budget, progress=report
             )
-        name = str(jnp.result_type(*jax.tree.leaves(theta)))
-        info = KernelInfo(f"neural_tangents:{implementation}", name, name, precision, jax.default_backend(), None)
-        return Kernel(parts, data2 is None, info, groups)
+        parts = {block: chosen_kind.of_full(part) for block, part in parts.items()}
+        info = dataclasses.replace(info, engine=f"neural_tangents:{implementation}", gram_dtype=name)
+        return Kernel(parts, symmetric, info, groups, kind=kind)
+    if keep_jacobian:
+        if data2 is not None:
+            raise InputError("keep_jacobian is for the kernel of examples with themselves; x2 is given")
+        report = None if progress is None else functools.partial(progress, PASSES)
+        jac = jacobian(tun, data1, theta, **options, progress=report)
+        epsilon = measure_epsilon(tun, data1, theta, jac, check_examples, precision, memory_budget)
+        return kernel_from_jacobian(jac, jac, groups, precision, epsilon, True)
+    if mesh is not None:
+        return _on_mesh(
+            tun, data1, data2, theta, groups, chosen_kind, mesh, info, check_examples, **options, progress=progress
+        )
+    work = Work.of(tun, data1, data2, theta, groups, chosen_kind, engine=engine, **options)
+    if store is None:
+        return _in_memory(work, info, groups, symmetric, check_examples, progress)
+    inputs = {
+        "engine": engine,
+        "kind": kind,
+        "dtype": name,
+        "precision": precision,
+        "device": info.device,
+        **fingerprint(tun, theta),
+        "data_sha256": data1.sha256(),
+        "other_data_sha256": data2 and data2.sha256(),
+        "blocks": {block: list(paths) for block, paths in groups.items()},
+        "versions": versions(),
+    }
+    return _in_store(work, Path(store), resume, inputs, symmetric, check_examples, progress)
+
+
+def ntk_estimate(
+    tun: Tunable,
+    x1: Dataset | Mapping[str, Any],
+    x2: Dataset | Mapping[str, Any] | None = None,
+    *,
+    kind: str = "full",
+    blocks: str | Blocks | None = None,
+    engine: str = "auto",
+    theta: PyTree | None = None,
+    dtype: str | None = None,
+    precision: str = "highest",
+    memory_budget: int = MEMORY_BUDGET,
+    stored: bool = False,
+) -> Estimate:
+    """Says what a kernel will take, from one timed pass for each length of text and two timed products.
+
+    Args:
+        tun: As for `ntk`, and so are the others.
+        x1: Examples.
+        x2: Other examples.
+        kind: Of kernel.
+        blocks: Which are kept apart.
+        engine: One of jaxlin's own.
+        theta: Where.
+        dtype: Of the Jacobian.
+        precision: Of matrix products on the device.
+        memory_budget: Bytes.
+        stored: Whether the kernel is written to disk.
+
+    Returns:
+        Time, memory and disk, and the plan.
+
+    Raises:
+        InputError: As `ntk`; or if the engine is neural-tangents'.
+    """
+    if engine not in ENGINES[:3]:
+        raise InputError(f"engine={engine!r} cannot be estimated; expected one of {', '.join(ENGINES[:3])}")
+    data1, data2, chosen = as_dataset(x1), None if x2 is None else as_dataset(x2), kind_of(kind)
+    groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
+    engine, _ = _choose(engine, tun, data1, theta, dtype, memory_budget, None)
     options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
-    jac1 = jacobian(tun, data1, theta, **options, progress=progress)
-    jac2 = jac1 if data2 is None else jacobian(tun, data2, theta, **options)
-    epsilon = measure_epsilon(tun, data1, theta, jac1, check_examples, precision, memory_budget)
-    return kernel_from_jacobian(jac1, jac2, groups, precision, epsilon, keep_jacobian and data2 is None)
+    return Work.of(tun, data1, data2, theta, groups, chosen, engine=engine, **options).estimate(stored)
 
 
-def _choose(tun: Tunable, data: Dataset, dtype: str | None, memory_budget: int) -> str:
-    """Returns the engine for `"auto"`: the one that holds the Jacobian, unless it does not fit and need not be."""
-    fits = jacobian_bytes(tun, data, dtype) <= memory_budget
-    return "jacobian" if fits or not isinstance(tun.apply, PeftFunction) else "factored"
+def _check_options(
+    engine: str,
+    kind: str,
+    dtype: str | None,
+    *,
+    keep_jacobian: bool,
+    store: str | Path | None,
+    resume: bool,
+    mesh: jax.sharding.Mesh | None,
+) -> None:
+    """Refuses options that do not go together.
+
+    Raises:
+        InputError: If there are some.
+    """
+    if engine == "neural_tangents":
+        given = {"dtype": dtype, "keep_jacobian": keep_jacobian, "store": store, "mesh": mesh}
+        if named := [name for name, value in given.items() if value]:
+            raise InputError(f'{" and ".join(named)}: no options of engine="neural_tangents"')
+        if kind_of(kind).of_signs:
+            raise InputError(f'kind="{kind}" does not follow from the kernels that engine="neural_tangents" computes')
+    if keep_jacobian and (engine == "factored" or kind != "full" or store or mesh):
+        raise InputError(
+            'keep_jacobian is an option of engine="jacobian" with kind="full", without store and mesh; nothing else '
+            "holds the whole Jacobian"
+        )
+    if mesh is not None and (engine == "factored" or kind_of(kind).of_signs or store):
+        raise InputError('mesh goes with engine="jacobian" and without store, and not with the kinds of signs')
+    if resume and store is None:
+        raise InputError("resume=True needs the store to go on with")
+
+
+def _choose(
+    engine: str, tun: Tunable, data: Dataset, theta: PyTree, dtype: str | None, budget: int, whole: Any
+) -> tuple[str, str]:
+    """Returns the engine, and why where that was left open: what holds the Jacobian, unless it does not fit."""
+    if engine != "auto":
+        return engine, ""
+    size = f"the Jacobian takes {jacobian_bytes(tun, data, dtype) / 2**30:.2g} GiB"
+    if whole:
+        return "jacobian", "chosen since the Jacobian is to be held"
+    if jacobian_bytes(tun, data, dtype) <= budget:
+        return "jacobian", f"chosen since {size}, within memory_budget"
+    if not isinstance(tun.apply, PeftFunction):
+        return "jacobian", f"chosen since the model is not of Linen modules; {size}, kept in files"
+    try:
+        find_sites(tun, data, theta, 1)
+    except InputError as error:
+        return "jacobian", f"chosen although {size}: {error}"
+    return "factored", f"chosen since {size}, more than memory_budget"
+
+
+def _with_notes(info: KernelInfo, kind: Kind, blocks: Blocks, plan: Plan | None) -> KernelInfo:
+    """Adds to the record what was left out or changed on the way."""
+    notes = [info.note] if info.note else []
+    left_out = [path for paths in blocks.values() for path in paths if without_sign(path)]
+    if kind.of_signs and left_out:
+        notes.append(f"{len(left_out)} key biases left out: their derivative is rounding and has no sign")
+    notes += plan.events if plan else ()
+    return dataclasses.replace(info, note="; ".join(notes))
+
+
+def _in_memory(
+    work: Work, info: KernelInfo, blocks: Blocks, symmetric: bool, check_examples: int, progress: Progress | None
+) -> Kernel:
+    parts = {block: np.zeros(work.shape()) for block in blocks}
+    plan = work.plan()
+
+    def write(block: str, left: range, right: range, tile: np.ndarray) -> None:
+        parts[block][left.start : left.stop, right.start : right.stop] = tile
+        if symmetric and left != right:
+            parts[block][right.start : right.stop, left.start : left.stop] = transposed(tile)
+
+    def changed(new: Plan, _: float | None) -> None:
+        nonlocal plan
+        plan = new
+
+    epsilon = work.run(
+        plan,
+        write,
+        wanted=lambda *_: True,
+        folder=None,
+        check_examples=check_examples,
+        epsilon=None,
+        changed=changed,
+        progress=progress,
+    )
+    info = dataclasses.replace(_with_notes(info, work.kind, blocks, plan), epsilon_J=epsilon)
+    return Kernel(parts, symmetric, info, dict(blocks), kind=work.kind.name)
+
+
+def _in_store(
+    work: Work,
+    path: Path,
+    resume: bool,
+    inputs: Mapping[str, Any],
+    symmetric: bool,
+    check_examples: int,
+    progress: Progress | None,
+) -> Kernel:
+    if resume and path.exists():
+        store = KernelStore.open(path, "r+")
+        store.check_inputs(inputs)
+    else:
+        store = KernelStore.create(path, inputs, work.blocks, work.shape(), work.plan(), symmetric)
+    work.run(
+        store.plan,
+        store.write,
+        wanted=lambda *tile: not store.has(*tile),
+        folder=store.rows,
+        check_examples=check_examples,
+        epsilon=store.about["epsilon_J"],
+        changed=store.update,
+        progress=progress,
+    )
+    store.finish()
+    kernel = store.kernel()
+    return dataclasses.replace(kernel, info=_with_notes(kernel.info, work.kind, work.blocks, store.plan))
+
+
+def _on_mesh(
+    tun: Tunable,
+    data1: Dataset,
+    data2: Dataset | None,
+    theta: PyTree,
+    blocks: Blocks,
+    kind: Kind,
+    mesh: jax.sharding.Mesh,
+    info: KernelInfo,
+    check_examples: int,
+    *,
+    dtype: str | None,
+    precision: str,
+    memory_budget: int,
+    progress: Progress | None,
+) -> Kernel:
+    for data in (data1, data2):
+        if data is not None:
+            tun.check_batch(data.columns)
+    parts = ring_parts(
+        tun,
+        data1,
+        data2,
+        theta,
+        blocks,
+        mesh=mesh,
+        axis=mesh.axis_names[0],
+        seeds=kind.seeds(num_outputs(tun, data1)),
+        diagonal=kind.diagonal,
+        dtype=dtype,
+        precision=precision,
+        memory_budget=memory_budget,
+        progress=progress,
+    )
+    parts = {block: kind.finish(part) for block, part in parts.items()}
+    note = f"{mesh.size} devices in a ring"
+    epsilon = None
+    if check_examples:
+        some = data1.take(np.unique(np.linspace(0, len(data1) - 1, min(check_examples, len(data1))).astype(int)))
+        own = jacobian(tun, some, theta, dtype=dtype, precision=precision, memory_budget=memory_budget)
+        epsilon = measure_epsilon(tun, some, theta, own, len(some), precision, memory_budget)
+    info = dataclasses.replace(info, note=f"{info.note}; {note}" if info.note else note, epsilon_J=epsilon)
+    return Kernel(parts, data2 is None, info, dict(blocks), kind=kind.name)
 
 
 def kernel_from_jacobian(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -23,15 +23,8 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
-from jaxlin.ntk.jacobian import MAX_CHUNK, EpsilonCheck, Progress, gram, num_outputs, to_float64
 from jaxlin.peft.function import PeftFunction
-from jaxlin.tunable import ADAPTER_NAMES, Batch, Blocks, Tunable, leaf_paths
-
-_BLOCK_BYTES = 1 << 28
-"""Size of the derivatives that are formed at a time, in float32."""
-
-_CPU_CHUNK = 4
-"""Examples of a pass on a CPU, whose caches hold no more; measured by benchmarks/ntk.py."""
+from jaxlin.tunable import ADAPTER_NAMES, Batch, Tunable, leaf_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +53,14 @@ class Site:
         """Path of one of its leaves."""
         return f"{self.path}/{name}".lstrip("/")
 
-    def numbers(self, c: int) -> int:
-        """How many numbers its input and the cotangents of C outputs are, an example."""
-        return math.prod(self.inputs) + c * math.prod(self.outputs)
+    @property
+    def names(self) -> tuple[str, str]:
+        """Names of what it read, one for all sites that read the same, and of the cotangents at it."""
+        return f"{self.source}:input", f"{self.path}:cotangent"
+
+    def numbers(self, k: int) -> int:
+        """How many numbers its input and k cotangents are, an example."""
+        return math.prod(self.inputs) + k * math.prod(self.outputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +158,7 @@ def _owners(structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> dict[st
     return {path: met[0] for path, met in calls.items() if path in owners}
 
 
-def find_sites(tun: Tunable, data: Dataset, theta: PyTree) -> tuple[Site, ...]:
+def find_sites(tun: Tunable, data: Dataset, theta: PyTree, k: int) -> tuple[Site, ...]:
     """Finds the modules that own the tuned parameters, in the order of their calls.
 
     LoRA's A is left out where B is zero: its derivative is exactly zero there.
@@ -169,6 +167,7 @@ def find_sites(tun: Tunable, data: Dataset, theta: PyTree) -> tuple[Site, ...]:
         tun: The model.
         data: The examples.
         theta: Where the derivatives are taken.
+        k: How many rows of the Jacobian an example has.
 
     Returns:
         The sites; together they own every tuned leaf whose derivative is not left out.
@@ -184,7 +183,7 @@ def find_sites(tun: Tunable, data: Dataset, theta: PyTree) -> tuple[Site, ...]:
     leaves, structure = jax.tree.flatten((apply, theta, batch))
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, jnp.result_type(leaf)) for leaf in leaves)
     tuned, frozen = (flatten_dict(tree, sep="/") for tree in (theta, apply.frozen))
-    c, sites = num_outputs(tun, data), []
+    sites = []
     for path, call in _owners(structure, shapes).items():
         names = sorted(name for module, _, name in (leaf.rpartition("/") for leaf in tuned) if module == path)
         if "lora_B" in names and not np.any(tuned[f"{path}/lora_B"]):
@@ -193,7 +192,7 @@ def find_sites(tun: Tunable, data: Dataset, theta: PyTree) -> tuple[Site, ...]:
         site = Site(path, call.module, tuple(names), None, x.shape[1:], call.out.shape[1:], call.source)
         large = {nn.Dense: "kernel", nn.Embed: "embedding"}.get(type(call.module))
         adapted = any(site.leaf(name) in leaves for name in ADAPTER_NAMES for leaves in (tuned, frozen))
-        if large is not None and large in names and not adapted and site.numbers(c) < c * tuned[site.leaf(large)].size:
+        if large is not None and large in names and not adapted and site.numbers(k) < k * tuned[site.leaf(large)].size:
             site = dataclasses.replace(site, rows=tuple(name for name in names if name != large), factored=large)
         if site.rows or site.factored:
             sites.append(site)
@@ -201,12 +200,21 @@ def find_sites(tun: Tunable, data: Dataset, theta: PyTree) -> tuple[Site, ...]:
 
 
 @functools.partial(jax.jit, static_argnames=("sites",))
-def _pass(
-    apply: PeftFunction, theta: PyTree, batch: Batch, sites: tuple[Site, ...]
-) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
-    """Returns small derivatives by leaf `[B, C, size]`; of sites with a large one, inputs and cotangents `[C, B, …]`.
+def derivatives_and_factors(
+    apply: PeftFunction, theta: PyTree, batch: Batch, seeds: Float[Array, "k C"], sites: tuple[Site, ...]
+) -> dict[str, Array]:
+    """Returns what one pass gives, with the example on every leading axis.
 
-    The inputs are by `Site.source`, so that one that several modules read is there once.
+    Args:
+        apply: The model.
+        theta: Where.
+        batch: The examples.
+        seeds: Output cotangents that are pulled back.
+        sites: As `find_sites` found them.
+
+    Returns:
+        Small derivatives `[B, k, size]` by the path of their leaf; of sites with a large one, what the module read
+        `[B, …]` and the cotangents at it `[B, k, …]`, by `Site.names`.
     """
     size = next(iter(batch.values())).shape[0]
 
@@ -228,27 +236,28 @@ def _pass(
     shapes = {site.path: calls[site.path][0].out for site in sites}
     taps = {path: jnp.zeros((size, *shape.shape[1:]), shape.dtype) for path, shape in shapes.items()}
     outputs, pullback, inputs = jax.vjp(outputs_and_inputs, taps, has_aux=True)
-    c = outputs.shape[1]
-    seeds = jnp.broadcast_to(jnp.eye(c, dtype=outputs.dtype)[:, None], (c, size, c))
-    (cotangents,) = jax.vmap(pullback)(seeds)
+    k, c = seeds.shape
+    along = jnp.broadcast_to(seeds.astype(outputs.dtype)[:, None], (k, size, c))
+    (cotangents,) = jax.vmap(pullback)(along)
     params, adapters = apply.variables(theta)
     leaves = {**params, **adapters}
-    rows: dict[str, Array] = {}
+    found: dict[str, Array] = {}
     for site in sites:
         own = {path.rpartition("/")[2]: leaf for path, leaf in leaves.items() if path.rpartition("/")[0] == site.path}
         if site.rows:
             one = functools.partial(_small_derivatives, apply, site, own)
             for name, derivative in jax.vmap(one, in_axes=(0, 1))(inputs[site.path], cotangents[site.path]).items():
-                rows[site.leaf(name)] = derivative.reshape(size, c, -1)
-    large = [site for site in sites if site.factored]
-    read = {site.source: inputs[site.path] for site in large}
-    return rows, read, {site.path: cotangents[site.path] for site in large}
+                found[site.leaf(name)] = derivative.reshape(size, k, -1)
+        if site.factored:
+            x, delta = site.names
+            found[x], found[delta] = inputs[site.path], cotangents[site.path].swapaxes(0, 1)
+    return found
 
 
 def _small_derivatives(
     apply: PeftFunction, site: Site, own: Mapping[str, Array], x: Array, delta: Array
 ) -> dict[str, Array]:
-    """Derivatives `[C, …]` of one example's outputs with respect to the small leaves of a site."""
+    """Derivatives `[k, …]` of one example's outputs with respect to the small leaves of a site."""
 
     def local(small: Mapping[str, Array]) -> Array:
         return apply.module_output(site.path, site.module, {**own, **small}, x[None])[0]
@@ -257,194 +266,47 @@ def _small_derivatives(
     return jax.vmap(lambda d: back(d)[0])(delta)
 
 
-def _summed_in(dtype: np.dtype) -> type[np.floating]:
-    """Dtype that products of activations and cotangents are summed in: at least float32, on the host."""
+def summed_in(dtype: np.dtype) -> type[np.floating]:
+    """Returns the dtype that products of activations and cotangents are summed in on the host: at least float32."""
     return np.float64 if dtype == np.float64 else np.float32
 
 
-class _Pass:
-    """What a pass over a data set gave: small derivatives whole, and the factors of large ones by example."""
-
-    def __init__(self, tun: Tunable, data: Dataset, theta: PyTree, sites: tuple[Site, ...], chunk: int) -> None:
-        self.tun, self.data, self.theta, self.sites, self.chunk = tun, data, theta, sites, chunk
-        self.rows: dict[str, np.ndarray] = {}
-        self.inputs: dict[str, dict[int, np.ndarray]] = {site.path: {} for site in sites if site.factored}
-        self.cotangents: dict[str, dict[int, np.ndarray]] = {site.path: {} for site in sites if site.factored}
-
-    def run(self) -> Iterator[int]:
-        """Fills `rows`, `inputs` and `cotangents`; yields the examples done after each chunk."""
-        done = 0
-        for indices, batch in self.data.chunks(self.chunk):
-            rows, inputs, cotangents = jax.device_get(_pass(self.tun.apply, self.theta, batch, self.sites))
-            for path, value in rows.items():
-                if path not in self.rows:
-                    self.rows[path] = np.zeros((len(self.data), *value.shape[1:]), value.dtype)
-                self.rows[path][indices] = value[: len(indices)]
-            for site in self.sites:
-                if site.factored:
-                    x, delta = inputs[site.source], cotangents[site.path]
-                    self.inputs[site.path] |= dict(zip(indices.tolist(), x, strict=False))
-                    self.cotangents[site.path] |= dict(zip(indices.tolist(), delta.swapaxes(0, 1), strict=False))
-            done += len(indices)
-            yield done
-
-    def columns(self, site: Site, start: int, stop: int, out: np.ndarray) -> np.ndarray:
-        """Derivatives with respect to rows `start` to `stop` of a dense kernel, into `out` `[N, C, ≥ size]`."""
-        some = out[..., : (stop - start) * site.outputs[-1]].reshape(*out.shape[:2], stop - start, -1)
-        for i, x in self.inputs[site.path].items():
-            delta = self.cotangents[site.path][i].astype(out.dtype, copy=False)
-            x = x.reshape(-1, x.shape[-1])[:, start:stop].astype(out.dtype, copy=False)
-            np.matmul(x.T[None], delta.reshape(len(delta), len(x), -1), out=some[i])
-        return some.reshape(*out.shape[:2], -1)
-
-    def readers(self, site: Site) -> dict[int, list[tuple[int, np.ndarray]]]:
-        """Id to the examples that read it and their derivatives `[C, k]` with respect to its embedding."""
-        found: dict[int, list[tuple[int, np.ndarray]]] = {}
-        for i, ids in self.inputs[site.path].items():
-            delta = self.cotangents[site.path][i]
-            delta = delta.reshape(len(delta), ids.size, -1)
-            unique, where = np.unique(ids, return_inverse=True)
-            sums = np.zeros((len(unique), len(delta), delta.shape[-1]), _summed_in(delta.dtype))
-            np.add.at(sums, where.reshape(-1), delta.swapaxes(0, 1))
-            for word, derivative in zip(unique.tolist(), sums, strict=True):
-                found.setdefault(word, []).append((i, derivative))
-        return found
+Factors = Mapping[int, tuple[np.ndarray, np.ndarray]]
+"""Example to what a module read and the cotangents `[k, …]` at it."""
 
 
-def _stacked(found: list[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    examples, derivatives = zip(*found, strict=True)
-    return np.array(examples), np.stack(derivatives)
-
-
-def _large_blocks(
-    first: _Pass, last: _Pass, site: Site, c: int
-) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yields some rows of a large leaf, the examples that they matter to, and the derivatives of both data sets."""
-    if site.factored == "embedding":
-        readers = first.readers(site)
-        others = readers if last is first else last.readers(site)
-        nobody = [(0, np.zeros((c, site.outputs[-1])))]
-        for word, mine in readers.items():
-            examples1, rows1 = _stacked(mine)
-            examples2, rows2 = (examples1, rows1) if last is first else _stacked(others.get(word, nobody))
-            yield slice(word, word + 1), examples1, rows1, examples2, rows2
-        return
-    n, d_in, d_out = len(first.data) + len(last.data), site.inputs[-1], site.outputs[-1]
-    width = int(np.clip(_BLOCK_BYTES // (4 * n * c * d_out), 1, d_in))
-    dtype = _summed_in(next(iter(first.cotangents[site.path].values())).dtype)
-    passes = [first] if last is first else [first, last]
-    out = [np.empty((len(one.data), c, width * d_out), dtype) for one in passes]
-    for start in range(0, d_in, width):
-        stop = min(start + width, d_in)
-        rows = [one.columns(site, start, stop, into) for one, into in zip(passes, out, strict=True)]
-        yield slice(start, stop), np.arange(len(rows[0])), rows[0], np.arange(len(rows[-1])), rows[-1]
-
-
-def _groups(sites: tuple[Site, ...], n: int, c: int, itemsize: int, memory_budget: int) -> list[tuple[Site, ...]]:
-    """Returns the sites in parts such that what is kept of each part fits half of the budget.
-
-    Raises:
-        InputError: If what is kept of one site does not.
-    """
-    groups: list[list[Site]] = [[]]
-    held = 0
-    for site in sites:
-        size = n * itemsize * site.numbers(c) if site.factored else 0
-        if size > memory_budget // 2:
-            raise InputError(
-                f"activations and cotangents of {site.path} take {size / 2**30:.1f} GiB for {n} examples, more than "
-                f"half of memory_budget={memory_budget / 2**30:.1f} GiB; use fewer examples, or raise the budget"
-            )
-        if held + size > memory_budget // 2:
-            groups.append([])
-            held = 0
-        groups[-1].append(site)
-        held += size
-    return [tuple(group) for group in groups]
-
-
-def factored_parts(
-    tun: Tunable,
-    data1: Dataset,
-    data2: Dataset | None,
-    theta: PyTree,
-    blocks: Blocks,
-    *,
-    dtype: str | None,
-    precision: str,
-    memory_budget: int,
-    check_examples: int,
-    progress: Progress | None = None,
-) -> tuple[dict[str, Float[np.ndarray, "N1 N2 C C"]], float | None]:
-    """Computes block kernels without ever holding the Jacobian of a large weight.
-
-    Where the activations and cotangents of all modules do not fit half of the budget, the passes are repeated for
-    some modules at a time.
+def columns(site: Site, factors: Factors, start: int, stop: int, first: int, out: np.ndarray) -> np.ndarray:
+    """Forms derivatives with respect to some rows of a dense kernel.
 
     Args:
-        tun: The model, made of a `Model`.
-        data1: Rows.
-        data2: Columns; `None` for the rows again.
-        theta: Where.
-        blocks: Block name to leaf paths.
-        dtype: `"float64"`, or `None` for that of the parameters.
-        precision: Of matrix products on the device.
-        memory_budget: Bytes for what is kept on the host.
-        check_examples: Number of examples whose derivatives are compared with float64; 0 for none.
-        progress: Called with examples done and in all, over all passes.
+        site: The dense module.
+        factors: Of the examples.
+        start: First row of the kernel.
+        stop: One past the last.
+        first: The example that comes first in `out`.
+        out: Buffer `[N, k, ≥ size]`.
 
     Returns:
-        Block name to kernel, float64, and the measured ε_J (`None` without a check).
-
-    Raises:
-        InputError: As `find_sites`; or if the small derivatives, or what is kept of one module, do not fit the budget.
+        The derivatives `[N, k, size]`, in `out`; of examples without factors, zero.
     """
-    for data in (data1, data2):
-        if data is not None:
-            tun.check_batch(data.columns)
-    sites, c = find_sites(tun, data1, theta), num_outputs(tun, data1)
-    both = [data1] if data2 is None else [data1, data2]
-    n = sum(map(len, both))
-    shape = (len(data1), len(both[-1]), c, c)
-    check = EpsilonCheck(tun, data1, theta, check_examples, precision, memory_budget)
-    if dtype == "float64":
-        apply, theta = to_float64((tun.apply, theta))
-        tun = dataclasses.replace(tun, apply=apply)
-    itemsize = max(leaf.dtype.itemsize for leaf in jax.tree.leaves(theta))
-    tuned = flatten_dict(theta, sep="/")
-    small = n * c * itemsize * sum(tuned[s.leaf(name)].size for s in sites for name in s.rows)
-    if small > memory_budget:
-        raise InputError(
-            f"derivatives of {n} examples with respect to the small parameters take {small / 2**30:.1f} GiB, more than "
-            f"memory_budget={memory_budget / 2**30:.1f} GiB; use fewer examples, tune less, or raise the budget"
-        )
-    groups = _groups(sites, n, c, itemsize, memory_budget)
-    block_of = {path: name for name, paths in blocks.items() for path in paths}
-    parts = {name: np.zeros(shape) for name in blocks}
-    done, total = 0, n * len(groups)
-    with (
-        jax.enable_x64(dtype == "float64" or jax.config.read("jax_enable_x64")),
-        jax.default_matmul_precision(precision),
-    ):
-        for group in groups:
-            widest = max(site.numbers(c) for site in group) * len(group) * itemsize
-            most = _CPU_CHUNK if jax.default_backend() == "cpu" else MAX_CHUNK
-            chunk = int(np.clip(memory_budget // 8 // widest, 1, most))
-            passes = [_Pass(tun, data, theta, group, min(chunk, len(data))) for data in both]
-            for one in passes:
-                for count in one.run():
-                    if progress is not None:
-                        progress(done + count, total)
-                done += len(one.data)
-            first, last = passes[0], passes[-1]
-            for path, rows in first.rows.items():
-                parts[block_of[path]] += gram(rows, last.rows[path])
-                check.compare(path, rows)
-            for site in group:
-                if site.factored is None:
-                    continue
-                path = site.leaf(site.factored)
-                for some, examples1, rows1, examples2, rows2 in _large_blocks(first, last, site, c):
-                    parts[block_of[path]][np.ix_(examples1, examples2)] += gram(rows1, rows2)
-                    check.compare(path, rows1, examples1, some)
-    return parts, check.epsilon()
+    some = out[..., : (stop - start) * site.outputs[-1]].reshape(*out.shape[:2], stop - start, -1)
+    if len(factors) < len(out):
+        some[:] = 0
+    for i, (x, delta) in factors.items():
+        delta = delta.astype(out.dtype, copy=False)
+        x = x.reshape(-1, x.shape[-1])[:, start:stop].astype(out.dtype, copy=False)
+        np.matmul(x.T[None], delta.reshape(len(delta), len(x), -1), out=some[i - first])
+    return some.reshape(*out.shape[:2], -1)
+
+
+def readers(factors: Factors) -> dict[int, list[tuple[int, np.ndarray]]]:
+    """Returns for every id the examples that read it and their derivatives `[k, d]` with respect to its embedding."""
+    found: dict[int, list[tuple[int, np.ndarray]]] = {}
+    for i, (ids, delta) in factors.items():
+        delta = delta.reshape(len(delta), ids.size, -1)
+        unique, where = np.unique(ids, return_inverse=True)
+        sums = np.zeros((len(unique), len(delta), delta.shape[-1]), summed_in(delta.dtype))
+        np.add.at(sums, where.reshape(-1), delta.swapaxes(0, 1))
+        for word, derivative in zip(unique.tolist(), sums, strict=True):
+            found.setdefault(word, []).append((i, derivative))
+    return found

@@ -27,11 +27,19 @@ _GRAM_COLUMNS = 1 << 14
 
 
 @jax.jit
-def _outputs_and_jacobian(apply: Callable[[PyTree, Batch], Array], theta: PyTree, batch: Batch) -> tuple[Array, PyTree]:
+def outputs_and_jacobian(
+    apply: Callable[[PyTree, Batch], Array],
+    theta: PyTree,
+    batch: Batch,
+    seeds: Float[Array, "k C"] | None = None,
+) -> tuple[Float[Array, "B C"], PyTree]:
+    """Returns outputs and, for every leaf, `[B, k, …]`: each example's `seeds @ J`; J itself without seeds."""
+
     def one(example: Batch) -> tuple[Array, PyTree]:
         single = {name: value[None] for name, value in example.items()}
         outputs, pullback = jax.vjp(lambda p: apply(p, single)[0], theta)
-        (rows,) = jax.vmap(pullback)(jnp.eye(outputs.shape[0], dtype=outputs.dtype))
+        along = jnp.eye(outputs.shape[0]) if seeds is None else seeds
+        (rows,) = jax.vmap(pullback)(along.astype(outputs.dtype))
         return outputs, rows
 
     return jax.vmap(one)(batch)
@@ -118,7 +126,7 @@ def jacobian(
         raise InputError(
             f"the Jacobian of {len(data)} examples with respect to {tun.num_params:,} parameters takes "
             f"{size / 2**30:.1f} GiB, more than memory_budget={memory_budget / 2**30:.1f} GiB; use fewer examples, "
-            'tune less, or raise the budget (engine="factored" does not hold it whole)'
+            "tune less, or raise the budget (kernels do without it, unless keep_jacobian)"
         )
     chunk = int(np.clip(memory_budget // 16 // max(size // len(data), 1), 1, min(MAX_CHUNK, len(data))))
     apply, theta = tun.apply, tun.theta0 if theta is None else theta
@@ -132,7 +140,7 @@ def jacobian(
         jax.default_matmul_precision(precision),
     ):
         for indices, batch in data.chunks(chunk):
-            f, rows = jax.device_get(_outputs_and_jacobian(apply, theta, batch))
+            f, rows = jax.device_get(outputs_and_jacobian(apply, theta, batch))
             leaves, n = jax.tree.leaves(rows), len(indices)
             if outputs is None:
                 outputs = np.zeros((len(data), f.shape[1]), f.dtype)
@@ -164,6 +172,17 @@ def gram(
         part2 = part1 if same else rows2[..., start : start + _GRAM_COLUMNS].reshape(n2 * c, -1).astype(np.float64)
         total += part1 @ part2.T
     return np.ascontiguousarray(total.reshape(n1, c, n2, c).transpose(0, 2, 1, 3))
+
+
+def gram_of_equal(
+    rows1: Float[np.ndarray, "N1 C size"], rows2: Float[np.ndarray, "N2 C size"]
+) -> Float[np.ndarray, "N1 N2 C"]:
+    """Returns the entries of `gram` for equal outputs, without the others."""
+    out = np.empty((len(rows1), len(rows2), rows1.shape[1]))
+    for c in range(rows1.shape[1]):
+        one = rows1[:, c : c + 1]
+        out[:, :, c] = gram(one, one if rows1 is rows2 else rows2[:, c : c + 1])[:, :, 0, 0]
+    return out
 
 
 def measure_epsilon(
@@ -206,7 +225,19 @@ class EpsilonCheck:
         examples: int,
         precision: str,
         memory_budget: int = MEMORY_BUDGET,
+        seeds: Float[np.ndarray, "k C"] | None = None,
     ) -> None:
+        """Computes the reference.
+
+        Args:
+            tun: The model.
+            data: The examples.
+            theta: Where; default `tun.theta0`.
+            examples: How many of them, spread evenly.
+            precision: Of the reference's matrix products.
+            memory_budget: Bytes for the reference; fewer examples are taken where they need more.
+            seeds: What the rows compared are of: `seeds @ J`; default J.
+        """
         examples = min(examples, len(data), memory_budget // (jacobian_bytes(tun, data, "float64") // len(data)))
         self.chosen = np.unique(np.linspace(0, len(data) - 1, examples).astype(int)) if examples else np.zeros(0, int)
         theta = tun.theta0 if theta is None else theta
@@ -217,6 +248,8 @@ class EpsilonCheck:
         if examples:
             options: dict[str, Any] = {"dtype": "float64", "precision": precision, "memory_budget": memory_budget}
             self.reference = jacobian(tun, data.take(self.chosen), theta, **options).rows
+            if seeds is not None:
+                self.reference = {path: np.matmul(seeds, rows) for path, rows in self.reference.items()}
 
     def compare(
         self, path: str, rows: np.ndarray, examples: np.ndarray | None = None, part: slice = slice(None)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from jaxlin.errors import InputError
+from jaxlin.ntk.kinds import kind_of
 from jaxlin.tunable import block_factors
 
 
@@ -25,6 +27,7 @@ class KernelInfo:
         device: Platform it ran on.
         epsilon_J: Relative Frobenius error of the Jacobian, measured by recomputing the rows of a few
             examples in float64 (theory 6); `None` where it was not measured.
+        note: Why the engine was chosen, where that was left to `ntk`; what changed on the way.
     """
 
     engine: str
@@ -33,36 +36,113 @@ class KernelInfo:
     precision: str
     device: str
     epsilon_J: float | None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parts(Mapping[str, np.ndarray]):
+    """Some block kernels times a weight each, read from their source when they are asked for."""
+
+    source: Mapping[str, Any]
+    weights: Mapping[str, float]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """One block."""
+        weight = self.weights[name]
+        return self.source[name] if weight == 1 else weight * self.source[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kernel:
-    """Empirical NTK `K(x1, x2) = J(x1) J(x2)ᵀ`, unnormalised (theory 0), in float64 on the host.
+    """Empirical NTK `K(x1, x2) = J(x1) J(x2)ᵀ`, unnormalised (theory 0), or of another kind, in float64 on the host.
 
     Attributes:
-        parts: Block name to its kernel `[N1, N2, C, C]`; the kernel is their sum.
-        symmetric: Whether x2 is x1, so that the kernel is symmetric and positive semidefinite.
+        parts: Block name to its kernel, in the shape of the kind; the kernel is their sum. They may lie on disk.
+        symmetric: Whether the kernel is symmetric: x2 is x1, and the kind is. It is positive semidefinite then.
         info: How it was computed.
         jacobian: Leaf path to `[N1, C, size]`, where it was kept; leaves that vanish are left out.
         leaves: Block name to the paths of its leaves.
+        kind: `"full"` is `[N1, N2, C, C]`; see `jaxlin.ntk.kinds.KINDS` for the others.
     """
 
-    parts: Mapping[str, Float[np.ndarray, "N1 N2 C C"]]
+    parts: Mapping[str, Any]  # not checked any further: it may lie on disk
     symmetric: bool
     info: KernelInfo
     leaves: Mapping[str, tuple[str, ...]]
     jacobian: Mapping[str, Float[np.ndarray, "N1 C _"]] | None = None
+    kind: str = "full"
 
     @functools.cached_property
-    def array(self) -> Float[np.ndarray, "N1 N2 C C"]:
-        """The kernel in neural-tangents' layout `[N1, N2, C, C]`."""
-        parts = list(self.parts.values())
-        return parts[0] if len(parts) == 1 else np.sum(parts, axis=0)
+    def array(self) -> Float[np.ndarray, "N1 N2 ..."]:
+        """The kernel, in neural-tangents' layout `[N1, N2, C, C]` where it is full."""
+        parts = iter(self.parts.values())
+        total = next(parts)
+        if len(self.parts) > 1:
+            total = total.copy()
+            for part in parts:  # one at a time: they may lie on disk
+                total += part
+        return total
 
     def matrix(self) -> Float[np.ndarray, "m1 m2"]:
-        """The kernel as a matrix `[N1*C, N2*C]`, example-major: row `i*C + c` is output c of example i."""
-        n1, n2, c, _ = self.array.shape
-        return self.array.transpose(0, 2, 1, 3).reshape(n1 * c, n2 * c)
+        """Returns the kernel as a matrix, example-major: row `i*C + c` is output c of example i.
+
+        Returns:
+            `[N1*C, N2*C]`; of the diagonal kind with zeros between different outputs. `[N1, N2]` for kinds with one
+            number a pair of examples: in a regression such a kernel means K ⊗ I_C (theory 9).
+        """
+        if self.array.ndim == 2:
+            return self.array
+        n1, n2, c = self.array.shape[:3]
+        full = self.array if self.array.ndim == 4 else self.array[..., None] * np.eye(c)
+        return full.transpose(0, 2, 1, 3).reshape(n1 * c, n2 * c)
+
+    def nearest_psd(self) -> Kernel:
+        """Returns the positive semidefinite kernel nearest to this one in the Frobenius norm (Higham 1988).
+
+        The explicit choice that a kernel without symmetry, such as `"asymmetric_signgd"`, needs before it has a
+        spectrum: its symmetric part, with negative eigenvalues set to 0. One block, since blocks would not sum to it.
+
+        Raises:
+            InputError: If the kernel is of two sets of examples.
+        """
+        if kind_of(self.kind).symmetric:
+            return self.require_symmetric("nearest_psd")
+        matrix = self.matrix()
+        if len(matrix) != len(matrix.T):
+            raise InputError("nearest_psd needs the kernel of examples with themselves; this one is of two sets")
+        values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+        nearest = (vectors * np.clip(values, 0, None)) @ vectors.T
+        n, c = self.array.shape[0], self.array.shape[2]
+        block = ((nearest + nearest.T) / 2).reshape(n, c, n, c).transpose(0, 2, 1, 3)
+        leaves = {"all": tuple(path for paths in self.leaves.values() for path in paths)}
+        info = dataclasses.replace(self.info, note=f"nearest positive semidefinite kernel to the {self.kind} kernel")
+        return Kernel({"all": np.ascontiguousarray(block)}, True, info, leaves)
+
+    def require_symmetric(self, what: str) -> Kernel:
+        """Returns the kernel, if it is symmetric and positive semidefinite.
+
+        Args:
+            what: What needs it, for the message.
+
+        Raises:
+            InputError: If it is not; says what to do.
+        """
+        if not kind_of(self.kind).symmetric and not self.symmetric:
+            raise InputError(
+                f'{what} needs a symmetric positive semidefinite kernel; one of kind="{self.kind}" is neither. Choose '
+                "kernel.nearest_psd() explicitly, or another kind"
+            )
+        if not self.symmetric:
+            raise InputError(
+                f"{what} needs the kernel of examples with themselves; this one is of two sets of examples"
+            )
+        return self
 
     @property
     def blocks(self) -> dict[str, Kernel]:
@@ -103,7 +183,7 @@ class Kernel:
                     'as blocks="leaf"'
                 )
             weights[block] = by_path[members[0]]
-        parts = {block: weights[block] * part for block, part in self.parts.items()}
+        parts = Parts(self.parts, weights)
         rows = self.jacobian and {path: by_path[path] ** 0.5 * jac for path, jac in self.jacobian.items()}
         return dataclasses.replace(self, parts=parts, jacobian=rows)
 
@@ -130,5 +210,5 @@ class Kernel:
         kept = {path for paths in leaves.values() for path in paths}
         jacobian = None if self.jacobian is None else {p: j for p, j in self.jacobian.items() if p in kept}
         return dataclasses.replace(
-            self, parts={block: self.parts[block] for block in leaves}, leaves=leaves, jacobian=jacobian
+            self, parts=Parts(self.parts, dict.fromkeys(leaves, 1.0)), leaves=leaves, jacobian=jacobian
         )

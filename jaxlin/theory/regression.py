@@ -19,7 +19,7 @@ class KernelRegression:
     """The linearized model trained by squared loss, at any time (theory 2).
 
     Attributes:
-        matrix: K₀ `[m, m]`, example-major, m = N·C.
+        matrix: K₀ `[m, m]`, example-major, m = N·C; or m = N for a kernel that stands for K ⊗ I_C (theory 9).
         eigenvalues: μ `[m]`, ascending.
         eigenvectors: V `[m, m]`.
         f0: Outputs of the pretrained model on the training examples `[N, C]`.
@@ -66,13 +66,17 @@ class KernelRegression:
             phi = phi_heavy_ball(s, int(t), learning_rate, momentum)
         else:
             phi = phi_gradient_descent(s, int(t), learning_rate)
-        residual = (self.f0 - self.y).reshape(-1)
-        return -(self.eigenvectors @ (phi * (self.eigenvectors.T @ residual))).reshape(self.f0.shape)
+        residual = self._columns(self.f0 - self.y)
+        return -(self.eigenvectors @ (phi[:, None] * (self.eigenvectors.T @ residual))).reshape(self.f0.shape)
+
+    def _columns(self, values: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "m _"]:
+        """One column for the kernel of all outputs, C of them for one that each output has alike."""
+        return values.reshape(len(self.matrix), -1)
 
     def train(self, t: float | None = None, **options: Any) -> Float[np.ndarray, "N C"]:
         """Returns the outputs on the training examples `[N, C]`; arguments as for `coefficients`."""
         alpha = self.coefficients(t, **options)
-        return self.f0 + (self.matrix @ alpha.reshape(-1)).reshape(self.f0.shape)
+        return self.f0 + (self.matrix @ self._columns(alpha)).reshape(self.f0.shape)
 
     def test(
         self,
@@ -93,12 +97,13 @@ class KernelRegression:
             InputError: If the shapes do not fit.
         """
         rows, f0_test = kernel_test_train.matrix(), np.asarray(f0_test, np.float64)
-        if rows.shape != (f0_test.size, self.f0.size):
+        expected = (f0_test.size * len(self.matrix) // self.f0.size, len(self.matrix))
+        if rows.shape != expected:
             raise InputError(
                 f"kernel_test_train has a matrix of shape {rows.shape}; expected (test outputs, training outputs) = "
-                f"{(f0_test.size, self.f0.size)}"
+                f"{expected}"
             )
-        return f0_test + (rows @ self.coefficients(t, **options).reshape(-1)).reshape(f0_test.shape)
+        return f0_test + (rows @ self._columns(self.coefficients(t, **options))).reshape(f0_test.shape)
 
     def leave_one_out(self) -> Float[np.ndarray, "N C"]:
         """Returns the outputs for each example of the model trained to infinity on the others.
@@ -108,13 +113,13 @@ class KernelRegression:
         """
         if not self.ridge > 0:
             raise InputError(f"leave-one-out needs ridge > 0; it is {self.ridge}")
-        n, c = self.f0.shape
+        n = len(self.f0)
+        c = len(self.matrix) // n
         scaled = self.eigenvectors / (self.eigenvalues + self.ridge)
         inverse = (scaled @ self.eigenvectors.T).reshape(n, c, n, c)
-        residual = (self.f0 - self.y).reshape(-1)
-        solved = (scaled @ (self.eigenvectors.T @ residual)).reshape(n, c, 1)
+        solved = (scaled @ (self.eigenvectors.T @ self._columns(self.f0 - self.y))).reshape(n, c, -1)
         diagonal = inverse[np.arange(n), :, np.arange(n), :]
-        return self.y + np.linalg.solve(diagonal, solved)[..., 0]
+        return self.y + np.linalg.solve(diagonal, solved).reshape(self.y.shape)
 
 
 def kernel_regression(
@@ -123,7 +128,7 @@ def kernel_regression(
     """Prepares closed-form predictions of the linearized model under squared loss (theory 2).
 
     Args:
-        kernel: K₀ of the training examples.
+        kernel: K₀ of the training examples; one of a kind `[N, N]` stands for K ⊗ I_C (theory 9).
         y: Targets `[N, C]`.
         f0: Outputs of the pretrained model `[N, C]`.
         ridge: λ of the summed loss `½‖f − y‖² + (λ/2)‖δ‖²`, at least 0.
@@ -135,10 +140,11 @@ def kernel_regression(
         InputError: If the shapes do not fit, the ridge is negative, or the kernel is not symmetric or finite.
     """
     y, f0 = np.asarray(y, np.float64), np.asarray(f0, np.float64)
-    matrix = kernel.matrix()
-    if not kernel.symmetric or y.shape != f0.shape or matrix.shape != (y.size, y.size):
+    matrix = kernel.require_symmetric("kernel regression").matrix()
+    fits = y.ndim == 2 and len(matrix) == (len(y) if kernel.array.ndim == 2 else y.size)
+    if not fits or y.shape != f0.shape:
         raise InputError(
-            f"expected the symmetric kernel of the training examples and y, f0 of shape [N, C]; got a matrix of shape "
+            f"expected the kernel of the training examples and y, f0 of shape [N, C]; got a matrix of shape "
             f"{matrix.shape}, y {y.shape}, f0 {f0.shape}"
         )
     if not ridge >= 0:

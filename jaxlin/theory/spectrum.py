@@ -111,11 +111,9 @@ def spectrum(kernel: Kernel) -> Spectrum:
         the Jacobian's dtype is assumed (1e-6 for float32).
 
     Raises:
-        InputError: If the kernel is not symmetric, or holds NaN or infinity.
+        InputError: If the kernel is not symmetric and positive semidefinite, or holds NaN or infinity.
     """
-    if not kernel.symmetric:
-        raise InputError("a spectrum needs the kernel of examples with themselves; this one is of two sets of examples")
-    matrix, info = kernel.matrix(), kernel.info
+    matrix, info = kernel.require_symmetric("a spectrum").matrix(), kernel.info
     if not np.isfinite(matrix).all():
         raise InputError("the kernel holds NaN or infinity; check the model's weights and inputs")
     m = len(matrix)

@@ -1,0 +1,115 @@
+"""Meshes of devices, and what lies where on them: the same for one device, several, and several processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from jaxlin.data.dataset import Dataset
+from jaxlin.errors import InputError
+
+
+def make_mesh(axes: Mapping[str, int] | None = None, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Makes a mesh whose axes are all `AxisType.Auto`.
+
+    `jax.make_mesh` makes explicit axes unless told otherwise, on which Flax's `Embed` fails.
+
+    Args:
+        axes: Name to size; the product of the sizes is the number of devices. Default: one axis, `"data"`, of all.
+        devices: The devices; default all, of every process.
+
+    Returns:
+        The mesh.
+
+    Raises:
+        InputError: If a size is not positive, or their product is not the number of devices.
+
+    Example:
+        >>> import jaxlin.mesh
+        >>> dict(jaxlin.mesh.make_mesh({"data": 1, "model": 1}, devices=jax.devices()[:1]).shape)
+        {'data': 1, 'model': 1}
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    axes = {"data": len(devices)} if axes is None else dict(axes)
+    if any(size < 1 for size in axes.values()):
+        raise InputError(f"sizes of a mesh's axes are {axes}; expected positive ones")
+    if not axes or math.prod(axes.values()) != len(devices):
+        raise InputError(
+            f"a mesh of axes {axes} takes {math.prod(axes.values()) if axes else 'at least 1'} devices and "
+            f"{len(devices)} were given; change the sizes, or name the devices to use by devices="
+        )
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes), devices=devices)
+
+
+def place(tree: PyTree, mesh: Mesh, axis: str | None = None) -> PyTree:
+    """Puts arrays on the devices of a mesh.
+
+    Args:
+        tree: A pytree of arrays, the same in every process; float64 and int64 become 32 bits wide where x64 is off.
+        mesh: The mesh.
+        axis: Axis of the mesh that the leading axis of every array is split over; `None`: every device has all of
+            it, but what already lies on this mesh stays as it lies (parameters split over an axis for models).
+
+    Returns:
+        The tree of global arrays.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(axis))
+
+    def put(leaf: Any) -> jax.Array:
+        if axis is None and isinstance(leaf, jax.Array) and getattr(leaf.sharding, "mesh", None) == mesh:
+            return leaf
+        if not mesh.is_multi_process:
+            return jax.device_put(leaf, sharding)  # from device to device, where it is on one
+        value = np.asarray(leaf)
+        value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    return jax.tree.map(put, tree)
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """Returns a global array on the host of every process."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    with jax.enable_x64(True):  # the gathering program would make float64 float32
+        return multihost_utils.process_allgather(array, tiled=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Share:
+    """Which examples of a data set go to which device.
+
+    Attributes:
+        data: The examples.
+        chunk: How many of them a device computes at a time: batch t of `data.chunks(devices * chunk)`, split over the
+            devices, is rows `t * chunk` to `(t + 1) * chunk` of each.
+        examples: Index of the example in every row of every device, `[devices, rows]`; -1 for a filler.
+    """
+
+    data: Dataset
+    chunk: int
+    examples: np.ndarray
+
+    @classmethod
+    def of(cls, data: Dataset, devices: int, largest_chunk: int) -> Share:
+        """Splits every length bucket over the devices, so that short examples are computed at their length."""
+        even = -(-len(data) // (max(len(data.buckets), 1) * devices))  # larger chunks would hold fillers
+        chunk, slots = min(largest_chunk, even), []
+        for indices, _ in data.chunks(devices * chunk):
+            rows = np.full(devices * chunk, -1)
+            rows[: len(indices)] = indices
+            slots.append(rows.reshape(devices, chunk))
+        return cls(data, chunk, np.concatenate(slots, axis=1))
+
+    def on(self, device: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns which rows of a device hold an example, and which example that is."""
+        rows = np.flatnonzero(self.examples[device] >= 0)
+        return rows, self.examples[device, rows]

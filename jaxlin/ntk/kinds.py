@@ -1,0 +1,126 @@
+"""Kinds of kernels: which rows of J they need, how those are paired, what may be done with the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxlin.errors import InputError
+
+_SIGN_THRESHOLD = 8.4
+"""τ in units of the dtype's rounding: 1e-6 in float32 (theory 9)."""
+
+_KEY_BIAS = re.compile(r"(^|/)(key|k_proj|k_lin|k)/bias$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of kernel (theory 9).
+
+    Attributes:
+        name: As `ntk(kind=...)` takes it.
+        shape: Of the kernel of N1 with N2 examples.
+        rows: Which rows of J an example has: `"each"` output's, that of their `"sum"` over √C, or of the
+            `"difference"` of two.
+        diagonal: Whether only equal outputs are paired.
+        averaged: Whether it is the mean of those over the outputs.
+        signs: Whether the rows of J on the left and on the right are replaced by their signs.
+    """
+
+    name: str
+    shape: str
+    rows: str = "each"
+    diagonal: bool = False
+    averaged: bool = False
+    signs: tuple[bool, bool] = (False, False)
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the kernel of examples with themselves is symmetric; it is positive semidefinite then, too."""
+        return self.signs[0] == self.signs[1]
+
+    @property
+    def of_signs(self) -> bool:
+        """Whether signs of J enter."""
+        return any(self.signs)
+
+    def seeds(self, c: int) -> Float[np.ndarray, "k C"]:
+        """Returns the output cotangents whose pullbacks are the rows of J that enter.
+
+        Raises:
+            InputError: If the kind is not defined for C outputs.
+        """
+        if self.rows == "sum":
+            return np.full((1, c), c**-0.5)
+        if self.rows == "difference":
+            if c != 2:
+                raise InputError(f'kind="{self.name}" is of the difference of two outputs; the model has {c}')
+            return np.array([[-1.0, 1.0]])
+        return np.eye(c)
+
+    def finish(self, grams: np.ndarray) -> np.ndarray:
+        """Returns the kernel of products of rows: `[N1, N2, k, k]`, or `[N1, N2, k]` where only equal ones are paired.
+
+        Linear, so that it may be applied to sums of them, or to each block's.
+        """
+        if self.averaged:
+            return grams.mean(axis=-1)
+        return grams if self.rows == "each" else grams[:, :, 0, 0]
+
+    def of_full(self, full: Float[np.ndarray, "N1 N2 C C"]) -> np.ndarray:
+        """Returns the kernel from the full one.
+
+        Raises:
+            InputError: If it does not follow from that: the kinds of signs.
+        """
+        if self.of_signs:
+            raise InputError(f'kind="{self.name}" does not follow from the full kernel; use another engine')
+        seeds = self.seeds(full.shape[-1])
+        grams = np.einsum("nmcd,kc,ld->nmkl", full, seeds, seeds, optimize=True)
+        return self.finish(np.einsum("nmkk->nmk", grams) if self.diagonal else grams)
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("full", "[N1, N2, C, C]"),
+        Kind("trace", "[N1, N2]", diagonal=True, averaged=True),
+        Kind("diagonal", "[N1, N2, C]", diagonal=True),
+        Kind("logit_difference", "[N1, N2]", rows="difference"),
+        Kind("pseudo", "[N1, N2]", rows="sum"),
+        Kind("signgd", "[N1, N2, C, C]", signs=(True, True)),
+        Kind("asymmetric_signgd", "[N1, N2, C, C]", signs=(False, True)),
+    )
+}
+
+
+def kind_of(name: str) -> Kind:
+    """Returns the kind of a name.
+
+    Raises:
+        InputError: If there is none.
+    """
+    if name not in KINDS:
+        raise InputError(f"kind={name!r} is unknown; expected one of {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def without_sign(path: str) -> bool:
+    """Whether a leaf is a key bias of attention: softmax ignores it, so its derivative is rounding and has no sign."""
+    return _KEY_BIAS.search(path) is not None
+
+
+def thresholds(
+    largest: Float[np.ndarray, "N k"], dtype: np.dtype | type[np.floating] | jnp.dtype
+) -> Float[np.ndarray, "N k 1"]:
+    """Returns the size up to which entries of J count as 0, from the largest of the same row and leaf (theory 9)."""
+    return (_SIGN_THRESHOLD * float(jnp.finfo(dtype).eps) * largest)[..., None]
+
+
+def signs(rows: np.ndarray, threshold: np.ndarray) -> np.ndarray:
+    """Returns -1, 0 or 1 by entry."""
+    return np.sign(rows) * (np.abs(rows) > threshold)

@@ -1,0 +1,275 @@
+"""Kernels on disk: a Zarr group that any Zarr reader opens, which grows tile by tile and survives being killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import numpy as np
+import zarr
+import zarr.codecs
+import zarr.errors
+from jaxtyping import Float, PyTree
+
+from jaxlin.errors import InputError
+from jaxlin.ntk.kernel import Kernel, KernelInfo
+from jaxlin.ntk.work import Plan
+from jaxlin.tunable import Blocks, Tunable, leaf_paths
+
+_FORMAT = 1
+_ARRAY, _ROWS, _ATTRIBUTE = "blocks", "rows", "jaxlin"
+_DIMENSIONS = ("block", "example_1", "example_2", "output_1", "output_2")
+
+
+def fingerprint(tun: Tunable, theta: PyTree) -> dict[str, str]:
+    """Returns hashes of the model and of theta, from every weight and its path."""
+    model, point = hashlib.sha256(str(jax.tree.structure(tun.apply)).encode()), hashlib.sha256()
+    for digest, tree in ((model, tun.apply), (point, theta)):
+        for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True):
+            value = np.ascontiguousarray(leaf)
+            digest.update(f"{path}{value.dtype}{value.shape}".encode())
+            digest.update(value.tobytes())
+    return {"model_sha256": model.hexdigest(), "theta_sha256": point.hexdigest()}
+
+
+class KernelStore:
+    """Block kernels of one `ntk` call on disk.
+
+    Attributes:
+        path: Folder.
+        group: The Zarr group; its array `blocks` is `[block, N1, N2, …]`, float64, NaN where not computed yet.
+    """
+
+    def __init__(self, path: Path, group: zarr.Group) -> None:
+        self.path, self.group = path, group
+
+    @classmethod
+    def create(
+        cls, path: Path, inputs: Mapping[str, Any], blocks: Blocks, shape: Sequence[int], plan: Plan, symmetric: bool
+    ) -> KernelStore:
+        """Makes a store, with its plan, before anything is computed.
+
+        Args:
+            path: Folder; it must not hold anything.
+            inputs: What the kernel is of.
+            blocks: Block name to leaf paths.
+            shape: Of one block's kernel.
+            plan: How it will be computed.
+            symmetric: Whether it is.
+
+        Returns:
+            The store.
+
+        Raises:
+            InputError: If the folder holds something, or cannot be made.
+        """
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            raise InputError(f"store {path} is there already; resume it (resume=True, --resume), or give another path")
+        try:
+            group = zarr.open_group(path, mode="w-")
+        except OSError as error:
+            raise InputError(f"store {path} cannot be made: {error.strerror or error}") from error
+        tile = (1, min(plan.row_block, shape[0]), min(plan.row_block, shape[1]), *shape[2:])
+        group.create_array(
+            _ARRAY,
+            shape=(len(blocks), *shape),
+            chunks=tile,
+            dtype=np.float64,
+            fill_value=np.nan,
+            compressors=[zarr.codecs.Crc32cCodec()],
+            dimension_names=_DIMENSIONS[: len(shape) + 1],
+        )
+        group.attrs[_ATTRIBUTE] = {
+            "format": _FORMAT,
+            "inputs": dict(inputs),
+            "leaves": {name: list(paths) for name, paths in blocks.items()},
+            "symmetric": symmetric,
+            "plan": _as_json(plan),
+            "epsilon_J": None,
+        }
+        return cls(path, zarr.open_group(path, mode="r+"))
+
+    @classmethod
+    def open(cls, path: Path, mode: str = "r") -> KernelStore:
+        """Opens a store.
+
+        Args:
+            path: Folder.
+            mode: `"r"`, or `"r+"` to go on; then what a process that was killed left half-written is removed.
+
+        Returns:
+            The store.
+
+        Raises:
+            InputError: If there is none.
+        """
+        try:
+            group = zarr.open_group(path, mode=mode)  # type: ignore[arg-type]
+            about = group.attrs[_ATTRIBUTE]
+            known = about["format"] == _FORMAT and _ARRAY in group  # type: ignore[call-overload,index]
+        except (OSError, KeyError, TypeError, ValueError, zarr.errors.BaseZarrError) as error:
+            raise InputError(f"{path} holds no kernel of jaxlin: {error}") from error
+        if not known:
+            raise InputError(f"{path} holds a kernel of another version of jaxlin; compute it anew")
+        if mode == "r+":
+            for file in path.rglob("*.partial"):
+                file.unlink()
+        return cls(path, group)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Metadata: what the kernel is of, its blocks, its plan, ε_J where it is measured."""
+        return cast(dict[str, Any], self.group.attrs[_ATTRIBUTE])
+
+    @property
+    def plan(self) -> Plan:
+        """How it is computed."""
+        return Plan(**{**self.about["plan"], "events": tuple(self.about["plan"]["events"])})
+
+    @property
+    def rows(self) -> Path:
+        """Folder of what the passes gave, until the kernel is complete."""
+        return self.path / _ROWS
+
+    @property
+    def array(self) -> Any:
+        """The Zarr array `[block, N1, N2, …]`."""
+        return self.group[_ARRAY]
+
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Compares what it was made with.
+
+        Raises:
+            InputError: If that is something else; says what.
+        """
+        was = self.about["inputs"]
+        other = [name for name in {**was, **inputs} if was.get(name) != inputs.get(name)]
+        if other:
+            listed = "; ".join(f"{name} was {_short(was.get(name))}, is {_short(inputs.get(name))}" for name in other)
+            raise InputError(f"store {self.path} is of other inputs ({listed}); give another path")
+
+    def update(self, plan: Plan, epsilon: float | None) -> None:
+        """Records the plan and the measured ε_J."""
+        self.group.attrs[_ATTRIBUTE] = {**self.about, "plan": _as_json(plan), "epsilon_J": epsilon}
+
+    def write(self, block: str, left: range, right: range, tile: np.ndarray) -> None:
+        """Writes a tile; of a symmetric kernel, its mirror image first."""
+        index = self._names.index(block)
+        with zarr.config.set({"array.write_empty_chunks": True}):  # a tile of NaN is computed, too
+            if self.about["symmetric"] and left != right:
+                self.array[index, right.start : right.stop, left.start : left.stop] = transposed(tile)
+            self.array[index, left.start : left.stop, right.start : right.stop] = tile
+
+    def has(self, block: str, left: range, right: range) -> bool:
+        """Whether a tile is there and intact, with its mirror image; what is corrupt is removed."""
+        index, mirrored = self._names.index(block), self.about["symmetric"] and left != right
+        there = self._intact(index, left, right)
+        return (not mirrored or self._intact(index, right, left)) and there
+
+    def _intact(self, index: int, left: range, right: range) -> bool:
+        file = self._file(index, left.start, right.start)
+        if not file.exists():
+            return False
+        try:
+            self.array[index, left.start : left.stop, right.start : right.stop]
+        except (ValueError, OSError):  # its checksum, or its size
+            file.unlink()
+            return False
+        return True
+
+    def is_complete(self, block: str) -> bool:
+        """Whether every tile of a block is there."""
+        _, n1, n2, *_ = self.array.shape
+        _, rows, columns, *_ = self.array.chunks
+        index = self._names.index(block)
+        return all(self._file(index, i, j).exists() for i in range(0, n1, rows) for j in range(0, n2, columns))
+
+    @property
+    def _names(self) -> list[str]:
+        return list(self.about["leaves"])
+
+    def _file(self, index: int, row: int, column: int) -> Path:
+        _, rows, columns, *rest = self.array.chunks
+        at = (index, row // rows, column // columns, *(0 for _ in rest))
+        return self.path / _ARRAY / self.array.metadata.encode_chunk_key(at)
+
+    def finish(self) -> None:
+        """Removes what only the computation needed."""
+        shutil.rmtree(self.rows, ignore_errors=True)
+
+    def kernel(self) -> Kernel:
+        """Returns the kernel, its blocks read when they are asked for."""
+        about = self.about
+        inputs = about["inputs"]
+        leaves = {name: tuple(paths) for name, paths in about["leaves"].items()}
+        info = KernelInfo(
+            inputs["engine"], inputs["dtype"], "float64", inputs["precision"], inputs["device"], about["epsilon_J"]
+        )
+        return Kernel(_StoredParts(self, list(leaves)), about["symmetric"], info, leaves, kind=inputs["kind"])
+
+
+@dataclasses.dataclass(frozen=True)
+class _StoredParts(Mapping[str, np.ndarray]):
+    """Block kernels, read from the store each time."""
+
+    store: KernelStore
+    names: list[str]
+
+    def __getitem__(self, name: str) -> Float[np.ndarray, "N1 N2 ..."]:
+        """Returns one block.
+
+        Raises:
+            InputError: If it is corrupt, or not there yet.
+            KeyError: If there is none of that name.
+        """
+        if name not in self.names:
+            raise KeyError(name)
+        if not self.store.is_complete(name):
+            raise InputError(f"block {name!r} of the store {self.store.path} is not complete; resume=True goes on")
+        try:
+            block = np.asarray(self.store.array[self.names.index(name)])
+        except (ValueError, OSError) as error:
+            raise InputError(
+                f"block {name!r} of the store {self.store.path} is corrupt: {error}; resume=True computes it again"
+            ) from error
+        return block
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def transposed(tile: np.ndarray) -> np.ndarray:
+    """Returns a tile with its examples swapped, and its outputs where it has two."""
+    return tile.transpose(1, 0, 3, 2) if tile.ndim == 4 else tile.swapaxes(0, 1)
+
+
+def _as_json(plan: Plan) -> dict[str, Any]:
+    return {**dataclasses.asdict(plan), "events": list(plan.events)}
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"
+
+
+def load_kernel(path: str | Path) -> Kernel:
+    """Opens a kernel that `ntk(store=...)` or `jaxlin ntk` wrote, also while it is being written.
+
+    Args:
+        path: The store's folder.
+
+    Returns:
+        The kernel; a block is read when it is asked for, and must be complete then.
+
+    Raises:
+        InputError: If there is no store, or (when a block is read) it is corrupt or not complete.
+    """
+    return KernelStore.open(Path(path)).kernel()

@@ -1,0 +1,449 @@
+"""A kernel as work to be done: its plan under a memory budget, the passes over the data, the tiles."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from jaxlin.data.dataset import Dataset
+from jaxlin.errors import InputError
+from jaxlin.ntk.factored import Site, derivatives_and_factors, find_sites
+from jaxlin.ntk.jacobian import MAX_CHUNK, EpsilonCheck, num_outputs, outputs_and_jacobian, to_float64
+from jaxlin.ntk.kinds import Kind
+from jaxlin.ntk.rows import Rows
+from jaxlin.ntk.tiles import Derivatives
+from jaxlin.tunable import Batch, Blocks, Tunable, leaf_paths
+
+Progress = Callable[[str, int, int], None]
+"""Called with a phase's name, and units done and in all."""
+
+PASSES, TILES = "Jacobians", "kernel tiles"
+"""Phases of the work: examples, and tiles of the kernel."""
+
+_SLAB_BYTES = 1 << 28
+"""Size of the derivatives that are formed at a time."""
+
+_SMALLEST_SLAB = 1 << 20
+
+_CPU_CHUNK = 4
+"""Examples of a pass that keeps factors on a CPU, whose caches hold no more; measured by benchmarks/ntk.py."""
+
+_GRAM_COPY = 1 << 14
+"""Columns that a Gram product converts to float64 at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the work is cut. The same plan on the same machine gives the same kernel to the bit.
+
+    Attributes:
+        chunk: Examples of a pass.
+        row_block: Examples of a side of a tile.
+        slab_bytes: Size of the derivatives with respect to a large leaf that are formed at a time.
+        spilled: Whether what the passes give is kept in files.
+        events: What was changed on the way, and why.
+    """
+
+    chunk: int
+    row_block: int
+    slab_bytes: int
+    spilled: bool
+    events: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What a kernel will take (`ntk_estimate`).
+
+    Attributes:
+        engine: That would compute it.
+        plan: How the work would be cut.
+        seconds: Time of the passes and of the products, from a pass over one chunk and products that were timed.
+        pass_seconds: Of the passes alone.
+        memory_bytes: Of what is held at a time, beside the model.
+        disk_bytes: While it runs: the kernel's blocks where they are stored, and what passes give where it is spilled.
+        kernel_bytes: Of all blocks.
+    """
+
+    engine: str
+    plan: Plan
+    seconds: float
+    pass_seconds: float
+    memory_bytes: int
+    disk_bytes: int
+    kernel_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Work:
+    """One kernel to be computed, by the Jacobian or the factored engine.
+
+    Attributes:
+        tun: The model, in the precision that is computed in.
+        data1: Rows.
+        data2: Columns; `None` for the rows again.
+        theta: Where.
+        blocks: Block name to leaf paths.
+        kind: Of kernel.
+        engine: `"jacobian"` or `"factored"`.
+        dtype: `"float64"`, or `None` for that of the parameters.
+        precision: Of matrix products on the device.
+        memory_budget: Bytes.
+        c: Number of outputs.
+        sites: Of the factored engine.
+    """
+
+    tun: Tunable
+    data1: Dataset
+    data2: Dataset | None
+    theta: PyTree
+    blocks: Blocks
+    kind: Kind
+    engine: str
+    dtype: str | None
+    precision: str
+    memory_budget: int
+    c: int
+    sites: tuple[Site, ...]
+
+    @classmethod
+    def of(
+        cls,
+        tun: Tunable,
+        data1: Dataset,
+        data2: Dataset | None,
+        theta: PyTree,
+        blocks: Blocks,
+        kind: Kind,
+        *,
+        engine: str,
+        dtype: str | None,
+        precision: str,
+        memory_budget: int,
+    ) -> Work:
+        """Finds out what there is to do, without computing anything.
+
+        Returns:
+            The work; arguments as its attributes.
+
+        Raises:
+            InputError: If inputs do not fit the model or the kind, or the engine does not see how leaves are used.
+        """
+        for data in (data1, data2):
+            if data is not None:
+                tun.check_batch(data.columns)
+        c = num_outputs(tun, data1)
+        sites = find_sites(tun, data1, theta, len(kind.seeds(c))) if engine == "factored" else ()
+        if dtype == "float64":
+            apply, theta = to_float64((tun.apply, theta))
+            tun = dataclasses.replace(tun, apply=apply)
+        return cls(tun, data1, data2, theta, blocks, kind, engine, dtype, precision, memory_budget, c, sites)
+
+    @functools.cached_property
+    def k(self) -> int:
+        """Rows of J an example."""
+        return len(self.kind.seeds(self.c))
+
+    @functools.cached_property
+    def _dtype(self) -> np.dtype:
+        return np.dtype(jnp.result_type(*jax.tree.leaves(self.theta)))
+
+    @functools.cached_property
+    def _large(self) -> dict[str, Site]:
+        return {site.leaf(site.factored): site for site in self.sites if site.factored}
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Number of entries of every leaf whose derivatives are formed."""
+        sizes = dict(zip(leaf_paths(self.theta), map(np.size, jax.tree.leaves(self.theta)), strict=True))
+        if self.engine == "jacobian":
+            return sizes
+        kept = {site.leaf(name) for site in self.sites for name in (*site.rows, site.factored) if name}
+        return {path: size for path, size in sizes.items() if path in kept}
+
+    def _example_bytes(self) -> int:
+        """Of what the passes give for one example, at the greatest length."""
+        item = max(4, self._dtype.itemsize)
+        small = sum(size for path, size in self._sizes.items() if path not in self._large)
+        read = {site.source: math.prod(site.inputs) for site in self._large.values()}
+        flowed = sum(math.prod(site.outputs) for site in self._large.values())
+        return item * (self.k * small + sum(read.values()) + self.k * flowed)
+
+    def _both(self) -> list[Dataset]:
+        return [self.data1] if self.data2 is None else [self.data1, self.data2]
+
+    def _tile_bytes(self, block: int, slab: int) -> int:
+        """Held while a tile of `block` examples a side is computed."""
+        item = max(4, self._dtype.itemsize)
+        leaf = max(
+            self._large[path].numbers(self.k) if path in self._large else self.k * size
+            for path, size in self._sizes.items()
+        )
+        numbers = self.k if self.kind.diagonal else self.k**2
+        whole = max((size for path, size in self._sizes.items() if path not in self._large), default=0)
+        formed = slab // (item * 2 * block * self.k) if self._large else 0
+        copies = 2 * 8 * block * self.k * min(_GRAM_COPY, max(whole, formed))
+        return 2 * block * leaf * item + 2 * 8 * block**2 * numbers + (slab if self._large else 0) + copies
+
+    def plan(self) -> Plan:
+        """Returns how to cut the work so that what is held fits the budget.
+
+        Raises:
+            InputError: If not even one example does.
+        """
+        budget, one = self.memory_budget, self._example_bytes()
+        most = _CPU_CHUNK if self.engine == "factored" and jax.default_backend() == "cpu" else MAX_CHUNK
+        longest = max(map(len, self._both()))
+        chunk = int(np.clip(budget // 16 // max(one, 1), 1, min(most, longest)))
+        spilled = sum(map(len, self._both())) * one > budget // 2
+        slab = int(np.clip(budget // 8, 1, _SLAB_BYTES))
+        parts = 1
+        while (block := math.ceil(longest / parts)) > 1 and self._tile_bytes(block, slab) > budget // 2:
+            parts += max(1, parts // 8)
+        needed = max(2 * self._tile_bytes(block, slab), 2 * chunk * one)
+        if needed > budget:
+            raise InputError(
+                f"derivatives of one example and a tile of the kernel take {needed / 2**30:.1g} GiB, more than "
+                f"memory_budget={budget / 2**30:.1g} GiB; tune less, or raise the budget"
+            )
+        return Plan(chunk, block, slab, spilled)
+
+    @contextlib.contextmanager
+    def _precisely(self) -> Iterator[None]:
+        with (
+            jax.enable_x64(self.dtype == "float64" or jax.config.read("jax_enable_x64")),
+            jax.default_matmul_precision(self.precision),
+        ):
+            yield
+
+    def _pass(self, batch: Batch) -> dict[str, np.ndarray]:
+        """What one pass gives for a batch, on the host."""
+        seeds = self.kind.seeds(self.c).astype(np.float64 if self.dtype == "float64" else np.float32)
+        with self._precisely():
+            if self.engine == "factored":
+                return jax.device_get(derivatives_and_factors(self.tun.apply, self.theta, batch, seeds, self.sites))
+            _, rows = jax.device_get(outputs_and_jacobian(self.tun.apply, self.theta, batch, seeds))
+        leaves = zip(leaf_paths(self.theta), jax.tree.leaves(rows), strict=True)
+        return {path: leaf.reshape(*leaf.shape[:2], -1) for path, leaf in leaves}
+
+    def _run_passes(
+        self, data: Dataset, rows: Rows, plan: Plan, changed: Callable[[Plan], None], report: Callable[[int], None]
+    ) -> Plan:
+        """Fills `rows`; returns the plan, with smaller chunks where memory ran out."""
+        base = 0
+        for group in data.groups():
+            start = 0
+            while start < len(group):
+                if not (count := rows.done(base + start)):
+                    examples = group[start : start + plan.chunk]
+                    try:
+                        found = self._pass(data.batch(examples, plan.chunk))
+                        self._keep(rows, base + start, examples, found)
+                    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                        if plan.chunk == 1 or not _out_of_memory(error):
+                            raise
+                        event = f"out of memory in a pass of {plan.chunk} examples: {plan.chunk // 2} from then on"
+                        plan = dataclasses.replace(plan, chunk=plan.chunk // 2, events=(*plan.events, event))
+                        changed(plan)
+                        continue
+                    count = len(examples)
+                start += count
+                report(count)
+            base += len(group)
+        return plan
+
+    def _keep(self, rows: Rows, position: int, examples: np.ndarray, found: Mapping[str, np.ndarray]) -> None:
+        own = {name: value[: len(examples)] for name, value in found.items()}
+        # LoRA's A where B = 0: its zeros are neither kept nor multiplied.
+        rows.put(position, examples, {n: v for n, v in own.items() if n not in self._sizes or v.any()})
+
+    def _measure(self, derivatives: Derivatives, check: EpsilonCheck, plan: Plan) -> float | None:
+        """Compares derivatives of the chosen examples with float64."""
+        for example in check.chosen.tolist():
+            own = range(example, example + 1)
+            for path in self._sizes:
+                for part, _, rows, *_ in derivatives.slabs(path, own, own, plan.slab_bytes):
+                    check.compare(path, rows, np.array([example]), part)
+        return check.epsilon()
+
+    def tiles(self, plan: Plan) -> list[tuple[str, range, range]]:
+        """Returns block, rows and columns of every tile, block by block; above the diagonal only where symmetric."""
+        ranges = [
+            [range(i, min(i + plan.row_block, len(data))) for i in range(0, len(data), plan.row_block)]
+            for data in self._both()
+        ]
+        half = self.data2 is None and self.kind.symmetric
+        return [
+            (block, left, right)
+            for block in self.blocks
+            for left in ranges[0]
+            for right in ranges[-1]
+            if not half or right.start >= left.start
+        ]
+
+    def shape(self) -> tuple[int, ...]:
+        """Returns the shape of the kernel."""
+        n1, n2 = len(self.data1), len(self._both()[-1])
+        return self.kind.finish(np.empty((n1, n2) + ((self.k,) if self.kind.diagonal else (self.k, self.k)))).shape
+
+    def run(
+        self,
+        plan: Plan,
+        write: Callable[[str, range, range, np.ndarray], None],
+        *,
+        wanted: Callable[[str, range, range], bool],
+        folder: Path | None,
+        check_examples: int,
+        epsilon: float | None,
+        changed: Callable[[Plan, float | None], None],
+        progress: Progress | None,
+    ) -> float | None:
+        """Computes the tiles that are wanted.
+
+        Args:
+            plan: How.
+            write: Takes a tile, and its mirror image where the kernel is symmetric.
+            wanted: Whether a tile is still to be computed.
+            folder: For what the passes give; `None` for memory, or for a temporary folder where the plan spills.
+            check_examples: Examples whose derivatives are compared with float64; 0 for none.
+            epsilon: ε_J where it was measured before.
+            changed: Called when the plan or ε_J is another.
+            progress: Called with phase, units done and in all.
+
+        Returns:
+            The measured ε_J.
+        """
+        tiles = self.tiles(plan)
+        todo = [tile for tile in tiles if wanted(*tile)]
+        if not todo:
+            return epsilon
+        needed = sum(map(len, self._both())) * self._example_bytes()
+        with contextlib.ExitStack() as stack:
+            if folder is None and plan.spilled:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxlin-ntk-")))
+            if folder is not None:
+                _check_disk(folder, needed)
+            rows, done, total = [], 0, sum(map(len, self._both()))
+
+            def report(count: int) -> None:
+                nonlocal done
+                done += count
+                if progress is not None:
+                    progress(PASSES, done, total)
+
+            def replanned(new: Plan) -> None:
+                changed(new, epsilon)
+
+            for name, data in zip(("rows", "columns"), self._both(), strict=False):
+                rows.append(Rows(len(data), folder and folder / name))
+                plan = self._run_passes(data, rows[-1], plan, replanned, report)
+            derivatives = Derivatives(rows[0], rows[-1], self._large, self.k, self.kind, self._dtype)
+            if epsilon is None and check_examples:
+                seeds = self.kind.seeds(self.c)
+                options = (self.theta, check_examples, self.precision, self.memory_budget, seeds)
+                epsilon = self._measure(derivatives, EpsilonCheck(self.tun, self.data1, *options), plan)
+                changed(plan, epsilon)
+            before = len(tiles) - len(todo)
+            for count, (block, left, right) in enumerate(todo, start=1):
+                found, plan = self._tile(derivatives, block, left, right, plan)
+                if plan.events and plan.events[-1].startswith("out of memory in a tile"):
+                    changed(plan, epsilon)
+                write(block, left, right, found)
+                if progress is not None:
+                    progress(TILES, before + count, len(tiles))
+        return epsilon
+
+    def _tile(
+        self, derivatives: Derivatives, block: str, left: range, right: range, plan: Plan
+    ) -> tuple[np.ndarray, Plan]:
+        """One tile; with smaller slabs where memory runs out."""
+        paths = [path for path in self.blocks[block] if path in self._sizes]
+        while True:
+            try:
+                return derivatives.tile(paths, left, right, plan.slab_bytes), plan
+            except MemoryError:
+                if plan.slab_bytes <= _SMALLEST_SLAB or not self._large:
+                    raise
+                event = f"out of memory in a tile with slabs of {plan.slab_bytes} bytes: half of it from then on"
+                plan = dataclasses.replace(plan, slab_bytes=plan.slab_bytes // 2, events=(*plan.events, event))
+
+    def estimate(self, stored: bool) -> Estimate:
+        """Times one pass and two products, and reckons what the whole will take.
+
+        Args:
+            stored: Whether the kernel is written to disk.
+
+        Returns:
+            Time, memory and disk.
+        """
+        plan = self.plan()
+        seconds, n = 0.0, [len(data) for data in self._both()]
+        for data in self._both():
+            for group in data.groups():
+                if len(group):
+                    batch = data.batch(group[: plan.chunk], plan.chunk)
+                    self._pass(batch)  # compiles
+                    begin = time.perf_counter()
+                    self._pass(batch)
+                    seconds += (time.perf_counter() - begin) * math.ceil(len(group) / plan.chunk)
+        formed = sum(n) * self.k * sum(math.prod(s.inputs) * s.outputs[-1] for s in self._large.values())
+        formed *= 1 + self.kind.of_signs
+        blocks = math.ceil(max(n) / plan.row_block)
+        pairs = n[0] * n[-1] * self.k * (1 if self.kind.diagonal else self.k)
+        products = pairs * sum(self._sizes.values()) * (0.5 if self.data2 is None and self.kind.symmetric else 1)
+        time32, time64 = (_seconds_a_product(dtype) for dtype in (np.float32, np.float64))
+        kernel = 8 * math.prod(self.shape()) * len(self.blocks)
+        rows = sum(n) * self._example_bytes()
+        return Estimate(
+            self.engine,
+            plan,
+            seconds + formed * blocks * time32 + products * time64,
+            seconds,
+            self._tile_bytes(plan.row_block, plan.slab_bytes)
+            + (2 * plan.chunk * self._example_bytes() if plan.spilled or stored else rows)
+            + (0 if stored else kernel),
+            (kernel if stored else 0) + (rows if stored or plan.spilled else 0),
+            kernel,
+        )
+
+
+def _seconds_a_product(dtype: type[np.floating]) -> float:
+    """Time of a multiplication and addition within a matrix product on the host."""
+    square = np.ones((512, 1 << 13), dtype)
+    other = np.ones((512, 1 << 13), dtype)
+    square @ other.T
+    begin = time.perf_counter()
+    square @ other.T
+    return (time.perf_counter() - begin) / (512 * 512 * (1 << 13))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    """Refuses work whose files do not fit.
+
+    Raises:
+        InputError: If they do not.
+    """
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    held = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) if folder.is_dir() else 0
+    free = shutil.disk_usage(there).free + held
+    if needed > free:
+        raise InputError(
+            f"what the passes give takes {needed / 2**30:.1f} GiB in {there}, which has {free / 2**30:.1f} GiB free; "
+            "use fewer examples, tune less, or give a folder on another disk"
+        )

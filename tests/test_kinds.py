@@ -1,0 +1,163 @@
+"""Kinds of kernels against the dense float64 reference, and what may be done with each."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxlin as jl
+from jaxlin.ntk.kinds import KINDS, kind_of, without_sign
+from tests import cases
+
+LINEAR = [name for name, kind in KINDS.items() if not kind.of_signs]
+
+
+def dense(jac, n, kind, columns, tau, other=None):
+    """The kernel of a kind [N1, N2, ...] from its definition, of rows [N*C, P] and the leaf of every column."""
+    c = len(jac) // n
+    j1, j2 = (np.asarray(x).reshape(-1, c, x.shape[1]) for x in (jac, jac if other is None else other))
+    if kind == "full":
+        return np.einsum("icp,jdp->ijcd", j1, j2)
+    if kind == "trace":
+        return np.einsum("icp,jcp->ij", j1, j2) / c
+    if kind == "diagonal":
+        return np.einsum("icp,jcp->ijc", j1, j2)
+    if kind == "logit_difference":
+        return np.einsum("ip,jp->ij", j1[:, 1] - j1[:, 0], j2[:, 1] - j2[:, 0])
+    if kind == "pseudo":
+        return np.einsum("ip,jp->ij", j1.sum(1), j2.sum(1)) / c
+
+    def signs(rows):
+        out = np.zeros_like(rows)
+        for leaf in np.unique(columns):
+            own = rows[..., columns == leaf]
+            if not leaf.endswith("key/bias"):
+                out[..., columns == leaf] = np.sign(own) * (np.abs(own) > tau * np.abs(own).max(-1, keepdims=True))
+        return out
+
+    left = signs(j1) if kind == "signgd" else np.where([not leaf.endswith("key/bias") for leaf in columns], j1, 0)
+    return np.einsum("icp,jdp->ijcd", left, signs(j2))
+
+
+@pytest.mark.parametrize(
+    ("peft", "engine"),
+    [
+        ("lora", "jacobian"),
+        ("full", "factored"),
+        pytest.param("lora", "factored", marks=pytest.mark.slow),
+        pytest.param("full", "jacobian", marks=pytest.mark.slow),
+    ],
+)
+def test_kinds_equal_their_definitions(peft, engine):
+    model, batch, other = (
+        cases.encoder("bert", 2),
+        cases.text_batch(5, num_labels=2, ids=40),
+        cases.text_batch(3, 4, num_labels=2, ids=40),
+    )
+    tun = cases.PEFT[peft](model)
+    theta = cases.moved(tun)
+    jac, columns = cases.reference_jacobian(tun, batch, theta)
+    jac2, _ = cases.reference_jacobian(tun, other, theta)
+    for name, kind in KINDS.items():
+        options = {"dtype": "float64"} if kind.of_signs else {"check_examples": 0}
+        for x2, j2 in ((None, None), (other, jac2)) if kind.of_signs or name == "trace" else ((None, None),):
+            kernel = jl.ntk(tun, batch, x2, theta=theta, kind=name, engine=engine, blocks="layer", **options)
+            exact = dense(jac, 5, name, columns, 8.4 * np.finfo(float).eps, j2)
+            assert kernel.array.shape == exact.shape
+            assert kernel.kind == name
+            assert kernel.symmetric == (x2 is None and name != "asymmetric_signgd")
+            # Entries at the threshold may count in one and not in the other: at most four of them here.
+            few = 4 * (1 if name == "signgd" else np.abs(jac).max())
+            assert np.abs(kernel.array - exact).max() <= (few if kind.of_signs else 5e-6 * np.abs(exact).max()), name
+            if kernel.symmetric:
+                matrix = kernel.matrix()
+                np.testing.assert_array_equal(matrix, matrix.T)
+                assert np.linalg.eigvalsh(matrix).min() > -1e-6 * np.abs(matrix).max()
+            if kind.of_signs and peft == "full":
+                assert "2 key biases left out" in kernel.info.note
+
+
+@pytest.mark.parametrize("engine", ["jacobian", "factored"])
+def test_float32_flips_few_signs(model, batch, engine):
+    tun = jl.select(model, "layer_1/(attention|mlp)")
+    exact = jl.ntk(tun, batch, kind="signgd", engine=engine, dtype="float64")
+    kernel = jl.ntk(tun, batch, kind="signgd", engine=engine)
+    # A flipped sign changes a product by 2, one that becomes 0 by 1.
+    assert np.abs(kernel.array - exact.array).max() <= 2e-4 * tun.num_params
+
+
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 4), c=st.integers(1, 3))
+def test_kinds_follow_from_the_full_kernel(seed, n, c):
+    rng = np.random.default_rng(seed)
+    jac = rng.normal(size=(n * c, 7))
+    full = dense(jac, n, "full", np.array(["w"] * 7), 0)
+    for name in LINEAR:
+        if name == "logit_difference" and c != 2:
+            with pytest.raises(jl.InputError, match=f"of two outputs; the model has {c}"):
+                kind_of(name).of_full(full)
+        else:
+            np.testing.assert_allclose(kind_of(name).of_full(full), dense(jac, n, name, np.array(["w"] * 7), 0))
+    with pytest.raises(jl.InputError, match="does not follow from the full kernel"):
+        kind_of("signgd").of_full(full)
+
+
+def test_neural_tangents_gives_the_linear_kinds():
+    tun, data = cases.mlp(2), cases.vectors(4)
+    for name in LINEAR:
+        ours, theirs = (jl.ntk(tun, data, kind=name, engine=engine) for engine in ("jacobian", "neural_tangents"))
+        assert theirs.array.shape == ours.array.shape
+        assert cases.relative_error(theirs.array, ours.array) < 1e-5
+
+
+def test_one_backward_pass_suffices_where_one_row_enters():
+    """The kinds of one number a pair pull one cotangent back, not C."""
+    for name, rows in (("pseudo", 1), ("logit_difference", 1), ("trace", 2), ("full", 2)):
+        assert kind_of(name).seeds(2).shape == (rows, 2)
+
+
+def test_what_has_no_spectrum_needs_an_explicit_choice():
+    tun, data = cases.mlp(2), cases.vectors(5)
+    kernel = jl.ntk(tun, data, kind="asymmetric_signgd")
+    y = np.eye(2)[data["labels"]]
+    for use in (jl.spectrum, lambda k: jl.kernel_regression(k, y, 0 * y, 0.1)):
+        with pytest.raises(
+            jl.InputError, match=r'one of kind="asymmetric_signgd" is neither. Choose kernel.nearest_ps'
+        ):
+            use(kernel)
+    nearest = kernel.nearest_psd()
+    half = (kernel.matrix() + kernel.matrix().T) / 2
+    values, vectors = np.linalg.eigh(half)
+    np.testing.assert_allclose(nearest.matrix(), vectors * np.maximum(values, 0) @ vectors.T, atol=1e-12)
+    np.testing.assert_allclose(jl.spectrum(nearest).eigenvalues[::-1], np.maximum(values, 0), atol=1e-12)
+    between = jl.ntk(tun, data, cases.vectors(3, 1), kind="asymmetric_signgd")
+    for other, match in ((between, "of two sets"), (jl.ntk(tun, data, cases.vectors(5, 1)), "of two sets")):
+        with pytest.raises(jl.InputError, match=match):
+            other.nearest_psd()
+    assert jl.ntk(tun, data).nearest_psd().symmetric
+
+
+@pytest.mark.parametrize("kind", ["trace", "pseudo", "diagonal"])
+def test_regression_with_a_kernel_for_every_output_alike(kind):
+    tun, data, other = cases.mlp(3), cases.vectors(6, num_labels=3), cases.vectors(4, 1, 3)
+    kernel, between = jl.ntk(tun, data, kind=kind), jl.ntk(tun, other, data, kind=kind)
+    rng = np.random.default_rng(0)
+    y, f0, f0_test = rng.normal(size=(6, 3)), rng.normal(size=(6, 3)), rng.normal(size=(4, 3))
+    fit = jl.kernel_regression(kernel, y, f0, 0.3)
+    for c in range(3):
+        k, k_test = (a.array[:, :, c] if kind == "diagonal" else a.array for a in (kernel, between))
+        solved = np.linalg.solve(k + 0.3 * np.eye(6), f0[:, c] - y[:, c])
+        np.testing.assert_allclose(fit.train()[:, c], f0[:, c] - k @ solved, atol=1e-10)
+        np.testing.assert_allclose(fit.test(between, f0_test)[:, c], f0_test[:, c] - k_test @ solved, atol=1e-10)
+        inverse = np.linalg.inv(k + 0.3 * np.eye(6))
+        np.testing.assert_allclose(
+            fit.leave_one_out()[:, c], y[:, c] + inverse @ (f0 - y)[:, c] / np.diag(inverse), atol=1e-10
+        )
+
+
+def test_key_biases_by_name():
+    found = [path for path in ("a/key/bias", "a/key/kernel", "monkey/bias", "h/k_proj/bias") if without_sign(path)]
+    assert found == ["a/key/bias", "h/k_proj/bias"]
+    with jax.enable_x64(False):
+        assert jnp.finfo(jnp.float32).eps * 8.4 == pytest.approx(1e-6, rel=0.01)

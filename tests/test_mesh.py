@@ -1,0 +1,233 @@
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+import jaxlin as jl
+from jaxlin.data.dataset import Dataset, as_dataset
+from jaxlin.mesh import Share, fetch, make_mesh, place
+from jaxlin.ntk import ring
+from jaxlin.ntk.ring import ring_parts
+from jaxlin.ntk.work import PASSES, TILES
+from jaxlin.tunable import leaf_paths
+from tests import cases, ring_check
+
+ROOT = Path(__file__).parents[1]
+TIMEOUT = 180  # seconds
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+def references(pace):
+    """Problem and block to the dense float64 kernel."""
+    dense = {}
+    for name, (tun, theta, x1, x2, _) in ring_check.problems(pace).items():
+        jac1, columns = cases.reference_jacobian(tun, x1, theta)
+        jac2 = jac1 if x2 is None else cases.reference_jacobian(tun, x2, theta)[0]
+        for block, paths in tun.grouped("layer").items():
+            of_block = np.isin(columns, paths)
+            dense[f"{name}: {block}"] = jac1[:, of_block] @ jac2[:, of_block].T
+    return dense
+
+
+@pytest.fixture(scope="module", params=["quick", pytest.param("slow", marks=pytest.mark.slow)])
+def expected(request, mesh):
+    """Pace, what one device finds, and the reference."""
+    return request.param, ring_check.kernels(mesh, request.param), references(request.param)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_processes(folder, count, pace):
+    """What each of some processes found, that have 8 virtual CPU devices together."""
+    flags = f"--xla_force_host_platform_device_count={8 // count}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    port, deadline, running = free_port(), time.monotonic() + TIMEOUT, []
+    try:
+        for index in range(count):
+            together = [str(port), str(count), str(index)] if count > 1 else []
+            command = [sys.executable, "-m", "tests.ring_check", str(folder / f"{index}.npz"), pace, *together]
+            with open(folder / f"{index}.log", "w") as log:
+                process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment)
+            running.append(process)
+        codes = [0] * count
+        while time.monotonic() < deadline and None in (codes := [process.poll() for process in running]):
+            if any(codes):  # without one process the others wait for ever
+                break
+            time.sleep(0.1)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    assert codes == [0] * count, "\n".join((folder / f"{index}.log").read_text()[-2000:] for index in range(count))
+    return [dict(np.load(folder / f"{index}.npz")) for index in range(count)]
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["8-devices", "2-processes-of-4"])
+def test_many_devices_are_one(tmp_path, expected, count):
+    pace, alone, reference = expected
+    first, *others = run_processes(tmp_path, count, pace)
+    split = {name: first[name] for name in first if name.startswith("split weights, ")}
+    assert first.keys() - split.keys() == alone.keys() == reference.keys()
+    assert len(split) == (2 if pace == "quick" else 0)
+    for name, part in first.items():
+        plain = name.removeprefix("split weights, ")
+        double = plain.startswith("float64")
+        assert part.dtype == np.float64
+        assert cases.relative_error(part, reference[plain]) < (1e-12 if double else 5e-6)
+        assert cases.relative_error(part, alone[plain]) < (1e-14 if double else 2e-6)
+        if "others" not in plain:
+            np.testing.assert_array_equal(part, part.T)
+        for other in others:
+            np.testing.assert_array_equal(other[name], part)  # to the bit, in every process
+
+
+def test_one_device(expected):
+    _, alone, reference = expected
+    for name, part in alone.items():
+        assert cases.relative_error(part, reference[name]) < (1e-12 if name.startswith("float64") else 5e-6)
+
+
+def kernel(mesh, tun, x1, x2=None, **options):
+    data1, data2 = as_dataset(x1), None if x2 is None else as_dataset(x2)
+    blocks = {"all": leaf_paths(tun.theta0)}
+    (part,) = ring_parts(tun, data1, data2, None, blocks, mesh=mesh, **options).values()
+    return part
+
+
+@pytest.mark.parametrize("x2", [None, cases.vectors(3, seed=1)], ids=["itself", "others"])
+def test_seeds_and_diagonal(mesh, x2):
+    tun, x1 = cases.mlp(2), cases.vectors(7)
+    jac1, jac2 = (
+        cases.reference_jacobian(tun, x)[0].reshape(-1, 2, tun.num_params) for x in (x1, x1 if x2 is None else x2)
+    )
+    for seeds in (np.eye(2), np.array([[-1.0, 1.0]]), np.array([[1.0, 2.0], [0.5, 0.0], [0.0, -1.0]])):
+        rows1, rows2 = seeds @ jac1, seeds @ jac2
+        full = kernel(mesh, tun, x1, x2, seeds=seeds, dtype="float64")
+        assert full.shape == (7, len(rows2), len(seeds), len(seeds))
+        assert cases.relative_error(full, np.einsum("iap,jbp->ijab", rows1, rows2)) < 1e-14
+        equal = kernel(mesh, tun, x1, x2, seeds=seeds, dtype="float64", diagonal=True)
+        assert equal.shape == (7, len(rows2), len(seeds))
+        assert cases.relative_error(equal, np.einsum("iap,jap->ija", rows1, rows2)) < 1e-14
+        if x2 is None:
+            np.testing.assert_array_equal(full, full.transpose(1, 0, 3, 2))
+            np.testing.assert_array_equal(equal, equal.transpose(1, 0, 2))
+
+
+def linear(theta, batch):
+    return (jnp.asarray(batch["x"], theta["w"].dtype) @ theta["w"])[:, None]
+
+
+def test_products_of_float32_rows_are_summed_in_float64(mesh):
+    x = np.random.default_rng(0).normal(size=(5, 9001)).astype(np.float32)  # more than two parts of the columns
+    tun = jl.Tunable(linear, {"w": jnp.zeros(9001)})
+    exact = x.astype(np.float64) @ x.astype(np.float64).T
+    for options in ({}, {"diagonal": True}):
+        found = kernel(mesh, tun, {"x": x}, seeds=np.eye(1), **options).reshape(5, 5)
+        assert cases.relative_error(found, exact) < 1e-14
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_no_float64_copy_of_the_rows_is_made(mesh, diagonal):
+    round_trip = ring._Ring(mesh, "data", (0,), (1 << 17,), diagonal)
+    rows = jnp.zeros((8, 2, 1 << 17), jnp.float32)
+    with jax.enable_x64(True):
+        program = ring._meet.lower(rows, rows, ring=round_trip, passes=False).compile()
+    assert program.memory_analysis().temp_size_in_bytes < rows.nbytes / 4
+
+
+def test_frozen_weights_are_not_compiled_in(mesh, model, batch):
+    tun = jl.lora(model, rank=3)
+    some = ring._Ring(mesh, "data", tuple(range(len(jax.tree.leaves(tun.theta0)))), (tun.num_params,), False)
+    columns = {name: jnp.asarray(value) for name, value in batch.items()}
+    weights = (tun.apply, tun.theta0, jnp.eye(3))
+    rows = jnp.zeros((6, 3, tun.num_params))
+    closed = jax.make_jaxpr(lambda *given: ring._fill(*given, ring=some))(rows, jnp.int32(0), columns, weights)
+    assert all(np.size(const) < 200 for const in closed.consts)
+
+
+def test_chunks_and_progress(mesh, monkeypatch):
+    tun, x1, x2 = cases.mlp(2), cases.vectors(7), cases.vectors(3, seed=1)
+    whole, seen = kernel(mesh, tun, x1, x2, seeds=np.eye(2)), []
+    monkeypatch.setattr(ring, "MAX_CHUNK", 2)
+    found = kernel(mesh, tun, x1, x2, seeds=np.eye(2), progress=lambda *now: seen.append(now))
+    assert cases.relative_error(found, whole) < 1e-6
+    assert seen == [*((PASSES, done, 10) for done in (2, 4, 6, 7, 9, 10)), (TILES, 1, 1)]
+
+
+BAD = {
+    "axis": ({"axis": "model"}, "axis='model' is not one of the mesh's, which are {'data': 1}"),
+    "seeds": ({"seeds": np.eye(3)}, r"seeds have shape \(3, 3\); expected \[k, C\] with C = 2"),
+    "memory": ({"memory_budget": 1000}, "each of 1 devices has to hold 3"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(mesh, case):
+    options, message = BAD[case]
+    with pytest.raises(jl.InputError, match=message):
+        kernel(mesh, cases.mlp(), cases.vectors(3), **{"seeds": np.eye(2), **options})
+
+
+def test_the_budget_counts_rows_and_tiles(mesh):
+    rows, tiles = 3 * 2 * 4 * cases.mlp().num_params, 8 * (3 * 2) ** 2
+    kernel(mesh, cases.mlp(), cases.vectors(3), seeds=np.eye(2), memory_budget=rows + tiles)
+    with pytest.raises(jl.InputError, match="more than memory_budget"):
+        kernel(mesh, cases.mlp(), cases.vectors(3), seeds=np.eye(2), memory_budget=rows + tiles - 1)
+
+
+def test_make_mesh():
+    one = jax.devices()[:1]
+    found = make_mesh({"data": 1, "model": 1}, devices=one)
+    assert dict(found.shape) == {"data": 1, "model": 1}
+    assert found.axis_types == (AxisType.Auto, AxisType.Auto)
+    assert dict(make_mesh().shape) == {"data": len(jax.devices())}
+    for axes, message in (
+        ({"data": 3}, r"axes {'data': 3} takes 3 devices and 1 were given"),
+        ({"data": 0}, "expected positive ones"),
+        ({}, "takes at least 1 devices and 1 were given"),
+    ):
+        with pytest.raises(jl.InputError, match=message):
+            make_mesh(axes, devices=one)
+
+
+def test_place_and_fetch(mesh, x64):
+    tree = {"a": np.arange(6.0).reshape(3, 2), "b": np.arange(3)}
+    for axis in (None, "data"):
+        there = place(tree, mesh, axis)
+        assert there["a"].dtype == (np.float64 if x64 else np.float32)
+        assert there["a"].sharding.mesh == mesh
+        np.testing.assert_array_equal(fetch(there["a"]), tree["a"])
+        np.testing.assert_array_equal(fetch(there["b"]), tree["b"])
+    again = place(there, mesh)
+    assert again["a"] is there["a"]  # what lies on the mesh stays
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8])
+def test_every_example_is_on_one_device_at_its_own_length(devices):
+    data = Dataset.from_columns(cases.text_batch(29, longest=40))
+    assert len(data.buckets) > 2
+    share = Share.of(data, devices, 2)
+    rows = share.examples.reshape(devices, -1, share.chunk)
+    assert sorted(rows[rows >= 0]) == list(range(29))
+    for slot, (indices, batch) in enumerate(data.chunks(devices * share.chunk)):
+        here = rows[:, slot].reshape(-1)
+        np.testing.assert_array_equal(here[here >= 0], indices)
+        np.testing.assert_array_equal(batch["weight"], here >= 0)
+    assert slot == rows.shape[1] - 1
+    np.testing.assert_array_equal(share.on(0)[1], share.examples[0][share.on(0)[0]])
