@@ -79,8 +79,7 @@ def fetch(array: jax.Array) -> np.ndarray:
     """Returns a global array on the host of every process."""
     if array.is_fully_addressable:
         return np.asarray(array)
-    with jax.enable_x64(True):  # the gathering program would make float64 float32
-        return multihost_utils.process_allgather(array, tiled=True)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

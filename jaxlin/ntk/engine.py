@@ -30,7 +30,7 @@ from jaxlin.ntk.kinds import Kind, kind_of, without_sign
 from jaxlin.ntk.neural_tangents import neural_tangents_parts
 from jaxlin.ntk.ring import ring_parts
 from jaxlin.ntk.store import KernelStore, fingerprint, transposed
-from jaxlin.ntk.work import PASSES, TILES, Estimate, Plan, Progress, Work
+from jaxlin.ntk.work import PASSES, TILES, Cost, Plan, Progress, Work
 from jaxlin.peft.function import PeftFunction
 from jaxlin.tunable import Blocks, Tunable
 from jaxlin.versions import versions
@@ -171,7 +171,7 @@ def ntk_estimate(
     precision: str = "highest",
     memory_budget: int = MEMORY_BUDGET,
     stored: bool = False,
-) -> Estimate:
+) -> Cost:
     """Says what a kernel will take, from one timed pass for each length of text and two timed products.
 
     Args:

@@ -64,7 +64,7 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class Cost:
     """What a kernel will take (`ntk_estimate`).
 
     Attributes:
@@ -379,7 +379,7 @@ class Work:
                 event = f"out of memory in a tile with slabs of {plan.slab_bytes} bytes: half of it from then on"
                 plan = dataclasses.replace(plan, slab_bytes=plan.slab_bytes // 2, events=(*plan.events, event))
 
-    def estimate(self, stored: bool) -> Estimate:
+    def estimate(self, stored: bool) -> Cost:
         """Times one pass and two products, and reckons what the whole will take.
 
         Args:
@@ -406,7 +406,7 @@ class Work:
         time32, time64 = (_seconds_a_product(dtype) for dtype in (np.float32, np.float64))
         kernel = 8 * math.prod(self.shape()) * len(self.blocks)
         rows = sum(n) * self._example_bytes()
-        return Estimate(
+        return Cost(
             self.engine,
             plan,
             seconds + formed * blocks * time32 + products * time64,
