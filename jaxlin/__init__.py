@@ -4,13 +4,23 @@ from jaxlin import optim
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.linearize import linearize
+from jaxlin.mesh import make_mesh
 from jaxlin.models.linen import from_hf_flax, from_linen
 from jaxlin.models.load import load_masked_lm, load_model
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
 from jaxlin.nnx import from_nnx
-from jaxlin.ntk.engine import ntk, ntk_estimate
+from jaxlin.ntk.engine import ntk, ntk_estimate, ntk_plan
 from jaxlin.ntk.kernel import Kernel
+from jaxlin.ntk.lanczos import (
+    estimate_effective_dimension,
+    estimate_trace,
+    extreme_eigenvalues,
+    lanczos_quadrature,
+    spectral_density,
+)
+from jaxlin.ntk.products import NTKOperator, ntk_vector_product
+from jaxlin.ntk.sketch import sketch
 from jaxlin.ntk.store import load_kernel
 from jaxlin.peft.function import merge
 from jaxlin.peft.ia3 import ia3
@@ -29,6 +39,7 @@ __all__ = [
     "Kernel",
     "KernelRegression",
     "Model",
+    "NTKOperator",
     "Spectrum",
     "TrainConfig",
     "TrainResult",
@@ -36,6 +47,9 @@ __all__ = [
     "Tunable",
     "bias_only",
     "compare",
+    "estimate_effective_dimension",
+    "estimate_trace",
+    "extreme_eigenvalues",
     "from_hf_flax",
     "from_linen",
     "from_nnx",
@@ -43,19 +57,25 @@ __all__ = [
     "head_only",
     "ia3",
     "kernel_regression",
+    "lanczos_quadrature",
     "layer_norm_only",
     "linearize",
     "load_kernel",
     "load_masked_lm",
     "load_model",
     "lora",
+    "make_mesh",
     "merge",
     "ntk",
     "ntk_estimate",
+    "ntk_plan",
+    "ntk_vector_product",
     "optim",
     "predict",
     "probe_head",
     "select",
+    "sketch",
+    "spectral_density",
     "spectrum",
     "train",
 ]

@@ -14,6 +14,8 @@ from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.experiments import config_file
 from jaxlin.experiments.compare import CompareConfig
 from jaxlin.experiments.compare import run as run_compare
+from jaxlin.experiments.kernel import KernelConfig
+from jaxlin.experiments.kernel import run as run_ntk
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -37,6 +39,11 @@ def compare(config: Annotated[CompareConfig, tyro.conf.arg(name="")]) -> None:
     run_compare(config)
 
 
+def ntk(config: Annotated[KernelConfig, tyro.conf.arg(name="")]) -> None:
+    """Compute the tangent kernel of what is tuned, with a kernel for every layer, and its spectrum."""
+    run_ntk(config)
+
+
 def doctor() -> None:
     """Print versions, devices, precision, what can be imported, and where models and data are found."""
     from jaxlin.experiments.doctor import report
@@ -51,12 +58,13 @@ def main() -> None:
     words = sys.argv[1:]
     debug = "--debug" in words
     try:
-        if words[:1] == ["compare"] and (file := config_file.find(words)) is not None:
+        configured = {"compare": CompareConfig, "ntk": KernelConfig}.get(words[0]) if words else None
+        if configured is not None and (file := config_file.find(words)) is not None:
             # Before the others, so that what stands on the command line counts.
-            known = set(config_file.flat_options(CompareConfig())) - {"config", "debug"}
+            known = set(config_file.flat_options(configured())) - {"config", "debug"}
             words[1:1] = config_file.read(file, known)
         tyro.extras.subcommand_cli_from_dict(
-            {"compare": compare, "doctor": doctor},
+            {"compare": compare, "ntk": ntk, "doctor": doctor},
             prog="jaxlin",
             description="Linearized fine-tuning of transformer language models.",
             config=(tyro.conf.OmitArgPrefixes,),

@@ -41,21 +41,24 @@ def dense(jac, n, kind, columns, tau, other=None):
     return np.einsum("icp,jdp->ijcd", left, signs(j2))
 
 
+FAST = [("bert", "lora", "jacobian"), ("bert", "full", "factored")]
+REST = [("bert", peft, "jacobian" if i % 2 else "factored") for i, peft in enumerate(cases.PEFT)]
+REST += [(family, "lora-all-modules", "factored") for family in cases.FAMILIES if family != "bert"]
+
+
 @pytest.mark.parametrize(
-    ("peft", "engine"),
-    [
-        ("lora", "jacobian"),
-        ("full", "factored"),
-        pytest.param("lora", "factored", marks=pytest.mark.slow),
-        pytest.param("full", "jacobian", marks=pytest.mark.slow),
-    ],
+    ("family", "peft", "engine"),
+    [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST if case not in FAST)],
 )
-def test_kinds_equal_their_definitions(peft, engine):
+def test_kinds_equal_their_definitions(family, peft, engine):
+    padding = 1 if family == "roberta" else 0
     model, batch, other = (
-        cases.encoder("bert", 2),
-        cases.text_batch(5, num_labels=2, ids=40),
-        cases.text_batch(3, 4, num_labels=2, ids=40),
+        cases.encoder(family, 2),
+        cases.text_batch(5, longest=12, num_labels=2, ids=40, padding_id=padding),
+        cases.text_batch(3, 4, longest=12, num_labels=2, ids=40, padding_id=padding),
     )
+    if family in ("roberta", "distilbert"):
+        del batch["token_type_ids"], other["token_type_ids"]
     tun = cases.PEFT[peft](model)
     theta = cases.moved(tun)
     jac, columns = cases.reference_jacobian(tun, batch, theta)
@@ -75,7 +78,7 @@ def test_kinds_equal_their_definitions(peft, engine):
                 matrix = kernel.matrix()
                 np.testing.assert_array_equal(matrix, matrix.T)
                 assert np.linalg.eigvalsh(matrix).min() > -1e-6 * np.abs(matrix).max()
-            if kind.of_signs and peft == "full":
+            if kind.of_signs and peft in ("full", "bias"):
                 assert "2 key biases left out" in kernel.info.note
 
 

@@ -7,17 +7,17 @@ import pytest
 import scipy.sparse.linalg
 
 import jaxlin as jl
-from jaxlin.data.dataset import as_dataset
-from jaxlin.ntk import products
-from jaxlin.ntk.products import (
+from jaxlin import (
     estimate_effective_dimension,
     estimate_trace,
     extreme_eigenvalues,
     lanczos_quadrature,
     ntk_vector_product,
+    sketch,
     spectral_density,
 )
-from jaxlin.ntk.sketch import sketch
+from jaxlin.data.dataset import as_dataset
+from jaxlin.ntk import lanczos, products
 from tests import cases
 from tests.test_ntk import gelu_network
 
@@ -73,7 +73,7 @@ def test_product_with_text_of_several_lengths(model, name, away):
     tun, text = cases.PEFT[name](model), cases.text_batch(19, seed=5, longest=12)
     theta = cases.moved(tun) if away else None
     operator = ntk_vector_product(tun, text, theta=theta, check_examples=0 if name == "full" else 2)
-    assert [positions.shape for positions, _ in operator._stacked[0].buckets] == [
+    assert [positions.shape for positions, _ in operator.stacked[0].buckets] == [
         (1, 16)
     ] * 2  # two lengths, of at most 16 examples
     v = some(57, seed=1)
@@ -105,9 +105,9 @@ def test_a_wrong_product_is_not_returned(monkeypatch):
     right = ntk_vector_product(tun, data)
     rectangular = ntk_vector_product(tun, data, other)
     expected = right @ some(10)
-    pull, push, lanczos = products._pull, products._push, products._lanczos
+    pull, push, decompose = products.pull, products.push, lanczos._lanczos
     with monkeypatch.context() as patch:
-        patch.setattr(products, "_pull", lambda *args: jax.tree.map(lambda leaf: leaf * 1.001, pull(*args)))
+        patch.setattr(products, "pull", lambda *args: jax.tree.map(lambda leaf: leaf * 1.001, pull(*args)))
         for x2 in (None, other):
             with pytest.raises(FloatingPointError, match=r"product with the kernel deviates by 1\.0e-03"):
                 ntk_vector_product(tun, data, x2)
@@ -117,11 +117,11 @@ def test_a_wrong_product_is_not_returned(monkeypatch):
         assert wrong.deviation is None
         np.testing.assert_allclose(wrong @ some(10), 1.001 * expected, rtol=1e-5)
     with monkeypatch.context() as patch:
-        patch.setattr(products, "_push", lambda *args: push(*args).at[0, 0].add(jnp.nan))
+        patch.setattr(products, "push", lambda *args: push(*args).at[0, 0].add(jnp.nan))
         with pytest.raises(FloatingPointError, match="deviates by nan"):
             ntk_vector_product(tun, data)
     with monkeypatch.context() as patch:
-        patch.setattr(products, "_lanczos", lambda *a, **k: jax.tree.map(lambda x: x * 1.001, lanczos(*a, **k)))
+        patch.setattr(lanczos, "_lanczos", lambda *a, **k: jax.tree.map(lambda x: x * 1.001, decompose(*a, **k)))
         with pytest.raises(FloatingPointError, match="Lanczos step deviates"):
             lanczos_quadrature(right)
     monkeypatch.setattr(products, "MEMORY_BUDGET", 100)
@@ -151,18 +151,18 @@ def test_nothing_is_compiled_again():
 def test_weights_are_arguments_and_memory_does_not_grow(model):
     lora = ntk_vector_product(jl.lora(model, rank=2), cases.text_batch(3, longest=8), check_examples=0)
     with jax.enable_x64(True):
-        closed = jax.make_jaxpr(products._pull)(some(3, 3), *lora._function, lora._stacked[0])
+        closed = jax.make_jaxpr(products.pull)(some(3, 3), *lora._function, lora.stacked[0])
     assert all(np.size(const) < 200 for const in closed.consts)
     sizes = {}
     for n in (32, 3200):
         operator = ntk_vector_product(cases.mlp(2, width=64), cases.vectors(n), check_examples=0)
         with jax.enable_x64(True):
-            vector, tangent = jnp.zeros((n, 2)), operator._pull(np.zeros((n, 2)))
-            for name, operand in (("_pull", vector), ("_push", tangent)):
-                lowered = getattr(products, name).lower(operand, *operator._function, operator._stacked[0])
+            vector, tangent = jnp.zeros((n, 2)), operator.pull(np.zeros((n, 2)))
+            for name, operand in (("pull", vector), ("push", tangent)):
+                lowered = getattr(products, name).lower(operand, *operator._function, operator.stacked[0])
                 sizes[name, n] = lowered.compile().memory_analysis().temp_size_in_bytes
-    assert sizes["_pull", 3200] == sizes["_pull", 32]
-    assert sizes["_push", 3200] - sizes["_push", 32] <= 4 * 3168 * 2 * 8  # a few vectors
+    assert sizes["pull", 3200] == sizes["pull", 32]
+    assert sizes["push", 3200] - sizes["push", 32] <= 4 * 3168 * 2 * 8  # a few vectors
 
 
 @pytest.mark.parametrize("which", ["largest", "smallest"])
@@ -218,7 +218,7 @@ def test_effective_dimension(small):
     assert np.all(short.samples >= whole.samples - 1e-9)
     # At full depth each probe is exact, though the kernel is singular (P < m) and Lanczos ends before.
     inverse = np.linalg.solve(kernel + lam * np.eye(len(kernel)), kernel)
-    drawn = [probe.reshape(-1) for probe in products._probes(operator, 8, 0, "lanczos")]
+    drawn = [probe.reshape(-1) for probe in lanczos._probes(operator, 8, 0, "lanczos")]
     np.testing.assert_allclose(whole.samples, [v @ inverse @ v for v in drawn], rtol=1e-10)
     same = estimate_effective_dimension(operator, lam, probes=8, depth=6)
     np.testing.assert_array_equal(same.samples, short.samples)

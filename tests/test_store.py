@@ -241,8 +241,9 @@ def test_an_estimate(model, batch):
     assert small.kernel_bytes == large.kernel_bytes == 2 * 6 * 6 * 9 * 8
     assert small.memory_bytes < 400_000 + small.kernel_bytes
     assert large.disk_bytes > large.kernel_bytes
+    assert small.plan == jl.ntk_plan(tun, batch, engine="factored", memory_budget=400_000, blocks="layer")
     assert 0 < large.pass_seconds <= large.seconds < 10
-    with pytest.raises(jl.InputError, match="cannot be estimated"):
+    with pytest.raises(jl.InputError, match="makes no plan"):
         jl.ntk_estimate(tun, batch, engine="neural_tangents")
 
 

@@ -9,19 +9,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 from jaxlin import plots
 from jaxlin.errors import TrainingDivergedError
-from jaxlin.experiments.config_file import to_yaml
-from jaxlin.experiments.data_arguments import DataArguments, with_folder
+from jaxlin.experiments.data_arguments import DataArguments
 from jaxlin.experiments.progress import ProgressReporter
+from jaxlin.experiments.record import options_file, resolved
 from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
 from jaxlin.experiments.setting import (
     ModelArguments,
     OutputArguments,
-    Setting,
     SweepArguments,
     TrainingArguments,
     lam_grid,
@@ -31,9 +29,7 @@ from jaxlin.experiments.setting import (
 )
 from jaxlin.experiments.tables import gap_tables, late_table, score_table, spectrum_line
 from jaxlin.experiments.tuned_arguments import FROZEN_A, TunedArguments
-from jaxlin.models.resolve import EMBEDDED_MODEL
 from jaxlin.training.compare import Comparison, check_comparison, compare
-from jaxlin.versions import versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,47 +51,6 @@ class CompareConfig:
     sweep: SweepArguments = dataclasses.field(default_factory=SweepArguments)
     training: TrainingArguments = dataclasses.field(default_factory=TrainingArguments)
     output: OutputArguments = dataclasses.field(default_factory=OutputArguments)
-
-
-def _resolved(config: CompareConfig, setting: Setting) -> dict[str, Any]:
-    """The configuration with all that is needed to repeat the run."""
-    arguments = {group: dataclasses.asdict(value) for group, value in vars(config).items()}
-    return {
-        "command": "compare",
-        "arguments": {
-            group: {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
-            for group, values in arguments.items()
-        },
-        "model": dataclasses.asdict(setting.model.source) if setting.model.source else None,
-        "head": setting.model.module.head,
-        "task": {
-            "name": setting.task.name,
-            "labels": setting.task.label_names,
-            "metrics": setting.task.metrics,
-            **setting.task.provenance,
-        },
-        "target_mean": setting.scale.mean if setting.scale else None,
-        "target_std": setting.scale.std if setting.scale else None,
-        "data_sha256": setting.task.sha256(),
-        "tokenized_sha256": {name: part.sha256() for name, part in setting.data.items()},
-        "truncated": setting.truncated,
-        "versions": versions(),
-        "device": str(jax.devices()[0]),
-    }
-
-
-def _options(config: CompareConfig, setting: Setting) -> str:
-    """The options as a file that runs the same again: paths absolute, commits for what is from the hub, no output."""
-    model, data, source = config.model, with_folder(config.data), setting.model.source
-    if Path(model.model_name_or_path).expanduser().is_dir():
-        folder = str(Path(model.model_name_or_path).expanduser().absolute())
-        model = dataclasses.replace(model, model_name_or_path=folder)
-    elif source is not None and source.name != EMBEDDED_MODEL:
-        model = dataclasses.replace(model, model_revision=Path(source.folder).name)  # as the hub's cache has it
-    if commit := setting.task.provenance.get("commit"):
-        data = dataclasses.replace(data, dataset_revision=commit)
-    config = dataclasses.replace(config, model=model, data=data)
-    return to_yaml(config, without=("output_dir", "overwrite_output_dir", "config", "debug"))
 
 
 def _write(folder: RunFolder, resolved: Mapping[str, Any], result: Comparison, title: str, seconds: float) -> None:
@@ -141,30 +96,15 @@ def run(config: CompareConfig) -> Comparison:
     }
     training = train_config(config.training, config.sweep)
     check_comparison(setting.tun, setting.data, training, **options)
-    resolved = _resolved(config, setting)
-    folder.open(resolved, _options(config, setting))
+    record = resolved("compare", config, setting)
+    folder.open(record, options_file(config, setting))
     source = setting.model.source
     assert source is not None  # loaded by name
     sizes = {name: len(part) for name, part in setting.data.items()}
     try:
         with ProgressReporter(folder.line, config.output.quiet) as progress:
-            progress.say(
-                f"{source.name} with head {setting.model.module.head!r}, {config.tuned.peft} "
-                f"({setting.tun.num_params:,} trainable parameters), task {setting.task.name}: "
-                f"{sizes['train']} training, {sizes['eval']} evaluation examples, "
-                f"{setting.task.num_labels} output(s)"
-            )
-            if source.head_is_new:
-                progress.say(f"the checkpoint has no head of this kind: a new one starts as {config.model.head_init}")
-            for note in setting.notes:
-                progress.say(note)
-            for name, count in setting.truncated.items():
-                if count:
-                    whole = f"{count} of {sizes[name]} {name} texts"
-                    progress.say(f"{whole} are longer than {setting.max_length} tokens and were truncated")
-            dropped = setting.task.provenance["train_rows_also_in_validation_dropped"]
-            if dropped:
-                progress.say(f"{dropped} training rows whose text is also in validation were dropped")
+            for line in setting.lines(config.tuned.peft, setting.tun.num_params, config.model.head_init):
+                progress.say(line)
             result = compare(
                 setting.tun,
                 setting.data["train"],
@@ -180,7 +120,7 @@ def run(config: CompareConfig) -> Comparison:
             f"{source.name}, {setting.task.name}: {sizes['train']} training and {sizes['eval']} evaluation examples, "
             f"{result.summary['steps']} steps, seed {config.training.seed}"
         )
-        _write(folder, resolved, result, title, time.monotonic() - begin)
+        _write(folder, record, result, title, time.monotonic() - begin)
     except (TrainingDivergedError, KeyboardInterrupt) as error:
         folder.line(f"stopped: {str(error) or 'interrupted'}")
         if isinstance(error, TrainingDivergedError):

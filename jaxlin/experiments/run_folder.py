@@ -6,10 +6,11 @@ import csv
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from jaxlin.errors import InputError
 from jaxlin.experiments import config_file
@@ -46,29 +47,35 @@ class RunFolder:
         path: The folder.
     """
 
-    def __init__(self, path: Path, overwrite: bool) -> None:
+    def __init__(self, path: Path, overwrite: bool, resume: bool = False) -> None:
         """Checks the folder; nothing is made before `open`.
+
+        Args:
+            path: Folder.
+            overwrite: Whether a run in it may be replaced.
+            resume: Whether a run in it goes on.
 
         Raises:
             InputError: If it is no folder, cannot be written, or holds something and `overwrite` is false, or
                 holds what is not a run.
         """
-        self.path = path
+        self.path, self.resume = path, resume
         if path.exists() and not path.is_dir():
             raise InputError(f"--output_dir {path} is a file; expected a folder")
         if path.is_dir() and any(path.iterdir()):
-            if not overwrite:
+            if not overwrite and not resume:
                 raise InputError(
                     f"--output_dir {path} is not empty; give another folder, or --overwrite_output_dir to replace a run"
                 )
             if not (path / "config.json").exists():
-                raise InputError(f"--output_dir {path} holds something that is not a run; it is not overwritten")
+                what = "nothing to go on with" if resume else "it is not overwritten"
+                raise InputError(f"--output_dir {path} holds something that is not a run; {what}")
         parent = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
         if not os.access(parent, os.W_OK):
             raise InputError(f"--output_dir {path} cannot be written: no permission in {parent}")
 
     def open(self, config: Mapping[str, Any], options: str) -> None:
-        """Makes the folder (emptying an old run's) and writes the configuration.
+        """Makes the folder (emptying an old run's, unless that goes on) and writes the configuration.
 
         Args:
             config: What was run, with versions and hashes, for `config.json`.
@@ -78,18 +85,19 @@ class RunFolder:
             InputError: If the folder cannot be made.
         """
         try:
-            for old in ("all_results.json", "table.csv", "log.jsonl", "run.log"):
-                (self.path / old).unlink(missing_ok=True)
-            for folder in ("tensorboard", "figures"):
-                for file in sorted((self.path / folder).rglob("*"), reverse=True):
-                    file.rmdir() if file.is_dir() else file.unlink()
+            if not self.resume:
+                for old in ("all_results.json", "table.csv", "spectrum.csv", "log.jsonl", "run.log"):
+                    (self.path / old).unlink(missing_ok=True)
+                for folder in ("tensorboard", "figures", "kernel.zarr", "kernel_eval.zarr"):
+                    if (self.path / folder).is_dir():
+                        shutil.rmtree(self.path / folder)
             (self.path / "figures").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--output_dir {self.path} cannot be made: {error.strerror}") from error
         write_json(self.path / "config.json", config)
         (self.path / config_file.NAME).write_text(options, encoding="utf-8")
-        self._steps = (self.path / "log.jsonl").open("w", encoding="utf-8")
-        self._lines = (self.path / "run.log").open("w", encoding="utf-8")
+        self._steps: TextIO | None = None
+        self._lines = (self.path / "run.log").open("a", encoding="utf-8")
         self._boards: dict[str, Any] = {}
 
     def line(self, text: str) -> None:
@@ -99,6 +107,8 @@ class RunFolder:
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Adds a training row to `log.jsonl` and to the TensorBoard run of its arm and λ."""
+        if self._steps is None:
+            self._steps = (self.path / "log.jsonl").open("w", encoding="utf-8")
         self._steps.write(json.dumps(_finite(row)) + "\n")
         self._steps.flush()
         share = row["lam_over_mu1"]
@@ -115,5 +125,6 @@ class RunFolder:
         """Closes the logs."""
         for board in self._boards.values():
             board.close()
-        self._steps.close()
+        if self._steps is not None:
+            self._steps.close()
         self._lines.close()

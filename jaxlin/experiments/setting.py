@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -184,11 +184,14 @@ def train_config(arguments: TrainingArguments, sweep: SweepArguments) -> TrainCo
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Setting:
-    """Everything loaded and checked, before anything long is done.
+_SPLITS = {"train": "training", "eval": "evaluation"}
 
-    `notes` are lines to be said in the log; `scale` is that of standardised scores, `None` for classes.
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model and the data for it.
+
+    `notes` are lines to be said in the log; `scale` is that of standardised scores, `None` for classes
     """
 
     task: Task
@@ -198,6 +201,46 @@ class Setting:
     truncated: dict[str, int]
     max_length: int
     model: Model
+
+    def probed(self) -> Model:
+        """Returns the model with a ridge head on its frozen features, from one pass over the training examples."""
+        y = np.asarray(targets(self.data["train"]["labels"], self.task.num_labels), np.float64)
+        return probe_head(self.model, self.data["train"], y)
+
+    def lines(self, what: str, num_params: int, head_init: str) -> list[str]:
+        """Returns what a log begins with.
+
+        Args:
+            what: Is tuned.
+            num_params: How many parameters that are.
+            head_init: How a new head starts.
+        """
+        source = self.model.source
+        assert source is not None  # loaded by name
+        sizes = {name: len(part) for name, part in self.data.items()}
+        counted = ", ".join(f"{sizes[k]} {long}" for k, long in _SPLITS.items() if k in sizes) + " examples"
+        first = (
+            f"{source.name} with head {self.model.module.head!r}, {what} ({num_params:,} trainable parameters), task "
+            f"{self.task.name}: {counted}, {self.task.num_labels} output(s)"
+        )
+        lines = [first]
+        if source.head_is_new:
+            lines.append(f"the checkpoint has no head of this kind: a new one starts as {head_init}")
+        lines += self.notes
+        for name, count in self.truncated.items():
+            if count:
+                whole = f"{count} of {sizes[name]} {name} texts"
+                lines.append(f"{whole} are longer than {self.max_length} tokens and were truncated")
+        dropped = self.task.provenance["train_rows_also_in_validation_dropped"]
+        if dropped:
+            lines.append(f"{dropped} training rows whose text is also in validation were dropped")
+        return lines
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setting(Loaded):
+    """Everything loaded and checked, before anything long is done."""
+
     tun: Tunable
     extra_arms: dict[str, Tunable]
     baselines: dict[str, dict[str, np.ndarray]]
@@ -217,6 +260,61 @@ def _in_order_of_checkpoint(
     train, validation = (reorder(split, order) for split in (task.train, task.validation))
     task = dataclasses.replace(task, label_names=names, train=train, validation=validation)
     return task, {name: reorder(split, order) for name, split in splits.items()}, notes
+
+
+def load(
+    model_arguments: ModelArguments, arguments: DataArguments, sizes: Mapping[str, int | None], seed: int, loss: str
+) -> Loaded:
+    """Loads model and data and checks that they fit.
+
+    Args:
+        model_arguments: Which model; a head that is to start as a probe starts at random.
+        arguments: Which data.
+        sizes: Most examples of `train` and `eval`; 0 leaves a split out, `None` takes all.
+        seed: Of a new head and of subsets.
+        loss: Squared or cross_entropy.
+
+    Returns:
+        What was loaded.
+
+    Raises:
+        InputError: If anything given cannot be used.
+    """
+    task = load_task(arguments)
+    whole = {"train": task.train, "eval": task.validation}
+    splits = {name: subsample(split, sizes[name], seed) for name, split in whole.items() if sizes[name] != 0}
+    head_init = "random" if model_arguments.head_init == "probe" else model_arguments.head_init
+    model = load_model(
+        model_arguments.model_name_or_path,
+        task.num_labels,
+        head=model_arguments.head,
+        head_init=head_init,
+        new_head=model_arguments.new_head,
+        rng=seed,
+        revision=model_arguments.model_revision,
+    )
+    task, splits, notes = _in_order_of_checkpoint(model, task, splits)
+    # A checkpoint's own regression head speaks in the units that it was trained in.
+    own_head = model.source is not None and not model.source.head_is_new
+    scale = None if task.label_names or own_head else scale_of(splits["train"])
+    if scale:
+        splits = {name: standardise(split, scale) for name, split in splits.items()}
+        notes += (
+            "scores are standardised: the loss is in units of the training variance "
+            f"(mean {scale.mean:.4g}, standard deviation {scale.std:.4g})",
+        )
+    max_length = min(arguments.max_seq_length, model.module.config.max_length)
+    token_types = model.module.config.type_vocab_size > 1
+    data, truncated = {}, {}
+    for name, split in splits.items():
+        data[name], truncated[name] = tokenize(split, model.tokenizer, max_length, token_types)
+        check_data(full(model), data[name], loss)
+    return Loaded(task, notes, scale, data, truncated, max_length, model)
+
+
+def starts_as_probe(model: Model, model_arguments: ModelArguments) -> bool:
+    """Whether the head is new and starts as a probe."""
+    return model_arguments.head_init == "probe" and model.source is not None and model.source.head_is_new
 
 
 def prepare(
@@ -246,44 +344,13 @@ def prepare(
     config.check()
     check_lams(lam_grid(sweep), sweep.lam_rel or None, sweep.pull)
     late_steps(sweep)
-    task = load_task(arguments)
     sizes = {"train": arguments.max_train_samples, "eval": arguments.max_eval_samples}
-    splits = {
-        name: subsample(split, sizes[name], seed) for name, split in (("train", task.train), ("eval", task.validation))
-    }
-    head_init = "random" if model_arguments.head_init == "probe" else model_arguments.head_init
-    model = load_model(
-        model_arguments.model_name_or_path,
-        task.num_labels,
-        head=model_arguments.head,
-        head_init=head_init,
-        new_head=model_arguments.new_head,
-        rng=seed,
-        revision=model_arguments.model_revision,
-    )
-    task, splits, notes = _in_order_of_checkpoint(model, task, splits)
-    # A checkpoint's own regression head speaks in the units that it was trained in.
-    own_head = model.source is not None and not model.source.head_is_new
-    scale = None if task.label_names or own_head else scale_of(splits["train"])
-    if scale:
-        splits = {name: standardise(split, scale) for name, split in splits.items()}
-        notes += (
-            "scores are standardised: the loss is in units of the training variance "
-            f"(mean {scale.mean:.4g}, standard deviation {scale.std:.4g})",
-        )
-    max_length = min(arguments.max_seq_length, model.module.config.max_length)
-    token_types = model.module.config.type_vocab_size > 1
-    data, truncated = {}, {}
-    for name, split in splits.items():
-        data[name], truncated[name] = tokenize(split, model.tokenizer, max_length, token_types)
-        check_data(full(model), data[name], training.loss)
+    loaded = load(model_arguments, arguments, sizes, seed, training.loss)
     # For its errors, before the probe's pass over the data.
-    check_blocks(tune(model, tuned, seed, sweep.with_frozen_A)[0], config)
-    y = np.asarray(targets(data["train"]["labels"], task.num_labels), np.float64)
-    probed = probe_head(model, data["train"], y)
-    if model_arguments.head_init == "probe" and model.source is not None and model.source.head_is_new:
-        model = probed
+    check_blocks(tune(loaded.model, tuned, seed, sweep.with_frozen_A)[0], config)
+    probed = loaded.probed()
+    model = probed if starts_as_probe(loaded.model, model_arguments) else loaded.model
     probe = head_only(probed)
-    baselines = {"linear_probe": {name: predict(probe, probe.theta0, part) for name, part in data.items()}}
+    baselines = {"linear_probe": {name: predict(probe, probe.theta0, part) for name, part in loaded.data.items()}}
     tun, extra_arms = tune(model, tuned, seed, sweep.with_frozen_A)
-    return Setting(task, notes, scale, data, truncated, max_length, model, tun, extra_arms, baselines)
+    return Setting(**{**vars(loaded), "model": model}, tun=tun, extra_arms=extra_arms, baselines=baselines)

@@ -115,6 +115,7 @@ def ntk(
     engine, note = _choose(engine, tun, data1, theta, dtype, memory_budget, keep_jacobian or mesh)
     options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
     name = dtype or str(jnp.result_type(*jax.tree.leaves(theta)))
+    note = "; ".join(filter(None, (note, _left_out(chosen_kind, groups))))
     info = KernelInfo(engine, name, "float64", precision, jax.default_backend(), None, note)
     symmetric = data2 is None and chosen_kind.symmetric
     if engine == "neural_tangents":
@@ -143,25 +144,73 @@ def ntk(
     work = Work.of(tun, data1, data2, theta, groups, chosen_kind, engine=engine, **options)
     if store is None:
         return _in_memory(work, info, groups, symmetric, check_examples, progress)
-    inputs = {
-        "engine": engine,
-        "kind": kind,
-        "dtype": name,
-        "precision": precision,
-        "device": info.device,
-        **fingerprint(tun, theta),
-        "data_sha256": data1.sha256(),
-        "other_data_sha256": data2 and data2.sha256(),
-        "blocks": {block: list(paths) for block, paths in groups.items()},
-        "versions": versions(),
-    }
-    return _in_store(work, Path(store), resume, inputs, symmetric, check_examples, progress)
+    inputs = _inputs(tun, theta, work)
+    return _in_store(work, Path(store), resume, inputs, symmetric, note, check_examples, progress)
+
+
+def ntk_plan(
+    tun: Tunable,
+    x1: Dataset | Mapping[str, Any],
+    x2: Dataset | Mapping[str, Any] | None = None,
+    *,
+    store: str | Path | None = None,
+    resume: bool = False,
+    **options: Any,
+) -> Plan:
+    """Says how `ntk` would cut the work, without computing anything; finds what it would refuse.
+
+    Args:
+        tun: As for `ntk`, and so are the others.
+        x1: Examples.
+        x2: Other examples, for a train-test kernel.
+        store: Folder for the kernel.
+        resume: Whether to go on with it.
+        **options: kind, blocks, engine (one of jaxlin's own), theta, dtype, precision, memory_budget.
+
+    Returns:
+        The plan: that of the store, where it goes on.
+
+    Raises:
+        InputError: As `ntk`; or if the engine is neural-tangents'.
+    """
+    work, theta = _work(tun, x1, x2, **options)
+    if store is not None and resume and Path(store).exists():
+        opened = KernelStore.open(Path(store))
+        opened.check_inputs(_inputs(tun, theta, work))
+        return opened.plan
+    return work.plan()
 
 
 def ntk_estimate(
     tun: Tunable,
     x1: Dataset | Mapping[str, Any],
     x2: Dataset | Mapping[str, Any] | None = None,
+    *,
+    stored: bool = False,
+    **options: Any,
+) -> Cost:
+    """Says what a kernel will take, from one timed pass for each length of text and two timed products.
+
+    Args:
+        tun: As for `ntk`, and so are the others.
+        x1: Examples.
+        x2: Other examples.
+        stored: Whether the kernel is written to disk.
+        **options: kind, blocks, engine (one of jaxlin's own), theta, dtype, precision, memory_budget.
+
+    Returns:
+        Time, memory and disk, and the plan.
+
+    Raises:
+        InputError: As `ntk`; or if the engine is neural-tangents'.
+    """
+    return _work(tun, x1, x2, **options)[0].estimate(stored)
+
+
+def _work(
+    tun: Tunable,
+    x1: Dataset | Mapping[str, Any],
+    x2: Dataset | Mapping[str, Any] | None,
     *,
     kind: str = "full",
     blocks: str | Blocks | None = None,
@@ -170,36 +219,35 @@ def ntk_estimate(
     dtype: str | None = None,
     precision: str = "highest",
     memory_budget: int = MEMORY_BUDGET,
-    stored: bool = False,
-) -> Cost:
-    """Says what a kernel will take, from one timed pass for each length of text and two timed products.
-
-    Args:
-        tun: As for `ntk`, and so are the others.
-        x1: Examples.
-        x2: Other examples.
-        kind: Of kernel.
-        blocks: Which are kept apart.
-        engine: One of jaxlin's own.
-        theta: Where.
-        dtype: Of the Jacobian.
-        precision: Of matrix products on the device.
-        memory_budget: Bytes.
-        stored: Whether the kernel is written to disk.
-
-    Returns:
-        Time, memory and disk, and the plan.
+) -> tuple[Work, PyTree]:
+    """Returns the work that a kernel is, and where the derivatives are taken.
 
     Raises:
-        InputError: As `ntk`; or if the engine is neural-tangents'.
+        InputError: As `Work.of`; or if the engine is neural-tangents'.
     """
     if engine not in ENGINES[:3]:
-        raise InputError(f"engine={engine!r} cannot be estimated; expected one of {', '.join(ENGINES[:3])}")
-    data1, data2, chosen = as_dataset(x1), None if x2 is None else as_dataset(x2), kind_of(kind)
+        raise InputError(f"engine={engine!r} makes no plan; expected one of {', '.join(ENGINES[:3])}")
+    data1, data2 = as_dataset(x1), None if x2 is None else as_dataset(x2)
     groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
     engine, _ = _choose(engine, tun, data1, theta, dtype, memory_budget, None)
     options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
-    return Work.of(tun, data1, data2, theta, groups, chosen, engine=engine, **options).estimate(stored)
+    return Work.of(tun, data1, data2, theta, groups, kind_of(kind), engine=engine, **options), theta
+
+
+def _inputs(tun: Tunable, theta: PyTree, work: Work) -> dict[str, Any]:
+    """What a stored kernel is of; a store is gone on with only for the same."""
+    return {
+        "engine": work.engine,
+        "kind": work.kind.name,
+        "dtype": work.dtype or str(jnp.result_type(*jax.tree.leaves(theta))),
+        "precision": work.precision,
+        "device": jax.default_backend(),
+        **fingerprint(tun, theta),
+        "data_sha256": work.data1.sha256(),
+        "other_data_sha256": work.data2 and work.data2.sha256(),
+        "blocks": {block: list(paths) for block, paths in work.blocks.items()},
+        "versions": versions(),
+    }
 
 
 def _check_options(
@@ -254,14 +302,12 @@ def _choose(
     return "factored", f"chosen since {size}, more than memory_budget"
 
 
-def _with_notes(info: KernelInfo, kind: Kind, blocks: Blocks, plan: Plan | None) -> KernelInfo:
-    """Adds to the record what was left out or changed on the way."""
-    notes = [info.note] if info.note else []
-    left_out = [path for paths in blocks.values() for path in paths if without_sign(path)]
-    if kind.of_signs and left_out:
-        notes.append(f"{len(left_out)} key biases left out: their derivative is rounding and has no sign")
-    notes += plan.events if plan else ()
-    return dataclasses.replace(info, note="; ".join(notes))
+def _left_out(kind: Kind, blocks: Blocks) -> str:
+    """Says which parameters have no part in a kernel of signs."""
+    count = sum(without_sign(path) for paths in blocks.values() for path in paths)
+    return (
+        f"{count} key biases left out: their derivative is rounding and has no sign" if kind.of_signs and count else ""
+    )
 
 
 def _in_memory(
@@ -289,7 +335,7 @@ def _in_memory(
         changed=changed,
         progress=progress,
     )
-    info = dataclasses.replace(_with_notes(info, work.kind, blocks, plan), epsilon_J=epsilon)
+    info = dataclasses.replace(info, note="; ".join(filter(None, (info.note, *plan.events))), epsilon_J=epsilon)
     return Kernel(parts, symmetric, info, dict(blocks), kind=work.kind.name)
 
 
@@ -299,6 +345,7 @@ def _in_store(
     resume: bool,
     inputs: Mapping[str, Any],
     symmetric: bool,
+    note: str,
     check_examples: int,
     progress: Progress | None,
 ) -> Kernel:
@@ -306,7 +353,8 @@ def _in_store(
         store = KernelStore.open(path, "r+")
         store.check_inputs(inputs)
     else:
-        store = KernelStore.create(path, inputs, work.blocks, work.shape(), work.plan(), symmetric)
+        plan = work.plan()
+        store = KernelStore.create(path, inputs, work.blocks, work.shape(), plan, symmetric=symmetric, note=note)
     work.run(
         store.plan,
         store.write,
@@ -318,8 +366,7 @@ def _in_store(
         progress=progress,
     )
     store.finish()
-    kernel = store.kernel()
-    return dataclasses.replace(kernel, info=_with_notes(kernel.info, work.kind, work.blocks, store.plan))
+    return store.kernel()
 
 
 def _on_mesh(

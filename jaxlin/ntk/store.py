@@ -50,7 +50,15 @@ class KernelStore:
 
     @classmethod
     def create(
-        cls, path: Path, inputs: Mapping[str, Any], blocks: Blocks, shape: Sequence[int], plan: Plan, symmetric: bool
+        cls,
+        path: Path,
+        inputs: Mapping[str, Any],
+        blocks: Blocks,
+        shape: Sequence[int],
+        plan: Plan,
+        *,
+        symmetric: bool,
+        note: str,
     ) -> KernelStore:
         """Makes a store, with its plan, before anything is computed.
 
@@ -61,6 +69,7 @@ class KernelStore:
             shape: Of one block's kernel.
             plan: How it will be computed.
             symmetric: Whether it is.
+            note: For its record.
 
         Returns:
             The store.
@@ -89,6 +98,7 @@ class KernelStore:
             "inputs": dict(inputs),
             "leaves": {name: list(paths) for name, paths in blocks.items()},
             "symmetric": symmetric,
+            "note": note,
             "plan": _as_json(plan),
             "epsilon_J": None,
         }
@@ -207,9 +217,9 @@ class KernelStore:
         about = self.about
         inputs = about["inputs"]
         leaves = {name: tuple(paths) for name, paths in about["leaves"].items()}
-        info = KernelInfo(
-            inputs["engine"], inputs["dtype"], "float64", inputs["precision"], inputs["device"], about["epsilon_J"]
-        )
+        engine, dtype, precision, device = (inputs[name] for name in ("engine", "dtype", "precision", "device"))
+        note = "; ".join(filter(None, (about["note"], *self.plan.events)))
+        info = KernelInfo(engine, dtype, "float64", precision, device, about["epsilon_J"], note)
         return Kernel(_StoredParts(self, list(leaves)), about["symmetric"], info, leaves, kind=inputs["kind"])
 
 

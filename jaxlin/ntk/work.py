@@ -389,44 +389,57 @@ class Work:
             Time, memory and disk.
         """
         plan = self.plan()
-        seconds, n = 0.0, [len(data) for data in self._both()]
-        for data in self._both():
-            for group in data.groups():
-                if len(group):
-                    batch = data.batch(group[: plan.chunk], plan.chunk)
-                    self._pass(batch)  # compiles
-                    begin = time.perf_counter()
-                    self._pass(batch)
-                    seconds += (time.perf_counter() - begin) * math.ceil(len(group) / plan.chunk)
-        formed = sum(n) * self.k * sum(math.prod(s.inputs) * s.outputs[-1] for s in self._large.values())
+        n = [len(data) for data in self._both()]
+        with tempfile.TemporaryDirectory(prefix="jaxlin-ntk-") as folder:
+            rows = Rows(sum(n), Path(folder) if plan.spilled or stored else None)
+            seconds = sum(self._seconds_of_passes(data, rows, plan) for data in self._both())
+        # Of an embedding only words that two examples share are multiplied: next to nothing.
+        dense = {path: site for path, site in self._large.items() if site.factored == "kernel"}
+        formed = sum(n) * self.k * sum(math.prod(site.inputs) * site.outputs[-1] for site in dense.values())
         formed *= 1 + self.kind.of_signs
         blocks = math.ceil(max(n) / plan.row_block)
         pairs = n[0] * n[-1] * self.k * (1 if self.kind.diagonal else self.k)
-        products = pairs * sum(self._sizes.values()) * (0.5 if self.data2 is None and self.kind.symmetric else 1)
+        multiplied = sum(size for path, size in self._sizes.items() if path in dense or path not in self._large)
+        products = pairs * multiplied * (0.5 if self.data2 is None and self.kind.symmetric else 1)
         time32, time64 = (_seconds_a_product(dtype) for dtype in (np.float32, np.float64))
         kernel = 8 * math.prod(self.shape()) * len(self.blocks)
-        rows = sum(n) * self._example_bytes()
+        given = sum(n) * self._example_bytes()
         return Cost(
             self.engine,
             plan,
             seconds + formed * blocks * time32 + products * time64,
             seconds,
             self._tile_bytes(plan.row_block, plan.slab_bytes)
-            + (2 * plan.chunk * self._example_bytes() if plan.spilled or stored else rows)
+            + (2 * plan.chunk * self._example_bytes() if plan.spilled or stored else given)
             + (0 if stored else kernel),
-            (kernel if stored else 0) + (rows if stored or plan.spilled else 0),
+            (kernel if stored else 0) + (given if stored or plan.spilled else 0),
             kernel,
         )
+
+    def _seconds_of_passes(self, data: Dataset, rows: Rows, plan: Plan) -> float:
+        """Time of all passes over a data set, from one for each length, with what is done with its results."""
+        seconds = 0.0
+        for group in data.groups():
+            if len(group):
+                examples = group[: plan.chunk]
+                batch = data.batch(examples, plan.chunk)
+                self._pass(batch)  # compiles
+                begin = time.perf_counter()
+                self._keep(rows, 0, examples, self._pass(batch))
+                seconds += (time.perf_counter() - begin) * math.ceil(len(group) / plan.chunk)
+        return seconds
 
 
 def _seconds_a_product(dtype: type[np.floating]) -> float:
     """Time of a multiplication and addition within a matrix product on the host."""
     square = np.ones((512, 1 << 13), dtype)
     other = np.ones((512, 1 << 13), dtype)
-    square @ other.T
-    begin = time.perf_counter()
-    square @ other.T
-    return (time.perf_counter() - begin) / (512 * 512 * (1 << 13))
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        square @ other.T
+        times.append(time.perf_counter() - begin)
+    return min(times) / (512 * 512 * (1 << 13))
 
 
 def _out_of_memory(error: Exception) -> bool:

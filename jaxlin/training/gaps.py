@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Float, PyTree
-from scipy.special import log_softmax
 
 from jaxlin.training.losses import evaluate
 from jaxlin.training.metrics import predicted
@@ -40,6 +39,8 @@ def kl_divergence(p: Float[np.ndarray, "N C"], q: Float[np.ndarray, "N C"]) -> f
     """Returns the mean over examples of KL(softmax(p) ‖ softmax(q)), in nats; `None` for C = 1."""
     if p.shape[1] < 2:
         return None
+    from scipy.special import log_softmax
+
     log_p, log_q = log_softmax(p, axis=1), log_softmax(q, axis=1)
     return float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), axis=1)))
 

@@ -1,0 +1,305 @@
+"""`jaxlin ntk`: the tangent kernel of a pretrained transformer on real text, with its spectrum."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from jaxlin import plots
+from jaxlin.data.dataset import Dataset
+from jaxlin.errors import InputError
+from jaxlin.experiments.data_arguments import DataArguments
+from jaxlin.experiments.progress import ProgressReporter
+from jaxlin.experiments.record import options_file, resolved
+from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
+from jaxlin.experiments.setting import Loaded, ModelArguments, OutputArguments, load, starts_as_probe
+from jaxlin.experiments.tuned_arguments import TunedArguments, tune
+from jaxlin.ntk.engine import ntk, ntk_estimate, ntk_plan
+from jaxlin.ntk.kernel import Kernel
+from jaxlin.ntk.kinds import kind_of
+from jaxlin.ntk.work import Cost
+from jaxlin.theory.spectrum import Spectrum, spectrum
+from jaxlin.tunable import Tunable
+
+STORE, EVAL_STORE = "kernel.zarr", "kernel_eval.zarr"
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelArguments:
+    """The kernel.
+
+    Attributes:
+        num_samples: Training examples, stratified.
+        num_eval_samples: Also the kernel of so many validation examples with the training examples.
+        blocks: Parameters whose kernels are kept apart.
+        kind: Of kernel; signgd and asymmetric_signgd are of the signs of derivatives.
+        nearest_psd: For asymmetric_signgd: the spectrum of the nearest symmetric positive semidefinite kernel.
+        engine: How; auto says what it chose.
+        dtype: Of the Jacobian; float64 tells condition numbers to 1e14.
+        precision: Of matrix products on the device; highest is true float32.
+        memory_budget: GiB held at a time, beside the model.
+        check_examples: Examples whose Jacobian is recomputed in float64, to measure its error.
+        seed: Of head, A and subsets.
+        estimate: Say what it takes in time, memory and disk, and stop.
+        resume: Go on with the kernel in output_dir; start one if there is none.
+    """
+
+    num_samples: int = 256
+    num_eval_samples: int = 0
+    blocks: Literal["layer", "module", "leaf"] = "layer"
+    kind: Literal["full", "trace", "diagonal", "logit_difference", "pseudo", "signgd", "asymmetric_signgd"] = "full"
+    nearest_psd: bool = False
+    engine: Literal["auto", "jacobian", "factored"] = "auto"
+    dtype: Literal["parameters", "float64"] = "parameters"
+    precision: Literal["highest", "high", "default"] = "highest"
+    memory_budget: float = 4.0
+    check_examples: int = 2
+    seed: int = 0
+    estimate: bool = False
+    resume: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelConfig:
+    """Compute the tangent kernel of what is tuned, with a kernel for every layer, and its spectrum.
+
+    Attributes:
+        kernel: The kernel.
+        model: The model.
+        data: The data.
+        tuned: What is tuned.
+        output: Where results go.
+    """
+
+    kernel: KernelArguments = dataclasses.field(default_factory=KernelArguments)
+    model: ModelArguments = dataclasses.field(default_factory=ModelArguments)
+    data: DataArguments = dataclasses.field(default_factory=DataArguments)
+    tuned: TunedArguments = dataclasses.field(default_factory=TunedArguments)
+    output: OutputArguments = dataclasses.field(default_factory=OutputArguments)
+
+
+def _check(config: KernelConfig) -> None:
+    """Refuses what cannot be meant.
+
+    Raises:
+        InputError: If something is.
+    """
+    arguments, output = config.kernel, config.output
+    for name, least in (("num_samples", 1), ("num_eval_samples", 0), ("check_examples", 0)):
+        if getattr(arguments, name) < least:
+            raise InputError(f"--{name} {getattr(arguments, name)}: expected at least {least}")
+    if not arguments.memory_budget > 0:
+        raise InputError(f"--memory_budget {arguments.memory_budget}: expected GiB above 0")
+    if config.data.max_train_samples or config.data.max_eval_samples:
+        raise InputError("--max_train_samples and --max_eval_samples are of compare; give --num_samples")
+    if arguments.nearest_psd and kind_of(arguments.kind).symmetric:
+        raise InputError(f"--nearest_psd is for --kind asymmetric_signgd; {arguments.kind} is symmetric as it is")
+    if arguments.resume and output.output_dir is None:
+        raise InputError("--resume needs the --output_dir to go on in")
+    if arguments.resume and output.overwrite_output_dir:
+        raise InputError("--resume and --overwrite_output_dir contradict each other")
+
+
+def block_table(kernel: Kernel) -> list[dict[str, Any]]:
+    """Returns every block's shares of the kernel.
+
+    Args:
+        kernel: Of examples with themselves.
+
+    Returns:
+        A row a block: how many leaves it has, its share of the trace, and `norm_share` ⟨K_ℓ, K⟩/‖K‖²; both sum to 1.
+    """
+    whole = kernel.array
+    total, norm = _trace(whole), float(np.sum(whole**2))
+    rows = []
+    for name, part in kernel.parts.items():
+        row: dict[str, Any] = {"block": name, "leaves": len(kernel.leaves[name])}
+        row["trace_share"] = _trace(part) / total if total else None
+        row["norm_share"] = float(np.sum(part * whole)) / norm if norm else None
+        rows.append(row)
+    return rows
+
+
+def _trace(array: np.ndarray) -> float:
+    """Sum over examples, and over outputs where there are."""
+    own = array[np.arange(len(array)), np.arange(len(array))]
+    return float(np.einsum("ncc->", own) if own.ndim == 3 else own.sum())
+
+
+def _summary(kernel: Kernel, spec: Spectrum | None, seconds: float) -> dict[str, Any]:
+    out: dict[str, Any] = {
+        "kind": kernel.kind,
+        "shape": list(kernel.array.shape),
+        "symmetric": kernel.symmetric,
+        "kernel": dataclasses.asdict(kernel.info),
+        "seconds": seconds,
+    }
+    if spec is not None:
+        out |= {
+            "mu_max": float(spec.eigenvalues[0]),
+            "mu_min": float(spec.eigenvalues[-1]),
+            "trace": spec.trace,
+            "condition_number": spec.condition_number,
+            "condition_number_is_lower_bound": spec.condition_number_is_bound,
+            "condition_number_on_range": spec.condition_number_on_range,
+            "rank": spec.rank,
+            "size": len(spec.eigenvalues),
+            "noise_floor": spec.noise_floor,
+            "resolution": spec.resolution,
+        }
+    return out
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2g} GiB" if size >= 1 << 27 else f"{size / 2**20:.2g} MiB"
+
+
+def cost_lines(cost: Cost, num_blocks: int) -> list[str]:
+    """Says what a kernel will take."""
+    plan = cost.plan
+    return [
+        f"engine {cost.engine}: passes of {plan.chunk} examples, tiles of {plan.row_block} × {plan.row_block} examples",
+        f"time   about {cost.seconds:.3g} s on this machine ({cost.pass_seconds:.3g} s of it passes over the data)",
+        f"memory about {_gib(cost.memory_bytes)} beside the model",
+        f"disk   {_gib(cost.disk_bytes)} while it runs, {_gib(cost.kernel_bytes)} in the end ({num_blocks} blocks)",
+    ]
+
+
+def _options(arguments: KernelArguments) -> dict[str, Any]:
+    return {
+        "kind": arguments.kind,
+        "blocks": arguments.blocks,
+        "engine": arguments.engine,
+        "dtype": None if arguments.dtype == "parameters" else arguments.dtype,
+        "precision": arguments.precision,
+        "memory_budget": int(arguments.memory_budget * 2**30),
+    }
+
+
+def run(config: KernelConfig) -> Kernel | None:
+    """Computes the kernel and writes its folder.
+
+    Args:
+        config: What to run.
+
+    Returns:
+        The kernel of the training examples; `None` where only an estimate was asked for.
+
+    Raises:
+        InputError: If anything given cannot be used; nothing has been written then.
+        KeyboardInterrupt: If interrupted; what was computed is kept.
+    """
+    begin, arguments = time.monotonic(), config.kernel
+    _check(config)
+    default = Path("runs") / time.strftime("ntk-%Y%m%d-%H%M%S")
+    path = config.output.output_dir or default
+    if not arguments.estimate:
+        folder = RunFolder(path, config.output.overwrite_output_dir, arguments.resume)
+    sizes = {"train": arguments.num_samples, "eval": arguments.num_eval_samples}
+    loaded = load(config.model, config.data, sizes, arguments.seed, "squared")
+    tune(loaded.model, config.tuned, arguments.seed, False)  # for its errors, before the probe's pass
+    if starts_as_probe(loaded.model, config.model):
+        loaded = dataclasses.replace(loaded, model=loaded.probed())
+    tun, _ = tune(loaded.model, config.tuned, arguments.seed, False)
+    options = _options(arguments)
+    if arguments.estimate:
+        cost = ntk_estimate(tun, loaded.data["train"], **options, stored=True)
+        print(*cost_lines(cost, len(tun.grouped(arguments.blocks))), sep="\n")
+        return None
+    # For their errors, before anything is written.
+    ntk_plan(tun, loaded.data["train"], **options, store=path / STORE, resume=arguments.resume)
+    folder.open(resolved("ntk", config, loaded), options_file(config, loaded))
+    try:
+        with ProgressReporter(folder.line, config.output.quiet) as progress:
+            for line in loaded.lines(config.tuned.peft, tun.num_params, config.model.head_init):
+                progress.say(line)
+            kernel = _compute(loaded, tun, folder.path, config, options, progress)
+        spec = _write(kernel, loaded.data["train"], config, folder.path, time.monotonic() - begin)
+    except KeyboardInterrupt:
+        folder.line("stopped: interrupted")
+        print(f"jaxlin: go on with --output_dir {folder.path} --resume", flush=True)
+        raise
+    finally:
+        folder.close()
+    _print(kernel, spec, folder.path, time.monotonic() - begin)
+    return kernel
+
+
+def _compute(
+    loaded: Loaded,
+    tun: Tunable,
+    path: Path,
+    config: KernelConfig,
+    options: Mapping[str, Any],
+    progress: ProgressReporter,
+) -> Kernel:
+    """Computes the kernel of the training examples, and that of evaluation examples with them."""
+    train, arguments = loaded.data["train"], config.kernel
+    common = {**options, "resume": True, "progress": progress.update}
+    kernel = ntk(tun, train, **common, store=path / STORE, check_examples=arguments.check_examples)
+    progress.say(f"engine {kernel.info.engine}{f': {kernel.info.note}' if kernel.info.note else ''}")
+    if arguments.num_eval_samples:
+        progress.say("kernel of evaluation examples with training examples")
+        common["progress"] = lambda phase, *counts: progress.update(f"{phase} (evaluation)", *counts)
+        ntk(tun, loaded.data["eval"], train, **common, store=path / EVAL_STORE, check_examples=0)
+    return kernel
+
+
+def _write(kernel: Kernel, data: Dataset, config: KernelConfig, path: Path, seconds: float) -> Spectrum | None:
+    table = block_table(kernel)
+    write_csv(path / "table.csv", table)
+    if config.kernel.nearest_psd:
+        kernel = kernel.nearest_psd()
+    spec = spectrum(kernel) if kernel.symmetric else None
+    write_json(path / "all_results.json", {"summary": _summary(kernel, spec, seconds), "table": table})
+    if spec is not None:
+        rows = [
+            {"index": i, "eigenvalue": float(mu), "above_noise": bool(mu > spec.noise_floor)}
+            for i, mu in enumerate(spec.eigenvalues, start=1)
+        ]
+        write_csv(path / "spectrum.csv", rows)
+        title = f"Spectrum of K₀ ({config.kernel.kind}), {len(data)} examples"
+        plots.save(plots.spectrum(spec, title), path / "figures" / "spectrum")
+    return spec
+
+
+def _print(kernel: Kernel, spec: Spectrum | None, path: Path, seconds: float) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)
+    shape = "×".join(map(str, kernel.array.shape))
+    epsilon = kernel.info.epsilon_J
+    console.print(
+        f"kernel {kernel.kind} [{shape}] by {kernel.info.engine}, J in {kernel.info.dtype}, precision "
+        f"{kernel.info.precision}, ε_J {'not measured' if epsilon is None else f'= {epsilon:.1g}'}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    if spec is None:
+        console.print("no spectrum: this kernel is not symmetric (--nearest_psd takes that of the nearest one that is)")
+    else:
+        sign = "≥" if spec.condition_number_is_bound else "="
+        console.print(
+            f"μ_max = {spec.eigenvalues[0]:.4g}, μ_min = {spec.eigenvalues[-1]:.3g}, κ {sign} "
+            f"{spec.condition_number:.3g}, κ on the range = {spec.condition_number_on_range:.3g}, rank {spec.rank} of "
+            f"{len(spec.eigenvalues)}, noise floor {spec.noise_floor:.2g}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    out = Table(title="Blocks: shares of trace and norm", title_justify="left", box=box.SIMPLE_HEAD)
+    out.add_column("block")
+    for heading in ("trace K_ℓ / trace K", "⟨K_ℓ, K⟩ / ‖K‖²"):
+        out.add_column(heading, justify="right")
+    for row in block_table(kernel):
+        out.add_row(row["block"], *("" if row[k] is None else f"{row[k]:.2g}" for k in ("trace_share", "norm_share")))
+    console.print(out)
+    console.print(f"written to {path} in {seconds:.0f} s", highlight=False, markup=False)

@@ -1,0 +1,145 @@
+"""`jaxlin ntk`: what it writes, what it says, what it refuses."""
+
+import csv
+import json
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+import jaxlin as jl
+from jaxlin.experiments import kernel as command
+from jaxlin.ntk import work
+from tests import cases
+
+
+@pytest.fixture
+def options(tmp_path, files):
+    return {
+        "model_name_or_path": cases.TINY_BERT,
+        "head": "mean",
+        "train_file": files["train"],
+        "validation_file": files["validation"],
+        "lora_rank": 2,
+        "num_samples": 10,
+        "output_dir": tmp_path / "out",
+    }
+
+
+def words(options):
+    return ["ntk", *cases.flags(options)[1:]]
+
+
+def rows(file):
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_it_writes_a_store_a_spectrum_and_a_summary(run, options, tmp_path):
+    code, out, err = run(*words({**options, "num_eval_samples": 4, "seed": 3}))
+    assert code == 0, err
+    folder = tmp_path / "out"
+    kernel = jl.load_kernel(folder / "kernel.zarr")
+    assert kernel.array.shape == (10, 10, 2, 2)
+    assert {"classifier", "layer_0/lora_A", "layer_1/lora_B"} <= set(kernel.parts)
+    assert jl.load_kernel(folder / "kernel_eval.zarr").array.shape == (4, 10, 2, 2)
+    spec = jl.spectrum(kernel)
+    np.testing.assert_allclose([float(row["eigenvalue"]) for row in rows(folder / "spectrum.csv")], spec.eigenvalues)
+    summary = json.loads((folder / "all_results.json").read_text())["summary"]
+    assert summary["condition_number"] == pytest.approx(spec.condition_number)
+    assert summary["kernel"]["epsilon_J"] == kernel.info.epsilon_J
+    for share in ("trace_share", "norm_share"):
+        assert sum(float(row[share]) for row in rows(folder / "table.csv")) == pytest.approx(1)
+    assert (folder / "figures" / "spectrum.png").read_bytes()[:4] == b"\x89PNG"
+    assert ET.parse(folder / "figures" / "spectrum.svg").getroot().tag.endswith("svg")
+    assert "engine jacobian: chosen since the Jacobian takes" in err
+    assert "κ = " in out or "κ ≥ " in out
+    log = (folder / "run.log").read_text()
+    assert "10 training, 4 evaluation examples" in log
+    assert "10/10" in log
+
+    code, _, err = run("ntk", "--config", folder / "config.yaml", "--output_dir", tmp_path / "again", "--quiet")
+    assert (code, err) == (0, "")
+    np.testing.assert_array_equal(jl.load_kernel(tmp_path / "again" / "kernel.zarr").array, kernel.array)
+
+
+def test_interrupted_it_says_how_to_go_on_and_does(run, options, tmp_path, monkeypatch):
+    compute, steps = work.Derivatives.tile, []
+
+    def interrupted(self, *args):
+        steps.append(args)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return compute(self, *args)
+
+    monkeypatch.setattr(work.Derivatives, "tile", interrupted)
+    code, out, err = run(*words(options))
+    assert code == 130
+    assert f"go on with --output_dir {tmp_path / 'out'} --resume" in out
+    assert "interrupted" in err
+    assert not (tmp_path / "out" / "all_results.json").exists()
+    assert "is not empty" in run(*words(options))[2]
+    code, _, err = run(*words({**options, "resume": True, "seed": 1}))
+    assert code == 2
+    assert "is of other inputs" in err
+    assert "seed: 0" in (tmp_path / "out" / "config.yaml").read_text()  # the record of the run is as it was
+    count = len(steps)
+    code, _, err = run(*words({**options, "resume": True}))
+    assert code == 0, err
+    kernel = jl.load_kernel(tmp_path / "out" / "kernel.zarr")
+    assert len(steps) - count == len(kernel.parts) - 2  # two were there
+    assert "stopped: interrupted" in (tmp_path / "out" / "run.log").read_text()
+    code, _, _ = run(*words({**options, "output_dir": tmp_path / "whole", "resume": True}))  # nothing there: a start
+    assert code == 0
+    np.testing.assert_array_equal(jl.load_kernel(tmp_path / "whole" / "kernel.zarr").array, kernel.array)
+
+
+def test_overwriting_replaces_the_store(run, options, tmp_path):
+    for kind in ("trace", "pseudo"):
+        code, _, err = run(*words({**options, "kind": kind, "overwrite_output_dir": True}))
+        assert code == 0, err
+        kernel = jl.load_kernel(tmp_path / "out" / "kernel.zarr")
+        assert (kernel.kind, kernel.array.shape) == (kind, (10, 10))
+
+
+def test_a_kernel_without_a_spectrum(run, options, tmp_path):
+    code, out, _ = run(*words({**options, "kind": "asymmetric_signgd"}))
+    assert code == 0
+    assert "no spectrum: this kernel is not symmetric" in out
+    assert not (tmp_path / "out" / "spectrum.csv").exists()
+    code, out, _ = run(*words({**options, "kind": "asymmetric_signgd", "nearest_psd": True, "resume": True}))
+    assert code == 0
+    assert min(float(row["eigenvalue"]) for row in rows(tmp_path / "out" / "spectrum.csv")) >= 0
+
+
+def test_an_estimate_writes_nothing(run, options, tmp_path):
+    code, out, _ = run(*words({**options, "estimate": True}))
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["engine", "time", "memory", "disk"]
+    assert not (tmp_path / "out").exists()
+
+
+BAD = {
+    "no samples": ({"num_samples": 0}, "--num_samples 0: expected at least 1"),
+    "memory": ({"memory_budget": 0}, "--memory_budget 0.0: expected GiB above 0"),
+    "compare's": ({"max_train_samples": 5}, "--max_train_samples and --max_eval_samples are of compare"),
+    "nearest": ({"nearest_psd": True}, "full is symmetric as it is"),
+    "resume and overwrite": ({"resume": True, "overwrite_output_dir": True}, "contradict each other"),
+    "kind": ({"kind": "ntk"}, "invalid choice"),
+    "too small a budget": ({"memory_budget": 1e-7}, "more than memory_budget"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_writes_nothing(run, options, tmp_path, case):
+    change, message = BAD[case]
+    code, _, err = run(*words({**options, **change}))
+    assert code == 2
+    assert message in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_shares_of_a_vanishing_kernel_are_blank():
+    tun = jl.Tunable(lambda theta, batch: 0.0 * batch["x"] @ theta["w"], {"w": np.zeros((4, 2), np.float32)})
+    table = command.block_table(jl.ntk(tun, {"x": np.ones((2, 4), np.float32)}))
+    assert table == [{"block": "w", "leaves": 1, "trace_share": None, "norm_share": None}]
