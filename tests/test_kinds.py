@@ -87,8 +87,8 @@ def test_float32_flips_few_signs(model, batch, engine):
     tun = jl.select(model, "layer_1/(attention|mlp)")
     exact = jl.ntk(tun, batch, kind="signgd", engine=engine, dtype="float64")
     kernel = jl.ntk(tun, batch, kind="signgd", engine=engine)
-    # A flipped sign changes a product by 2, one that becomes 0 by 1.
-    assert np.abs(kernel.array - exact.array).max() <= 2e-4 * tun.num_params
+    # A flipped sign changes a product by 2, one that becomes 0 by 1: at most 0.1 % of the entries do either.
+    assert np.abs(kernel.array - exact.array).max() <= 1e-3 * tun.num_params
 
 
 @given(seed=st.integers(0, 10_000), n=st.integers(1, 4), c=st.integers(1, 3))

@@ -79,7 +79,8 @@ def num_outputs(tun: Tunable, data: Dataset) -> int:
     Raises:
         InputError: If the outputs of `tun` are not `[B, C]`.
     """
-    shape = jax.eval_shape(tun.apply, tun.theta0, data.batch(np.zeros(1, int))).shape
+    # The model is an argument: a float64 leaf that is traced as a constant while x64 is off is float32 ever after.
+    shape = jax.eval_shape(lambda f, *args: f(*args), tun.apply, tun.theta0, data.batch(np.zeros(1, int))).shape
     if len(shape) != 2 or shape[0] != 1:
         raise InputError(f"apply must return outputs [B, C]; for one example it returned shape {shape}")
     return shape[1]

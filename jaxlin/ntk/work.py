@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +92,7 @@ class Work:
     """One kernel to be computed, by the Jacobian or the factored engine.
 
     Attributes:
-        tun: The model, in the precision that is computed in.
+        tun: The model.
         data1: Rows.
         data2: Columns; `None` for the rows again.
         theta: Where.
@@ -146,9 +147,6 @@ class Work:
                 tun.check_batch(data.columns)
         c = num_outputs(tun, data1)
         sites = find_sites(tun, data1, theta, len(kind.seeds(c))) if engine == "factored" else ()
-        if dtype == "float64":
-            apply, theta = to_float64((tun.apply, theta))
-            tun = dataclasses.replace(tun, apply=apply)
         return cls(tun, data1, data2, theta, blocks, kind, engine, dtype, precision, memory_budget, c, sites)
 
     @functools.cached_property
@@ -157,8 +155,14 @@ class Work:
         return len(self.kind.seeds(self.c))
 
     @functools.cached_property
+    def _function(self) -> tuple[Callable[..., Any], PyTree]:
+        """The model and theta, in the precision that is computed in."""
+        both = self.tun.apply, self.theta
+        return to_float64(both) if self.dtype == "float64" else both
+
+    @functools.cached_property
     def _dtype(self) -> np.dtype:
-        return np.dtype(jnp.result_type(*jax.tree.leaves(self.theta)))
+        return np.dtype(self.dtype or jnp.result_type(*jax.tree.leaves(self.theta)))
 
     @functools.cached_property
     def _large(self) -> dict[str, Site]:
@@ -233,8 +237,8 @@ class Work:
         seeds = self.kind.seeds(self.c).astype(np.float64 if self.dtype == "float64" else np.float32)
         with self._precisely():
             if self.engine == "factored":
-                return jax.device_get(derivatives_and_factors(self.tun.apply, self.theta, batch, seeds, self.sites))
-            _, rows = jax.device_get(outputs_and_jacobian(self.tun.apply, self.theta, batch, seeds))
+                return jax.device_get(derivatives_and_factors(*self._function, batch, seeds, self.sites))
+            _, rows = jax.device_get(outputs_and_jacobian(*self._function, batch, seeds))
         leaves = zip(leaf_paths(self.theta), jax.tree.leaves(rows), strict=True)
         return {path: leaf.reshape(*leaf.shape[:2], -1) for path, leaf in leaves}
 
