@@ -119,20 +119,22 @@ class Attention(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], mask: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Returns the attention output before the residual sum; tokens with mask 0 are not attended to."""
+    def __call__(
+        self, x: Float[Array, "B T D"], mask: Int[Array, "B T"], reading: Float[Array, "B Q D"]
+    ) -> Float[Array, "B Q D"]:
+        """Returns what the tokens `reading` attend to in x, before the residual sum; none with mask 0."""
         heads, width = self.config.num_heads, self.config.hidden_size
 
-        def project(name: str) -> Array:
+        def project(name: str, x: Array) -> Array:
             y = nn.Dense(width, name=name)(x)
             return y.reshape(*y.shape[:-1], heads, width // heads)
 
-        query, key, value = project("query"), project("key"), project("value")
+        query, key, value = project("query", reading), project("key", x), project("value", x)
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * (width // heads) ** -0.5
         # A finite mask value: a fully masked row then stays finite instead of turning into NaN.
         scores = jnp.where(mask[:, None, None, :] != 0, scores, jnp.finfo(scores.dtype).min)
         y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), value)
-        return nn.Dense(width, name="output")(y.reshape(x.shape))
+        return nn.Dense(width, name="output")(y.reshape(reading.shape))
 
 
 class Mlp(nn.Module):
@@ -153,9 +155,13 @@ class Layer(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], mask: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Returns the layer's output."""
-        x = _layer_norm(self.config, "attention_norm")(x + Attention(self.config, name="attention")(x, mask))
+    def __call__(
+        self, x: Float[Array, "B T D"], mask: Int[Array, "B T"], first: int | None = None
+    ) -> Float[Array, "B Q D"]:
+        """Returns the layer's output, for the first tokens alone where nothing reads the others'."""
+        reading = x if first is None else x[:, :first]
+        attended = Attention(self.config, name="attention")(x, mask, reading)
+        x = _layer_norm(self.config, "attention_norm")(reading + attended)
         return _layer_norm(self.config, "mlp_norm")(x + Mlp(self.config, name="mlp")(x))
 
 
@@ -165,10 +171,13 @@ class Encoder(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], mask: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Returns the last hidden state."""
+    def __call__(
+        self, x: Float[Array, "B T D"], mask: Int[Array, "B T"], first: int | None = None
+    ) -> Float[Array, "B Q D"]:
+        """Returns the last hidden state: of all tokens, or of the first ones alone, which takes less."""
+        last = self.config.num_layers - 1
         for i in range(self.config.num_layers):
-            x = Layer(self.config, name=f"layer_{i}")(x, mask)
+            x = Layer(self.config, name=f"layer_{i}")(x, mask, first if i == last else None)
         return x
 
 
@@ -193,7 +202,8 @@ class SequenceClassifier(nn.Module):
     def __call__(self, batch: Batch, output_features: bool = False) -> Float[Array, "B C"]:
         """Returns logits `[B, C]`, or the head's input `[B, D]` with `output_features`."""
         mask = jnp.asarray(batch["attention_mask"])
-        x = Encoder(self.config, name="encoder")(Embeddings(self.config, name="embeddings")(batch), mask)
+        embedded = Embeddings(self.config, name="embeddings")(batch)
+        x = Encoder(self.config, name="encoder")(embedded, mask, None if self.head == "mean" else 1)
         if self.head == "mean":
             weight = mask.astype(x.dtype)
             weight /= jnp.maximum(weight.sum(axis=1, keepdims=True), 1)

@@ -112,7 +112,7 @@ def ntk(
     data1, data2 = as_dataset(x1), None if x2 is None else as_dataset(x2)
     groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
     _check_options(engine, kind, dtype, keep_jacobian=keep_jacobian, store=store, resume=resume, mesh=mesh)
-    engine, note = _choose(engine, tun, data1, theta, dtype, memory_budget, keep_jacobian or mesh)
+    engine, note = _choose(engine, tun, data1, data2, theta, dtype, memory_budget, keep_jacobian or mesh)
     options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
     name = dtype or str(jnp.result_type(*jax.tree.leaves(theta)))
     note = "; ".join(filter(None, (note, _left_out(chosen_kind, groups))))
@@ -129,7 +129,7 @@ def ntk(
             )
         parts = {block: chosen_kind.of_full(part) for block, part in parts.items()}
         info = dataclasses.replace(info, engine=f"neural_tangents:{implementation}", gram_dtype=name)
-        return Kernel(parts, symmetric, info, groups, kind=kind)
+        return Kernel(parts, symmetric, info, groups, kind=kind, of_two_sets=data2 is not None)
     if keep_jacobian:
         if data2 is not None:
             raise InputError("keep_jacobian is for the kernel of examples with themselves; x2 is given")
@@ -229,7 +229,7 @@ def _work(
         raise InputError(f"engine={engine!r} makes no plan; expected one of {', '.join(ENGINES[:3])}")
     data1, data2 = as_dataset(x1), None if x2 is None else as_dataset(x2)
     groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
-    engine, _ = _choose(engine, tun, data1, theta, dtype, memory_budget, None)
+    engine, _ = _choose(engine, tun, data1, data2, theta, dtype, memory_budget, None)
     options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
     return Work.of(tun, data1, data2, theta, groups, kind_of(kind), engine=engine, **options), theta
 
@@ -245,6 +245,7 @@ def _inputs(tun: Tunable, theta: PyTree, work: Work) -> dict[str, Any]:
         **fingerprint(tun, theta),
         "data_sha256": work.data1.sha256(),
         "other_data_sha256": work.data2 and work.data2.sha256(),
+        "lengths": [list(data.buckets) for data in (work.data1, work.data2) if data is not None],
         "blocks": {block: list(paths) for block, paths in work.blocks.items()},
         "versions": versions(),
     }
@@ -283,15 +284,23 @@ def _check_options(
 
 
 def _choose(
-    engine: str, tun: Tunable, data: Dataset, theta: PyTree, dtype: str | None, budget: int, whole: Any
+    engine: str,
+    tun: Tunable,
+    data: Dataset,
+    other: Dataset | None,
+    theta: PyTree,
+    dtype: str | None,
+    budget: int,
+    whole: Any,
 ) -> tuple[str, str]:
     """Returns the engine, and why where that was left open: what holds the Jacobian, unless it does not fit."""
     if engine != "auto":
         return engine, ""
-    size = f"the Jacobian takes {jacobian_bytes(tun, data, dtype) / 2**30:.2g} GiB"
+    needed = sum(jacobian_bytes(tun, one, dtype) for one in (data, other) if one is not None)
+    size = f"the Jacobian takes {needed / 2**30:.2g} GiB"
     if whole:
         return "jacobian", "chosen since the Jacobian is to be held"
-    if jacobian_bytes(tun, data, dtype) <= budget:
+    if needed <= budget:
         return "jacobian", f"chosen since {size}, within memory_budget"
     if not isinstance(tun.apply, PeftFunction):
         return "jacobian", f"chosen since the model is not of Linen modules; {size}, kept in files"
@@ -336,7 +345,7 @@ def _in_memory(
         progress=progress,
     )
     info = dataclasses.replace(info, note="; ".join(filter(None, (info.note, *plan.events))), epsilon_J=epsilon)
-    return Kernel(parts, symmetric, info, dict(blocks), kind=work.kind.name)
+    return Kernel(parts, symmetric, info, dict(blocks), kind=work.kind.name, of_two_sets=work.data2 is not None)
 
 
 def _in_store(
@@ -349,12 +358,13 @@ def _in_store(
     check_examples: int,
     progress: Progress | None,
 ) -> Kernel:
-    if resume and path.exists():
+    if resume and path.exists() and (path.is_file() or any(path.iterdir())):
         store = KernelStore.open(path, "r+")
         store.check_inputs(inputs)
     else:
         plan = work.plan()
-        store = KernelStore.create(path, inputs, work.blocks, work.shape(), plan, symmetric=symmetric, note=note)
+        record: dict[str, Any] = {"symmetric": symmetric, "of_two_sets": work.data2 is not None, "note": note}
+        store = KernelStore.create(path, inputs, work.blocks, work.shape(), plan, **record)
     work.run(
         store.plan,
         store.write,
@@ -411,7 +421,7 @@ def _on_mesh(
         own = jacobian(tun, some, theta, dtype=dtype, precision=precision, memory_budget=memory_budget)
         epsilon = measure_epsilon(tun, some, theta, own, len(some), precision, memory_budget)
     info = dataclasses.replace(info, note=f"{info.note}; {note}" if info.note else note, epsilon_J=epsilon)
-    return Kernel(parts, data2 is None, info, dict(blocks), kind=kind.name)
+    return Kernel(parts, data2 is None, info, dict(blocks), kind=kind.name, of_two_sets=data2 is not None)
 
 
 def kernel_from_jacobian(
@@ -436,4 +446,6 @@ def kernel_from_jacobian(
                 part += gram(jac1.rows[path], jac2.rows[path])
         parts[name] = part
     info = KernelInfo("jacobian", str(jac1.outputs.dtype), "float64", precision, jax.default_backend(), epsilon)
-    return Kernel(parts, jac1 is jac2, info, dict(blocks), dict(jac1.rows) if keep else None)
+    return Kernel(
+        parts, jac1 is jac2, info, dict(blocks), dict(jac1.rows) if keep else None, of_two_sets=jac1 is not jac2
+    )

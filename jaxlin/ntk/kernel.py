@@ -69,6 +69,7 @@ class Kernel:
         jacobian: Leaf path to `[N1, C, size]`, where it was kept; leaves that vanish are left out.
         leaves: Block name to the paths of its leaves.
         kind: `"full"` is `[N1, N2, C, C]`; see `jaxlin.ntk.kinds.KINDS` for the others.
+        of_two_sets: Whether rows and columns are of different examples.
     """
 
     parts: Mapping[str, Any]  # not checked any further: it may lie on disk
@@ -77,6 +78,7 @@ class Kernel:
     leaves: Mapping[str, tuple[str, ...]]
     jacobian: Mapping[str, Float[np.ndarray, "N1 C _"]] | None = None
     kind: str = "full"
+    of_two_sets: bool = False
 
     @functools.cached_property
     def array(self) -> Float[np.ndarray, "N1 N2 ..."]:
@@ -114,14 +116,15 @@ class Kernel:
         if kind_of(self.kind).symmetric:
             return self.require_symmetric("nearest_psd")
         matrix = self.matrix()
-        if len(matrix) != len(matrix.T):
+        if self.of_two_sets:
             raise InputError("nearest_psd needs the kernel of examples with themselves; this one is of two sets")
         values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
         nearest = (vectors * np.clip(values, 0, None)) @ vectors.T
         n, c = self.array.shape[0], self.array.shape[2]
         block = ((nearest + nearest.T) / 2).reshape(n, c, n, c).transpose(0, 2, 1, 3)
         leaves = {"all": tuple(path for paths in self.leaves.values() for path in paths)}
-        info = dataclasses.replace(self.info, note=f"nearest positive semidefinite kernel to the {self.kind} kernel")
+        note = f"nearest positive semidefinite kernel to the {self.kind} kernel"
+        info = dataclasses.replace(self.info, note="; ".join(filter(None, (self.info.note, note))))
         return Kernel({"all": np.ascontiguousarray(block)}, True, info, leaves)
 
     def require_symmetric(self, what: str) -> Kernel:

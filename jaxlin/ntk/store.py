@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,12 +25,15 @@ from jaxlin.tunable import Blocks, Tunable, leaf_paths
 
 _FORMAT = 1
 _ARRAY, _ROWS, _ATTRIBUTE = "blocks", "rows", "jaxlin"
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""Where a function lies in memory: another place in every process."""
+
 _DIMENSIONS = ("block", "example_1", "example_2", "output_1", "output_2")
 
 
 def fingerprint(tun: Tunable, theta: PyTree) -> dict[str, str]:
     """Returns hashes of the model and of theta, from every weight and its path."""
-    model, point = hashlib.sha256(str(jax.tree.structure(tun.apply)).encode()), hashlib.sha256()
+    model, point = hashlib.sha256(_ADDRESS.sub("", str(jax.tree.structure(tun.apply))).encode()), hashlib.sha256()
     for digest, tree in ((model, tun.apply), (point, theta)):
         for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True):
             value = np.ascontiguousarray(leaf)
@@ -58,6 +63,7 @@ class KernelStore:
         plan: Plan,
         *,
         symmetric: bool,
+        of_two_sets: bool,
         note: str,
     ) -> KernelStore:
         """Makes a store, with its plan, before anything is computed.
@@ -69,6 +75,7 @@ class KernelStore:
             shape: Of one block's kernel.
             plan: How it will be computed.
             symmetric: Whether it is.
+            of_two_sets: Whether its rows and columns are of different examples.
             note: For its record.
 
         Returns:
@@ -79,8 +86,10 @@ class KernelStore:
         """
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             raise InputError(f"store {path} is there already; resume it (resume=True, --resume), or give another path")
+        making = path.with_name(f".{path.name}.partial")  # so that a store is there whole or not at all
+        shutil.rmtree(making, ignore_errors=True)
         try:
-            group = zarr.open_group(path, mode="w-")
+            group = zarr.open_group(making, mode="w-")
         except OSError as error:
             raise InputError(f"store {path} cannot be made: {error.strerror or error}") from error
         tile = (1, min(plan.row_block, shape[0]), min(plan.row_block, shape[1]), *shape[2:])
@@ -98,10 +107,12 @@ class KernelStore:
             "inputs": dict(inputs),
             "leaves": {name: list(paths) for name, paths in blocks.items()},
             "symmetric": symmetric,
+            "of_two_sets": of_two_sets,
             "note": note,
             "plan": _as_json(plan),
             "epsilon_J": None,
         }
+        os.replace(making, path)
         return cls(path, zarr.open_group(path, mode="r+"))
 
     @classmethod
@@ -220,7 +231,14 @@ class KernelStore:
         engine, dtype, precision, device = (inputs[name] for name in ("engine", "dtype", "precision", "device"))
         note = "; ".join(filter(None, (about["note"], *self.plan.events)))
         info = KernelInfo(engine, dtype, "float64", precision, device, about["epsilon_J"], note)
-        return Kernel(_StoredParts(self, list(leaves)), about["symmetric"], info, leaves, kind=inputs["kind"])
+        return Kernel(
+            _StoredParts(self, list(leaves)),
+            about["symmetric"],
+            info,
+            leaves,
+            kind=inputs["kind"],
+            of_two_sets=about["of_two_sets"],
+        )
 
 
 @dataclasses.dataclass(frozen=True)

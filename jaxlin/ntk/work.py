@@ -146,7 +146,9 @@ class Work:
             if data is not None:
                 tun.check_batch(data.columns)
         c = num_outputs(tun, data1)
-        sites = find_sites(tun, data1, theta, len(kind.seeds(c))) if engine == "factored" else ()
+        both = [data for data in (data1, data2) if data is not None]
+        longest = max(both, key=lambda data: 0 if data.lengths is None else int(data.lengths.max()))
+        sites = find_sites(tun, longest, theta, len(kind.seeds(c))) if engine == "factored" else ()
         return cls(tun, data1, data2, theta, blocks, kind, engine, dtype, precision, memory_budget, c, sites)
 
     @functools.cached_property
@@ -234,7 +236,7 @@ class Work:
 
     def _pass(self, batch: Batch) -> dict[str, np.ndarray]:
         """What one pass gives for a batch, on the host."""
-        seeds = self.kind.seeds(self.c).astype(np.float64 if self.dtype == "float64" else np.float32)
+        seeds = self.kind.seeds(self.c).astype(np.float64 if self._dtype == np.float64 else np.float32)
         with self._precisely():
             if self.engine == "factored":
                 return jax.device_get(derivatives_and_factors(*self._function, batch, seeds, self.sites))
@@ -299,8 +301,8 @@ class Work:
 
     def shape(self) -> tuple[int, ...]:
         """Returns the shape of the kernel."""
-        n1, n2 = len(self.data1), len(self._both()[-1])
-        return self.kind.finish(np.empty((n1, n2) + ((self.k,) if self.kind.diagonal else (self.k, self.k)))).shape
+        one = self.kind.finish(np.zeros((1, 1) + ((self.k,) if self.kind.diagonal else (self.k, self.k))))
+        return (len(self.data1), len(self._both()[-1]), *one.shape[2:])
 
     def run(
         self,
