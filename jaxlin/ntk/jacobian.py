@@ -73,6 +73,10 @@ class Jacobian:
         return sum(rows.nbytes for rows in self.rows.values())
 
 
+def _apply(apply: Callable[[PyTree, Batch], Array], theta: PyTree, batch: Batch) -> Array:
+    return apply(theta, batch)
+
+
 def num_outputs(tun: Tunable, data: Dataset) -> int:
     """Returns C, without computing anything.
 
@@ -80,7 +84,7 @@ def num_outputs(tun: Tunable, data: Dataset) -> int:
         InputError: If the outputs of `tun` are not `[B, C]`.
     """
     # The model is an argument: a float64 leaf that is traced as a constant while x64 is off is float32 ever after.
-    shape = jax.eval_shape(lambda f, *args: f(*args), tun.apply, tun.theta0, data.batch(np.zeros(1, int))).shape
+    shape = jax.eval_shape(_apply, tun.apply, tun.theta0, data.batch(np.zeros(1, int))).shape
     if len(shape) != 2 or shape[0] != 1:
         raise InputError(f"apply must return outputs [B, C]; for one example it returned shape {shape}")
     return shape[1]
