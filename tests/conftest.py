@@ -90,14 +90,18 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def arguments(tmp_path, files):
+def setting_arguments(tmp_path, files):
+    """Options that every command takes."""
     return {
         "model_name_or_path": cases.TINY_BERT,
         "head": "mean",
         "train_file": files["train"],
         "validation_file": files["validation"],
         "lora_rank": 2,
-        "max_steps": 3,
-        "per_device_train_batch_size": 8,
         "output_dir": tmp_path / "out",
     }
+
+
+@pytest.fixture
+def arguments(setting_arguments):
+    return {**setting_arguments, "max_steps": 3, "per_device_train_batch_size": 8}

@@ -68,11 +68,12 @@ def test_float64_and_the_columns_of_other_examples(model, batch):
     assert cases.relative_error(between.matrix(), j1 @ j2.T) < 5e-6
 
 
-def test_invariance_to_chunks_tiles_and_slabs(model, batch):
+@pytest.mark.parametrize("memory_budget", [133_000, 100_000], ids=["in memory", "in files"])
+def test_invariance_to_chunks_tiles_and_slabs(model, batch, memory_budget):
     """A budget too small for all that is kept, for tiles of all examples and for whole derivatives changes rounding."""
     tun, seen = jl.select(model, "layer_1/mlp|word"), []
     whole = jl.ntk(tun, batch, blocks="layer", engine="factored", check_examples=0)
-    options = {"engine": "factored", "memory_budget": 400_000, "check_examples": 0, "blocks": "layer"}
+    options = {"engine": "factored", "memory_budget": memory_budget, "check_examples": 0, "blocks": "layer"}
     parts = jl.ntk(tun, batch, **options, progress=lambda *step: seen.append(step))
     passes = [step[1:] for step in seen if step[0] == work.PASSES]
     tiles = [step[1:] for step in seen if step[0] == work.TILES]
@@ -83,7 +84,7 @@ def test_invariance_to_chunks_tiles_and_slabs(model, batch):
     for name in whole.parts:
         assert cases.relative_error(parts.parts[name], whole.parts[name]) < 1e-6
     with pytest.raises(jl.InputError, match=r"one example and a tile of the kernel take .* more than memory_b"):
-        jl.ntk(tun, batch, **{**options, "memory_budget": 20_000})
+        jl.ntk(tun, batch, **{**options, "memory_budget": 10_000})
 
 
 def test_half_precision_is_summed_in_float32(batch):
@@ -96,13 +97,16 @@ def test_half_precision_is_summed_in_float32(batch):
         assert cases.relative_error(kernel.matrix(), exact.matrix()) < 0.03
 
 
-def test_auto_takes_it_where_the_jacobian_does_not_fit(model, batch):
-    tun = jl.full(model)
-    kernel = jl.ntk(tun, batch, memory_budget=1_000_000)
+def test_auto_takes_it_where_it_can(model, batch):
+    kernel = jl.ntk(jl.full(model), batch, check_examples=0)
     assert kernel.info.engine == "factored"
-    whole = jl.ntk(tun, batch)
+    assert kernel.info.note == "chosen since every tuned parameter belongs to a module that is called once"
+    whole = jl.ntk(jl.full(model), batch, keep_jacobian=True, check_examples=0)
     assert whole.info.engine == "jacobian"
     assert cases.relative_error(kernel.matrix(), whole.matrix()) < 1e-6
+    plain = jl.ntk(cases.mlp(), cases.vectors(3), check_examples=0)
+    assert plain.info.engine == "jacobian"
+    assert "needs a Tunable made of a Model; its apply is a PlainFunction" in plain.info.note
 
 
 def test_zero_derivatives_of_a_are_left_out_only_where_b_is_zero(model, batch):

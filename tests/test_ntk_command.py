@@ -14,16 +14,8 @@ from tests import cases
 
 
 @pytest.fixture
-def options(tmp_path, files):
-    return {
-        "model_name_or_path": cases.TINY_BERT,
-        "head": "mean",
-        "train_file": files["train"],
-        "validation_file": files["validation"],
-        "lora_rank": 2,
-        "num_samples": 10,
-        "output_dir": tmp_path / "out",
-    }
+def options(setting_arguments):
+    return {**setting_arguments, "num_samples": 10}
 
 
 def words(options):
@@ -52,7 +44,7 @@ def test_it_writes_a_store_a_spectrum_and_a_summary(run, options, tmp_path):
         assert sum(float(row[share]) for row in rows(folder / "table.csv")) == pytest.approx(1)
     assert (folder / "figures" / "spectrum.png").read_bytes()[:4] == b"\x89PNG"
     assert ET.parse(folder / "figures" / "spectrum.svg").getroot().tag.endswith("svg")
-    assert "engine jacobian: chosen since the Jacobian takes" in err
+    assert "engine factored: chosen since every tuned parameter belongs to a module" in err
     assert "κ = " in out or "κ ≥ " in out
     log = (folder / "run.log").read_text()
     assert "10 training, 4 evaluation examples" in log

@@ -136,7 +136,10 @@ def _print(result: Comparison, metrics: Sequence[str], path: Path, seconds: floa
     console = Console()
     if not console.is_terminal:
         console = Console(width=100)
-    console.print(spectrum_line(result.summary), highlight=False, soft_wrap=True)
+    examples, of = result.summary["kernel_examples"], result.summary["train_examples"]
+    subset = "" if examples == of else f" of {of}"
+    what = f"NTK at θ₀ ({examples}{subset} training examples × {result.summary['outputs']} outputs)"
+    console.print(f"{what}: {spectrum_line(result.summary)}", highlight=False, soft_wrap=True)
     for arm in ("full", FROZEN_A):
         if any(row["arm"] == arm for row in result.table):
             console.print(*gap_tables(result.table, arm))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxlin import plots
-from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
 from jaxlin.experiments.data_arguments import DataArguments
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
 from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
 from jaxlin.experiments.setting import Loaded, ModelArguments, OutputArguments, load, starts_as_probe
+from jaxlin.experiments.tables import spectrum_line
 from jaxlin.experiments.tuned_arguments import TunedArguments, tune
 from jaxlin.ntk.engine import ntk, ntk_estimate, ntk_plan
 from jaxlin.ntk.kernel import Kernel
@@ -134,30 +135,6 @@ def _trace(array: np.ndarray) -> float:
     return float(np.einsum("ncc->", own) if own.ndim == 3 else own.sum())
 
 
-def _summary(kernel: Kernel, spec: Spectrum | None, seconds: float) -> dict[str, Any]:
-    out: dict[str, Any] = {
-        "kind": kernel.kind,
-        "shape": list(kernel.array.shape),
-        "symmetric": kernel.symmetric,
-        "kernel": dataclasses.asdict(kernel.info),
-        "seconds": seconds,
-    }
-    if spec is not None:
-        out |= {
-            "mu_max": float(spec.eigenvalues[0]),
-            "mu_min": float(spec.eigenvalues[-1]),
-            "trace": spec.trace,
-            "condition_number": spec.condition_number,
-            "condition_number_is_lower_bound": spec.condition_number_is_bound,
-            "condition_number_on_range": spec.condition_number_on_range,
-            "rank": spec.rank,
-            "size": len(spec.eigenvalues),
-            "noise_floor": spec.noise_floor,
-            "resolution": spec.resolution,
-        }
-    return out
-
-
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2g} GiB" if size >= 1 << 27 else f"{size / 2**20:.2g} MiB"
 
@@ -222,14 +199,16 @@ def run(config: KernelConfig) -> Kernel | None:
             for line in loaded.lines(config.tuned.peft, tun.num_params, config.model.head_init):
                 progress.say(line)
             kernel = _compute(loaded, tun, folder.path, config, options, progress)
-        spec = _write(kernel, loaded.data["train"], config, folder.path, time.monotonic() - begin)
+        results = _Results.of(kernel, arguments.nearest_psd)
+        title = f"Spectrum of K₀ ({arguments.kind}), {len(loaded.data['train'])} examples"
+        _write(results, title, folder.path, time.monotonic() - begin)
     except KeyboardInterrupt:
         folder.line("stopped: interrupted")
         print(f"jaxlin: go on with --output_dir {folder.path} --resume", flush=True)
         raise
     finally:
         folder.close()
-    _print(kernel, spec, folder.path, time.monotonic() - begin)
+    _print(results, folder.path, time.monotonic() - begin)
     return kernel
 
 
@@ -253,53 +232,59 @@ def _compute(
     return kernel
 
 
-def _write(kernel: Kernel, data: Dataset, config: KernelConfig, path: Path, seconds: float) -> Spectrum | None:
-    table = block_table(kernel)
-    write_csv(path / "table.csv", table)
-    if config.kernel.nearest_psd:
-        kernel = kernel.nearest_psd()
-    spec = spectrum(kernel) if kernel.symmetric else None
-    write_json(path / "all_results.json", {"summary": _summary(kernel, spec, seconds), "table": table})
-    if spec is not None:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Results:
+    """What is written of a kernel."""
+
+    summary: dict[str, Any]
+    table: list[dict[str, Any]]
+    spectrum: Spectrum | None
+
+    @classmethod
+    def of(cls, kernel: Kernel, nearest_psd: bool) -> _Results:
+        """Finds it; the spectrum, where asked for, is that of the nearest kernel that has one."""
+        summary = {
+            "kind": kernel.kind,
+            "nearest_psd": nearest_psd,
+            "shape": list(kernel.array.shape),
+            "symmetric": kernel.symmetric,
+        }
+        analysed = kernel.nearest_psd() if nearest_psd else kernel
+        spec = spectrum(analysed) if analysed.symmetric else None
+        summary |= {"kernel": dataclasses.asdict(analysed.info), **(spec.summary() if spec else {})}
+        return cls(summary, block_table(kernel), spec)
+
+
+def _write(results: _Results, title: str, path: Path, seconds: float) -> None:
+    write_csv(path / "table.csv", results.table)
+    write_json(path / "all_results.json", {"summary": {**results.summary, "seconds": seconds}, "table": results.table})
+    if (spec := results.spectrum) is not None:
         rows = [
             {"index": i, "eigenvalue": float(mu), "above_noise": bool(mu > spec.noise_floor)}
             for i, mu in enumerate(spec.eigenvalues, start=1)
         ]
         write_csv(path / "spectrum.csv", rows)
-        title = f"Spectrum of K₀ ({config.kernel.kind}), {len(data)} examples"
         plots.save(plots.spectrum(spec, title), path / "figures" / "spectrum")
-    return spec
 
 
-def _print(kernel: Kernel, spec: Spectrum | None, path: Path, seconds: float) -> None:
+def _print(results: _Results, path: Path, seconds: float) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=100)
-    shape = "×".join(map(str, kernel.array.shape))
-    epsilon = kernel.info.epsilon_J
-    console.print(
-        f"kernel {kernel.kind} [{shape}] by {kernel.info.engine}, J in {kernel.info.dtype}, precision "
-        f"{kernel.info.precision}, ε_J {'not measured' if epsilon is None else f'= {epsilon:.1g}'}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+    summary, plain = results.summary, functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    shape, info = "×".join(map(str, summary["shape"])), summary["kernel"]
+    plain(
+        f"kernel {summary['kind']} [{shape}] by {info['engine']}, J in {info['dtype']}, precision {info['precision']}"
     )
-    if spec is None:
+    if results.spectrum is None:
         console.print("no spectrum: this kernel is not symmetric (--nearest_psd takes that of the nearest one that is)")
     else:
-        sign = "≥" if spec.condition_number_is_bound else "="
-        console.print(
-            f"μ_max = {spec.eigenvalues[0]:.4g}, μ_min = {spec.eigenvalues[-1]:.3g}, κ {sign} "
-            f"{spec.condition_number:.3g}, κ on the range = {spec.condition_number_on_range:.3g}, rank {spec.rank} of "
-            f"{len(spec.eigenvalues)}, noise floor {spec.noise_floor:.2g}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        plain(spectrum_line(summary))
     out = Table(title="Blocks: shares of trace and norm", title_justify="left", box=box.SIMPLE_HEAD)
     out.add_column("block")
     for heading in ("trace K_ℓ / trace K", "⟨K_ℓ, K⟩ / ‖K‖²"):
         out.add_column(heading, justify="right")
-    for row in block_table(kernel):
+    for row in results.table:
         out.add_row(row["block"], *("" if row[k] is None else f"{row[k]:.2g}" for k in ("trace_share", "norm_share")))
     console.print(out)
-    console.print(f"written to {path} in {seconds:.0f} s", highlight=False, markup=False)
+    plain(f"written to {path} in {seconds:.0f} s")

@@ -96,13 +96,10 @@ def score_table(table: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> T
 
 
 def spectrum_line(summary: Mapping[str, Any]) -> str:
-    """Says what the kernel's spectrum is, in one line."""
+    """Says what the kernel's spectrum is, in one line; `summary` is that of a run."""
     sign = "≥" if summary["condition_number_is_lower_bound"] else "="
-    examples, all_of_them = summary["kernel_examples"], summary["train_examples"]
-    subset = "" if examples == all_of_them else f" of {all_of_them}"
     epsilon = summary["kernel"]["epsilon_J"]
     return (
-        f"NTK at θ₀ ({examples}{subset} training examples × {summary['outputs']} outputs): "
         f"μ_max = {summary['mu_max']:.4g}, μ_min = {summary['mu_min']:.3g}, "
         f"κ {sign} {summary['condition_number']:.3g}, "
         f"κ on the range = {summary['condition_number_on_range']:.3g}, "

@@ -15,6 +15,11 @@ from jaxlin.tunable import CLASSIFIER, CLASSIFIER_DENSE, Batch
 HEADS = ("mean", "cls", "pooler")
 
 
+def gelu(x: Array) -> Array:
+    """Returns GELU as PyTorch computes it; by `erf`, which is a few times faster on a CPU than JAX's form by `erfc`."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
 def gelu_tanh(x: Array) -> Array:
     """Returns GELU in the tanh approximation, as `x · sigmoid(2u)`.
 
@@ -26,7 +31,7 @@ def gelu_tanh(x: Array) -> Array:
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu": gelu,
     "gelu_new": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
     "relu": jax.nn.relu,

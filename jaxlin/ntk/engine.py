@@ -21,7 +21,6 @@ from jaxlin.ntk.jacobian import (
     Jacobian,
     gram,
     jacobian,
-    jacobian_bytes,
     measure_epsilon,
     num_outputs,
 )
@@ -31,7 +30,6 @@ from jaxlin.ntk.neural_tangents import neural_tangents_parts
 from jaxlin.ntk.ring import ring_parts
 from jaxlin.ntk.store import KernelStore, fingerprint, transposed
 from jaxlin.ntk.work import PASSES, TILES, Cost, Plan, Progress, Work
-from jaxlin.peft.function import PeftFunction
 from jaxlin.tunable import Blocks, Tunable
 from jaxlin.versions import versions
 
@@ -77,8 +75,8 @@ def ntk(
             leaf paths, or `None` for the Tunable's own.
         engine: `"jacobian"`: per-example Jacobians; `"factored"`: what every module read and what flowed back to it,
             so that derivatives with respect to large weights are never held whole (models of Linen modules);
-            `"neural_tangents"`: that library, one pass a block; `"auto"`: `"jacobian"` where the Jacobian fits the
-            budget, else `"factored"`; `K.info.note` says why. Gram in float64 for the first two.
+            `"neural_tangents"`: that library, one pass a block; `"auto"`: `"factored"` where it sees how every tuned
+            parameter is used, else `"jacobian"`; `K.info.note` says why. Gram in float64 for the first two.
         theta: Where; default `tun.theta0`.
         dtype: `"float64"` computes the Jacobian in float64 (not by neural-tangents); `None` as the parameters.
         precision: Of matrix products on the device: `"highest"` is true float32.
@@ -112,7 +110,7 @@ def ntk(
     data1, data2 = as_dataset(x1), None if x2 is None else as_dataset(x2)
     groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
     _check_options(engine, kind, dtype, keep_jacobian=keep_jacobian, store=store, resume=resume, mesh=mesh)
-    engine, note = _choose(engine, tun, data1, data2, theta, dtype, memory_budget, keep_jacobian or mesh)
+    engine, note = _choose(engine, tun, data1, theta, keep_jacobian or mesh)
     options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
     name = dtype or str(jnp.result_type(*jax.tree.leaves(theta)))
     note = "; ".join(filter(None, (note, _left_out(chosen_kind, groups))))
@@ -229,7 +227,7 @@ def _work(
         raise InputError(f"engine={engine!r} makes no plan; expected one of {', '.join(ENGINES[:3])}")
     data1, data2 = as_dataset(x1), None if x2 is None else as_dataset(x2)
     groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
-    engine, _ = _choose(engine, tun, data1, data2, theta, dtype, memory_budget, None)
+    engine, _ = _choose(engine, tun, data1, theta, None)
     options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
     return Work.of(tun, data1, data2, theta, groups, kind_of(kind), engine=engine, **options), theta
 
@@ -283,32 +281,17 @@ def _check_options(
         raise InputError("resume=True needs the store to go on with")
 
 
-def _choose(
-    engine: str,
-    tun: Tunable,
-    data: Dataset,
-    other: Dataset | None,
-    theta: PyTree,
-    dtype: str | None,
-    budget: int,
-    whole: Any,
-) -> tuple[str, str]:
-    """Returns the engine, and why where that was left open: what holds the Jacobian, unless it does not fit."""
+def _choose(engine: str, tun: Tunable, data: Dataset, theta: PyTree, whole: Any) -> tuple[str, str]:
+    """Returns the engine, and why where that was left open."""
     if engine != "auto":
         return engine, ""
-    needed = sum(jacobian_bytes(tun, one, dtype) for one in (data, other) if one is not None)
-    size = f"the Jacobian takes {needed / 2**30:.2g} GiB"
     if whole:
         return "jacobian", "chosen since the Jacobian is to be held"
-    if needed <= budget:
-        return "jacobian", f"chosen since {size}, within memory_budget"
-    if not isinstance(tun.apply, PeftFunction):
-        return "jacobian", f"chosen since the model is not of Linen modules; {size}, kept in files"
     try:
         find_sites(tun, data, theta, 1)
     except InputError as error:
-        return "jacobian", f"chosen although {size}: {error}"
-    return "factored", f"chosen since {size}, more than memory_budget"
+        return "jacobian", f"chosen since {error}"
+    return "factored", "chosen since every tuned parameter belongs to a module that is called once"
 
 
 def _left_out(kind: Kind, blocks: Blocks) -> str:

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
+from jaxlin.ntk.threads import in_parallel, num_threads, split
 from jaxlin.peft.function import PeftFunction
 from jaxlin.tunable import ADAPTER_NAMES, Batch, Tunable, leaf_paths
 
@@ -39,6 +40,8 @@ class Site:
         inputs: Shape of its input, without the example.
         outputs: Shape of its output, likewise.
         source: Path of the first module that reads the same array.
+        idle: Whether its adapters change nothing where the derivatives are taken (LoRA's B is zero), so that the
+            pass runs without them.
     """
 
     path: str
@@ -48,6 +51,7 @@ class Site:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     source: str
+    idle: bool = False
 
     def leaf(self, name: str) -> str:
         """Path of one of its leaves."""
@@ -186,13 +190,15 @@ def find_sites(tun: Tunable, data: Dataset, theta: PyTree, k: int) -> tuple[Site
     sites = []
     for path, call in _owners(structure, shapes).items():
         names = sorted(name for module, _, name in (leaf.rpartition("/") for leaf in tuned) if module == path)
-        if "lora_B" in names and not np.any(tuned[f"{path}/lora_B"]):
+        adapters = {name for name in ADAPTER_NAMES for leaves in (tuned, frozen) if f"{path}/{name}" in leaves}
+        without_effect = "lora_B" in names and not np.any(tuned[f"{path}/lora_B"])
+        if without_effect:
             names = [name for name in names if name != "lora_A"]
+        idle = without_effect and adapters == {"lora_A", "lora_B"}
         (x,), _ = call.given
-        site = Site(path, call.module, tuple(names), None, x.shape[1:], call.out.shape[1:], call.source)
+        site = Site(path, call.module, tuple(names), None, x.shape[1:], call.out.shape[1:], call.source, idle)
         large = {nn.Dense: "kernel", nn.Embed: "embedding"}.get(type(call.module))
-        adapted = any(site.leaf(name) in leaves for name in ADAPTER_NAMES for leaves in (tuned, frozen))
-        if large is not None and large in names and not adapted and site.numbers(k) < k * tuned[site.leaf(large)].size:
+        if large is not None and large in names and not adapters and site.numbers(k) < k * tuned[site.leaf(large)].size:
             site = dataclasses.replace(site, rows=tuple(name for name in names if name != large), factored=large)
         if site.rows or site.factored:
             sites.append(site)
@@ -217,6 +223,7 @@ def derivatives_and_factors(
         `[B, …]` and the cotangents at it `[B, k, …]`, by `Site.names`.
     """
     size = next(iter(batch.values())).shape[0]
+    network = _without_adapters(apply, theta, {site.path for site in sites if site.idle})
 
     def outputs_and_inputs(taps: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
         inputs: dict[str, Array] = {}
@@ -230,9 +237,9 @@ def derivatives_and_factors(
             return out + taps[path]  # one row an example, also where they share the output
 
         with nn.intercept_methods(tap):
-            return apply(theta, batch), inputs
+            return network[0](network[1], batch), inputs
 
-    calls = _traced_calls(apply, theta, batch)
+    calls = _traced_calls(*network, batch)
     shapes = {site.path: calls[site.path][0].out for site in sites}
     taps = {path: jnp.zeros((size, *shape.shape[1:]), shape.dtype) for path, shape in shapes.items()}
     outputs, pullback, inputs = jax.vjp(outputs_and_inputs, taps, has_aux=True)
@@ -252,6 +259,20 @@ def derivatives_and_factors(
             x, delta = site.names
             found[x], found[delta] = inputs[site.path], cotangents[site.path].swapaxes(0, 1)
     return found
+
+
+def _without_adapters(apply: PeftFunction, theta: PyTree, modules: set[str]) -> tuple[PeftFunction, PyTree]:
+    """Returns the function and its argument without the adapters of some modules."""
+
+    def stays(path: str) -> bool:
+        module, _, name = path.rpartition("/")
+        return module not in modules or name not in ADAPTER_NAMES
+
+    def kept(tree: PyTree) -> PyTree:
+        flat = flatten_dict(tree, sep="/")
+        return unflatten_dict({path: leaf for path, leaf in flat.items() if stays(path)}, sep="/")
+
+    return dataclasses.replace(apply, frozen=kept(apply.frozen)), kept(theta)
 
 
 def _small_derivatives(
@@ -292,10 +313,17 @@ def columns(site: Site, factors: Factors, start: int, stop: int, first: int, out
     some = out[..., : (stop - start) * site.outputs[-1]].reshape(*out.shape[:2], stop - start, -1)
     if len(factors) < len(out):
         some[:] = 0
-    for i, (x, delta) in factors.items():
-        delta = delta.astype(out.dtype, copy=False)
-        x = x.reshape(-1, x.shape[-1])[:, start:stop].astype(out.dtype, copy=False)
-        np.matmul(x.T[None], delta.reshape(len(delta), len(x), -1), out=some[i - first])
+
+    there = list(factors)
+
+    def form(part: range) -> None:
+        for i in there[part.start : part.stop]:
+            x, delta = factors[i]
+            delta = delta.astype(out.dtype, copy=False)
+            x = x.reshape(-1, x.shape[-1])[:, start:stop].astype(out.dtype, copy=False)
+            np.matmul(x.T[None], delta.reshape(len(delta), len(x), -1), out=some[i - first])
+
+    in_parallel(form, split(len(there), num_threads()))
     return some.reshape(*out.shape[:2], -1)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
+from jaxlin.ntk.threads import in_parallel, num_threads, split
 from jaxlin.tunable import Batch, Tunable, leaf_paths
 
 Progress = Callable[[int, int], None]
@@ -23,7 +24,11 @@ MAX_CHUNK = 16
 MEMORY_BUDGET = 4 << 30
 """Default limit of a Jacobian's size, in bytes."""
 
-_GRAM_COLUMNS = 1 << 14
+CHECK_TOLERANCE = 1e-4
+"""Largest relative deviation from float64 at which what was computed in float32 (or float64) is returned."""
+
+_SMALLEST_PRODUCT = 1 << 22
+"""Multiplications that a thread of its own is worth."""
 
 
 @jax.jit
@@ -91,9 +96,10 @@ def num_outputs(tun: Tunable, data: Dataset) -> int:
 
 
 def jacobian_bytes(tun: Tunable, data: Dataset, dtype: str | None = None) -> int:
-    """Returns the size of the Jacobian in theta0's dtypes, or twice that in float64, vanishing leaves counted."""
-    row = sum(leaf.size * leaf.dtype.itemsize for leaf in map(jnp.asarray, jax.tree.leaves(tun.theta0)))
-    return len(data) * num_outputs(tun, data) * row * (2 if dtype == "float64" else 1)
+    """Returns the size of the Jacobian in theta0's dtypes, or in float64, vanishing leaves counted."""
+    leaves = map(jnp.asarray, jax.tree.leaves(tun.theta0))
+    row = sum(leaf.size * (8 if dtype == "float64" else leaf.dtype.itemsize) for leaf in leaves)
+    return len(data) * num_outputs(tun, data) * row
 
 
 def jacobian(
@@ -169,14 +175,30 @@ def gram(
     rows1: Float[np.ndarray, "N1 C size"], rows2: Float[np.ndarray, "N2 C size"]
 ) -> Float[np.ndarray, "N1 N2 C C"]:
     """Returns `J1 J2ᵀ` of one leaf, summed in float64; exactly symmetric where both are one array."""
-    (n1, c, size), n2 = rows1.shape, rows2.shape[0]
-    total = np.zeros((n1 * c, n2 * c))
-    for start in range(0, size, _GRAM_COLUMNS):
-        part1 = rows1[..., start : start + _GRAM_COLUMNS].reshape(n1 * c, -1).astype(np.float64)
-        same = rows1 is rows2  # then NumPy calls syrk
-        part2 = part1 if same else rows2[..., start : start + _GRAM_COLUMNS].reshape(n2 * c, -1).astype(np.float64)
-        total += part1 @ part2.T
-    return np.ascontiguousarray(total.reshape(n1, c, n2, c).transpose(0, 2, 1, 3))
+    (n1, c, size), n2, same = rows1.shape, rows2.shape[0], rows1 is rows2
+    width = gram_columns(n1 * c)
+
+    def product(columns: range) -> np.ndarray:
+        buffer1 = np.empty((n1, c, min(width, len(columns))))
+        buffer2 = buffer1 if same else np.empty((n2, *buffer1.shape[1:]))  # the same: then NumPy calls syrk
+        total = np.zeros((n1 * c, n2 * c))
+        for start in range(columns.start, columns.stop, width):
+            stop = min(start + width, columns.stop)
+            for buffer, rows in ((buffer1, rows1),) if same else ((buffer1, rows1), (buffer2, rows2)):
+                buffer[..., : stop - start] = rows[..., start:stop]
+            part1 = buffer1[..., : stop - start].reshape(n1 * c, -1)
+            part2 = part1 if same else buffer2[..., : stop - start].reshape(n2 * c, -1)
+            total += part1 @ part2.T
+        return total
+
+    parts = min(num_threads(), n1 * n2 * c**2 * size // _SMALLEST_PRODUCT)
+    total = sum(in_parallel(product, split(size, parts)))
+    return np.ascontiguousarray(np.reshape(total, (n1, c, n2, c)).transpose(0, 2, 1, 3))
+
+
+def gram_columns(num_rows: int) -> int:
+    """Returns how many columns of J a thread of `gram` converts to float64 at a time: what a cache holds."""
+    return int(np.clip((1 << 21) // num_rows, 1 << 10, 1 << 13))
 
 
 def gram_of_equal(
@@ -243,7 +265,8 @@ class EpsilonCheck:
             memory_budget: Bytes for the reference; fewer examples are taken where they need more.
             seeds: What the rows compared are of: `seeds @ J`; default J.
         """
-        examples = min(examples, len(data), memory_budget // (jacobian_bytes(tun, data, "float64") // len(data)))
+        fitting = memory_budget // (jacobian_bytes(tun, data, "float64") // len(data))
+        examples = min(examples, len(data), max(fitting // 2, min(fitting, 1)))  # half: it is copied on its way
         self.chosen = np.unique(np.linspace(0, len(data) - 1, examples).astype(int)) if examples else np.zeros(0, int)
         theta = tun.theta0 if theta is None else theta
         self.shapes = dict(zip(leaf_paths(theta), map(jnp.shape, jax.tree.leaves(theta)), strict=True))
@@ -286,3 +309,25 @@ class EpsilonCheck:
         error = self.error + sum(square for path, square in squares.items() if path not in self.compared)
         floor = float(np.finfo(np.float64).eps) * 10
         return max((error / scale) ** 0.5, floor) if scale else floor
+
+
+def check_deviation(deviation: float, theta: PyTree, what: str, remedy: str) -> None:
+    """Refuses a result that deviates from float64 by more than its dtype explains.
+
+    Args:
+        deviation: Relative.
+        theta: Parameters, in the dtype of the computation.
+        what: Deviates.
+        remedy: What to do.
+
+    Raises:
+        FloatingPointError: If it does, or the deviation is NaN.
+    """
+    dtype = jnp.result_type(*jax.tree.leaves(theta))
+    eps = float(jnp.finfo(dtype).eps)
+    tolerance = CHECK_TOLERANCE if eps <= jnp.finfo(jnp.float32).eps else 20 * eps
+    if not deviation <= tolerance:
+        raise FloatingPointError(
+            f"{what} deviates by {deviation:.1e} relative from what it was checked against in float64 (at most "
+            f"{tolerance:.0e} is expected of {dtype}); {remedy}"
+        )

@@ -18,20 +18,24 @@ from typing import Any
 import jax
 import jax.core
 import jax.extend.core as jex
-import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import ad
 from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
-from jaxlin.ntk.jacobian import MEMORY_BUDGET, Progress, gram, jacobian, jacobian_bytes, num_outputs
+from jaxlin.ntk.jacobian import (
+    MEMORY_BUDGET,
+    Progress,
+    check_deviation,
+    gram,
+    jacobian,
+    jacobian_bytes,
+    num_outputs,
+)
 from jaxlin.tunable import Batch, Tunable, leaf_paths
 
 IMPLEMENTATIONS = ("JACOBIAN_CONTRACTION", "NTK_VECTOR_PRODUCTS", "STRUCTURED_DERIVATIVES", "AUTO")
-CHECK_TOLERANCE = 1e-4
-"""Largest relative deviation from float64 at which a float32 (or float64) kernel is returned."""
-
 _NESTED = ("remat2", "checkpoint", "remat", "pjit", "jit", "closed_call")
 
 
@@ -231,14 +235,8 @@ def _check_entries(
     exact2 = exact1 if data2 is data1 else jacobian(tun, data2.take(ends2), theta, **options).rows
     exact = sum(gram(exact1[path], exact2[path]) for path in exact1 if path in exact2)
     deviation = np.abs(total[np.ix_(ends1, ends2)] - exact).max() / max(np.abs(exact).max(), 1e-300)
-    dtype = jnp.result_type(*jax.tree.leaves(theta))
-    eps = float(jnp.finfo(dtype).eps)
-    tolerance = CHECK_TOLERANCE if eps <= jnp.finfo(jnp.float32).eps else 20 * eps
-    if not deviation <= tolerance:
-        raise FloatingPointError(
-            f"neural-tangents' {implementation} kernel deviates from float64 by {deviation:.1e} relative in entries "
-            f'checked (at most {tolerance:.0e} is expected of {dtype}); a compiler bug is likely: use engine="jacobian"'
-        )
+    what = f"neural-tangents' {implementation} kernel, in entries checked,"
+    check_deviation(float(deviation), theta, what, 'a compiler bug is likely: use engine="jacobian"')
     return float(deviation)
 
 

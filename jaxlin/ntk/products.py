@@ -17,14 +17,19 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError
-from jaxlin.ntk.jacobian import MAX_CHUNK, MEMORY_BUDGET, jacobian, jacobian_bytes, num_outputs, to_float64
+from jaxlin.ntk.jacobian import (
+    MAX_CHUNK,
+    MEMORY_BUDGET,
+    check_deviation,
+    jacobian,
+    jacobian_bytes,
+    num_outputs,
+    to_float64,
+)
 from jaxlin.tunable import Batch, Tunable, leaf_paths
 
 if TYPE_CHECKING:
     import scipy.sparse.linalg
-
-CHECK_TOLERANCE = 1e-4
-"""Largest relative deviation from float64 at which a float32 (or float64) operator is returned."""
 
 
 @jax.tree_util.register_dataclass
@@ -290,12 +295,5 @@ def relative(error: np.ndarray, exact: Any) -> float:
 
 def require(operator: NTKOperator, deviation: float, what: str) -> None:
     """Raises where a deviation from float64 is beyond what the dtype explains."""
-    dtype = jnp.result_type(*jax.tree.leaves(operator._function[1]))
-    eps = float(jnp.finfo(dtype).eps)
-    tolerance = CHECK_TOLERANCE if eps <= jnp.finfo(jnp.float32).eps else 20 * eps
-    if not deviation <= tolerance:
-        raise FloatingPointError(
-            f"a {what} deviates by {deviation:.1e} relative from what it was checked against (at most {tolerance:.0e} "
-            f"is expected of {dtype}); the model returns NaN there, or a compiler bug is likely: use ntk(...), or "
-            'dtype="float64"'
-        )
+    remedy = 'the model returns NaN there, or a compiler bug is likely: use ntk(...), or dtype="float64"'
+    check_deviation(deviation, operator._function[1], f"a {what}", remedy)

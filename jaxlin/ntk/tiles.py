@@ -16,8 +16,10 @@ Slab = tuple[slice, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """Some rows of a leaf; the examples on the left that they matter to, `[n]`, and their derivatives `[n, k, size]`; the
 same on the right. Examples are counted from the first of the range."""
 
+_CACHED_BYTES, _SLAB_ROWS = 1 << 26, 64
 
-@dataclasses.dataclass(frozen=True, eq=False)
+
+@dataclasses.dataclass(eq=False)
 class Derivatives:
     """Rows of the Jacobians of two data sets, formed leaf by leaf from what the passes gave.
 
@@ -36,6 +38,7 @@ class Derivatives:
     k: int
     kind: Kind
     dtype: np.dtype
+    _buffer: np.ndarray = dataclasses.field(init=False, repr=False, default_factory=lambda: np.empty(0))
 
     def slabs(self, path: str, left: range, right: range, slab_bytes: int) -> Iterator[Slab]:
         """Yields the derivatives with respect to a leaf, some of its rows at a time where it is large."""
@@ -75,8 +78,16 @@ class Derivatives:
         sides = [(factors1, left)] if factors2 is factors1 else [(factors1, left), (factors2, right)]
         dtype = summed_in(self.dtype)
         one = np.dtype(dtype).itemsize * self.k * d_out * sum(len(side) for _, side in sides)
-        width = int(np.clip(slab_bytes // one, 1, d_in))
-        out = [np.empty((len(side), self.k, width * d_out), dtype) for _, side in sides]
+        # No more at a time than a cache holds, unless products of few rows would be slow.
+        width = int(np.clip(min(slab_bytes, max(_CACHED_BYTES, _SLAB_ROWS * one)) // one, 1, d_in))
+        sizes = [len(side) * self.k * width * d_out for _, side in sides]
+        if len(self._buffer) < sum(sizes):
+            self._buffer = np.empty(sum(sizes), dtype)
+        starts = (0, sizes[0])
+        out = [
+            self._buffer[start : start + size].reshape(len(side), self.k, -1)
+            for start, size, (_, side) in zip(starts, sizes, sides, strict=False)
+        ]
         for start in range(0, d_in, width):
             stop = min(start + width, d_in)
             rows = [

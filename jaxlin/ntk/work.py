@@ -21,9 +21,17 @@ from jaxtyping import PyTree
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
 from jaxlin.ntk.factored import Site, derivatives_and_factors, find_sites
-from jaxlin.ntk.jacobian import MAX_CHUNK, EpsilonCheck, num_outputs, outputs_and_jacobian, to_float64
+from jaxlin.ntk.jacobian import (
+    MAX_CHUNK,
+    EpsilonCheck,
+    gram_columns,
+    num_outputs,
+    outputs_and_jacobian,
+    to_float64,
+)
 from jaxlin.ntk.kinds import Kind
 from jaxlin.ntk.rows import Rows
+from jaxlin.ntk.threads import num_threads
 from jaxlin.ntk.tiles import Derivatives
 from jaxlin.tunable import Batch, Blocks, Tunable, leaf_paths
 
@@ -40,9 +48,6 @@ _SMALLEST_SLAB = 1 << 20
 
 _CPU_CHUNK = 4
 """Examples of a pass that keeps factors on a CPU, whose caches hold no more; measured by benchmarks/ntk.py."""
-
-_GRAM_COPY = 1 << 14
-"""Columns that a Gram product converts to float64 at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,18 +195,19 @@ class Work:
     def _both(self) -> list[Dataset]:
         return [self.data1] if self.data2 is None else [self.data1, self.data2]
 
-    def _tile_bytes(self, block: int, slab: int) -> int:
+    def _tile_bytes(self, block: int, slab: int, spilled: bool) -> int:
         """Held while a tile of `block` examples a side is computed."""
-        item = max(4, self._dtype.itemsize)
-        leaf = max(
-            self._large[path].numbers(self.k) if path in self._large else self.k * size
-            for path, size in self._sizes.items()
-        )
-        numbers = self.k if self.kind.diagonal else self.k**2
+        item, rows = max(4, self._dtype.itemsize), block * self.k
         whole = max((size for path, size in self._sizes.items() if path not in self._large), default=0)
-        formed = slab // (item * 2 * block * self.k) if self._large else 0
-        copies = 2 * 8 * block * self.k * min(_GRAM_COPY, max(whole, formed))
-        return 2 * block * leaf * item + 2 * 8 * block**2 * numbers + (slab if self._large else 0) + copies
+        copied = self.k * whole  # of the examples of each side: a small leaf, or from files what is kept of a large one
+        if spilled:
+            copied = max([copied, *(site.numbers(self.k) for site in self._large.values())])
+        slab = slab if self._large else 0
+        signed = 2 * self.kind.of_signs * (slab + 2 * rows * whole * item)
+        # Every thread has its columns in float64, and a sum.
+        columns = min(num_threads() * gram_columns(rows), max(whole, slab // (item * 2 * rows)))
+        sums = rows * block * (1 if self.kind.diagonal else self.k) * (num_threads() + 3)
+        return 2 * block * copied * item + slab + signed + 8 * (2 * rows * columns + sums)
 
     def plan(self) -> Plan:
         """Returns how to cut the work so that what is held fits the budget.
@@ -211,20 +217,26 @@ class Work:
         """
         budget, one = self.memory_budget, self._example_bytes()
         most = _CPU_CHUNK if self.engine == "factored" and jax.default_backend() == "cpu" else MAX_CHUNK
-        longest = max(map(len, self._both()))
+        longest, given = max(map(len, self._both())), self._given_bytes()
         chunk = int(np.clip(budget // 16 // max(one, 1), 1, min(most, longest)))
-        spilled = sum(map(len, self._both())) * one > budget // 2
         slab = int(np.clip(budget // 8, 1, _SLAB_BYTES))
-        parts = 1
-        while (block := math.ceil(longest / parts)) > 1 and self._tile_bytes(block, slab) > budget // 2:
+        # In memory if all of it, or half of the budget, is enough for what the passes give.
+        beside = max(self._tile_bytes(longest, slab, False), 2 * chunk * one)
+        spilled = given > budget // 2 and given + beside > budget
+        most_a_tile, parts = budget // 2 if spilled else budget - given, 1
+        while (block := math.ceil(longest / parts)) > 1 and self._tile_bytes(block, slab, spilled) > most_a_tile:
             parts += max(1, parts // 8)
-        needed = max(2 * self._tile_bytes(block, slab), 2 * chunk * one)
+        needed = max(self._tile_bytes(block, slab, spilled) + (0 if spilled else given), 2 * chunk * one)
         if needed > budget:
             raise InputError(
                 f"derivatives of one example and a tile of the kernel take {needed / 2**30:.1g} GiB, more than "
                 f"memory_budget={budget / 2**30:.1g} GiB; tune less, or raise the budget"
             )
         return Plan(chunk, block, slab, spilled)
+
+    def _given_bytes(self) -> int:
+        """Of what the passes give."""
+        return sum(map(len, self._both())) * self._example_bytes()
 
     @contextlib.contextmanager
     def _precisely(self) -> Iterator[None]:
@@ -245,11 +257,18 @@ class Work:
         return {path: leaf.reshape(*leaf.shape[:2], -1) for path, leaf in leaves}
 
     def _run_passes(
-        self, data: Dataset, rows: Rows, plan: Plan, changed: Callable[[Plan], None], report: Callable[[int], None]
+        self,
+        data: Dataset,
+        rows: Rows,
+        plan: Plan,
+        changed: Callable[[Plan], None],
+        report: Callable[[int], None] = lambda _: None,
+        only: np.ndarray | None = None,
     ) -> Plan:
-        """Fills `rows`; returns the plan, with smaller chunks where memory ran out."""
+        """Fills `rows`, of all examples or of some; returns the plan, with smaller chunks where memory ran out."""
         base = 0
         for group in data.groups():
+            group = group if only is None else group[np.isin(group, only)]
             start = 0
             while start < len(group):
                 if not (count := rows.done(base + start)):
@@ -275,14 +294,24 @@ class Work:
         # LoRA's A where B = 0: its zeros are neither kept nor multiplied.
         rows.put(position, examples, {n: v for n, v in own.items() if n not in self._sizes or v.any()})
 
-    def _measure(self, derivatives: Derivatives, check: EpsilonCheck, plan: Plan) -> float | None:
-        """Compares derivatives of the chosen examples with float64."""
+    def _measure(
+        self, examples: int, plan: Plan, changed: Callable[[Plan, float | None], None]
+    ) -> tuple[float | None, Plan]:
+        """Compares derivatives of some examples with float64: of those alone, before anything else is held."""
+        options = (self.precision, self.memory_budget, self.kind.seeds(self.c))
+        check = EpsilonCheck(self.tun, self.data1, self.theta, examples, *options)
+        rows = Rows(len(self.data1), None)
+        plan = self._run_passes(self.data1, rows, plan, lambda new: changed(new, None), only=check.chosen)
+        derivatives = self._derivatives(rows, rows)
         for example in check.chosen.tolist():
             own = range(example, example + 1)
             for path in self._sizes:
-                for part, _, rows, *_ in derivatives.slabs(path, own, own, plan.slab_bytes):
-                    check.compare(path, rows, np.array([example]), part)
-        return check.epsilon()
+                for part, _, found, *_ in derivatives.slabs(path, own, own, plan.slab_bytes):
+                    check.compare(path, found, np.array([example]), part)
+        return check.epsilon(), plan
+
+    def _derivatives(self, first: Rows, last: Rows) -> Derivatives:
+        return Derivatives(first, last, self._large, self.k, self.kind, self._dtype)
 
     def tiles(self, plan: Plan) -> list[tuple[str, range, range]]:
         """Returns block, rows and columns of every tile, block by block; above the diagonal only where symmetric."""
@@ -335,12 +364,14 @@ class Work:
         todo = [tile for tile in tiles if wanted(*tile)]
         if not todo:
             return epsilon
-        needed = sum(map(len, self._both())) * self._example_bytes()
+        if epsilon is None and check_examples:
+            epsilon, plan = self._measure(check_examples, plan, changed)
+            changed(plan, epsilon)
         with contextlib.ExitStack() as stack:
             if folder is None and plan.spilled:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxlin-ntk-")))
             if folder is not None:
-                _check_disk(folder, needed)
+                _check_disk(folder, self._given_bytes())
             rows, done, total = [], 0, sum(map(len, self._both()))
 
             def report(count: int) -> None:
@@ -355,12 +386,7 @@ class Work:
             for name, data in zip(("rows", "columns"), self._both(), strict=False):
                 rows.append(Rows(len(data), folder and folder / name))
                 plan = self._run_passes(data, rows[-1], plan, replanned, report)
-            derivatives = Derivatives(rows[0], rows[-1], self._large, self.k, self.kind, self._dtype)
-            if epsilon is None and check_examples:
-                seeds = self.kind.seeds(self.c)
-                options = (self.theta, check_examples, self.precision, self.memory_budget, seeds)
-                epsilon = self._measure(derivatives, EpsilonCheck(self.tun, self.data1, *options), plan)
-                changed(plan, epsilon)
+            derivatives = self._derivatives(rows[0], rows[-1])
             before = len(tiles) - len(todo)
             for count, (block, left, right) in enumerate(todo, start=1):
                 found, plan = self._tile(derivatives, block, left, right, plan)
@@ -409,13 +435,13 @@ class Work:
         products = pairs * multiplied * (0.5 if self.data2 is None and self.kind.symmetric else 1)
         time32, time64 = (_seconds_a_product(dtype) for dtype in (np.float32, np.float64))
         kernel = 8 * math.prod(self.shape()) * len(self.blocks)
-        given = sum(n) * self._example_bytes()
+        given = self._given_bytes()
         return Cost(
             self.engine,
             plan,
             seconds + formed * blocks * time32 + products * time64,
             seconds,
-            self._tile_bytes(plan.row_block, plan.slab_bytes)
+            self._tile_bytes(plan.row_block, plan.slab_bytes, plan.spilled or stored)
             + (2 * plan.chunk * self._example_bytes() if plan.spilled or stored else given)
             + (0 if stored else kernel),
             (kernel if stored else 0) + (given if stored or plan.spilled else 0),

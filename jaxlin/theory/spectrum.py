@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +78,21 @@ class Spectrum:
         if not lam > 0:
             raise InputError(f"lam={lam}; expected above 0 (at 0 it is the rank)")
         return float(np.sum(self.eigenvalues / (self.eigenvalues + lam)))
+
+    def summary(self) -> dict[str, Any]:
+        """Returns its numbers, for a record."""
+        return {
+            "mu_max": float(self.eigenvalues[0]),
+            "mu_min": float(self.eigenvalues[-1]),
+            "trace": self.trace,
+            "condition_number": self.condition_number,
+            "condition_number_is_lower_bound": self.condition_number_is_bound,
+            "condition_number_on_range": self.condition_number_on_range,
+            "rank": self.rank,
+            "kernel_size": len(self.eigenvalues),
+            "noise_floor": self.noise_floor,
+            "resolution": self.resolution,
+        }
 
 
 def _triangular_factor(leaves: list[np.ndarray]) -> np.ndarray:

@@ -163,15 +163,7 @@ def _summary(start: Start, spec: Spectrum, tun: Tunable, config: TrainConfig, mu
         "jacobian_bytes": size,
         "kernel_examples": len(start.chosen),
         "mu_1": mu1,
-        "mu_max": float(spec.eigenvalues[0]),
-        "mu_min": float(spec.eigenvalues[-1]),
-        "condition_number": spec.condition_number,
-        "condition_number_is_lower_bound": spec.condition_number_is_bound,
-        "condition_number_on_range": spec.condition_number_on_range,
-        "rank": spec.rank,
-        "kernel_size": len(spec.eigenvalues),
-        "noise_floor": spec.noise_floor,
-        "trace": spec.trace,
+        **spec.summary(),
         "kernel": dataclasses.asdict(start.kernel.info),
     }
 
