@@ -1,12 +1,15 @@
 """Time and memory of the kernel engines as ratios to one forward pass, and against other ways to the same kernel.
 
     uv run python benchmarks/ntk.py [--examples 16 32] [--length 128] [--outputs 2] [--repeats 3] [--json FILE]
+    uv run python benchmarks/ntk.py --examples 32 64 128 256 --cases "LoRA q, v"    # growth: time, memory, compilation
     uv run python benchmarks/ntk.py --text FOLDER/sst2/train.tsv --examples 32      # MiniLM, real text
 
 The shape is RoBERTa-base with random weights and tokens, or MiniLM with real text. The limit of a kernel is that of its
 matrix products, at the rate of the forward pass measured in the same run: N·F forward, N·C·F back through activations
 (and as much again for weight gradients, in proportion to the weights tuned), and (NC)²·P for the Gram matrix of large
-weights in float64, at the rate of a float64 product measured likewise. Compilation is not counted, ε_J is not measured.
+weights in float64, at the rate of a float64 product measured likewise. The first call's excess over the median is
+told apart, as compilation; ε_J is not measured. The peak is of the process during the calls (Linux), with the model.
+`--head cls` reads one position, for which the last layer then works alone; `--head mean` reads all.
 
 Beside jaxlin's engines: `one block`, the same engine for the summed kernel alone; `neural_tangents`, the fastest of
 its implementations for LoRA (JACOBIAN_CONTRACTION); `paper's script`, the Jacobian of all parameters, one example at a
@@ -16,6 +19,7 @@ time, twice, of texts padded to 512 tokens as that script pads them (`--length` 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import platform
@@ -45,22 +49,38 @@ CASES: dict[str, tuple[Callable[[Any, int], jl.Tunable], float]] = {
 }
 
 
-def median(function: Callable[[], Any], repeats: int) -> float:
-    """Median time of a call in seconds, after one that compiles."""
-    function()
+def timed(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Median time of a call in seconds, after one that compiles; and by how much that one took longer."""
     times = []
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         begin = time.perf_counter()
         function()
         times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+    middle = statistics.median(times[1:])
+    return middle, max(0.0, times[0] - middle)
+
+
+def median(function: Callable[[], Any], repeats: int) -> float:
+    """Median time of a call in seconds, after one that compiles."""
+    return timed(function, repeats)[0]
+
+
+def peak_memory(reset: bool = False) -> float:
+    """Largest resident size of this process in GiB, since the last reset where the system has one."""
+    if reset:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def roberta_shape(args: argparse.Namespace, rng: np.random.Generator) -> tuple[Any, Dataset]:
     """RoBERTa-base's shape with random weights, and random tokens of one length."""
     ids = rng.integers(5, CONFIG.vocab_size, (max(args.examples), args.length))
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    module = SequenceClassifier(CONFIG, args.outputs, "mean")
+    module = SequenceClassifier(CONFIG, args.outputs, args.head)
     return jl.from_linen(module, jax.jit(module.init)(jax.random.key(0), batch)["params"]), as_dataset(batch)
 
 
@@ -68,13 +88,13 @@ def minilm(args: argparse.Namespace) -> tuple[Any, Dataset]:
     """The embedded model, and the first texts of a file at their own lengths."""
     with args.text.open(encoding="utf-8") as stream:
         texts = [row["sentence"] for row in csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)]
-    model = jl.load_model(num_labels=args.outputs)
+    model = jl.load_model(num_labels=args.outputs, head=args.head)
     tokens = model.tokenizer(texts[: max(args.examples)], padding="longest", truncation=True, return_tensors="np")
     return model, as_dataset(dict(tokens))
 
 
-def seconds(engine: str, model: Any, tun: jl.Tunable, data: Dataset, args: argparse.Namespace) -> float:
-    """Median time of a kernel of all examples, by one of the ways."""
+def seconds(engine: str, model: Any, tun: jl.Tunable, data: Dataset, args: argparse.Namespace) -> tuple[float, float]:
+    """Median time of a kernel of all examples by one of the ways, and of its compilation."""
     if engine == "paper's script":
         everything = jl.full(model)
         length = 512 if args.text else data["input_ids"].shape[1]
@@ -83,8 +103,10 @@ def seconds(engine: str, model: Any, tun: jl.Tunable, data: Dataset, args: argpa
         one = {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64), "weight": np.ones(1, np.float32)}
         rows = jax.jit(lambda apply, theta, batch: jax.jacrev(apply)(theta, batch))
         with jax.default_matmul_precision("highest"):
-            each = median(lambda: jax.block_until_ready(rows(everything.apply, everything.theta0, one)), args.repeats)
-        return 2 * len(data) * each
+            each, compiling = timed(
+                lambda: jax.block_until_ready(rows(everything.apply, everything.theta0, one)), args.repeats
+            )
+        return 2 * len(data) * each, compiling
     options: dict[str, Any] = {"engine": engine, "memory_budget": int(args.memory_budget * 2**30)}
     if engine != "neural_tangents":
         options["check_examples"] = 0
@@ -92,7 +114,7 @@ def seconds(engine: str, model: Any, tun: jl.Tunable, data: Dataset, args: argpa
         options |= {"engine": "auto", "blocks": {"all": tuple(p for paths in tun.blocks.values() for p in paths)}}
     elif engine == "neural_tangents":
         options["blocks"] = {"all": tuple(p for paths in tun.blocks.values() for p in paths)}
-    return median(lambda: jl.ntk(tun, data, **options), args.repeats)
+    return timed(lambda: jl.ntk(tun, data, **options), args.repeats)
 
 
 def main() -> None:
@@ -105,6 +127,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     engines = ("jacobian", "factored", "one block", "neural_tangents", "paper's script")
     parser.add_argument("--engines", nargs="+", choices=engines, default=engines[:3])
+    parser.add_argument("--head", choices=("mean", "cls"), default="mean")
     parser.add_argument("--subsets", type=int, default=0, help="time the spectra of so many subsets of layers")
     parser.add_argument("--text", type=Path, help="TSV with a column `sentence`: MiniLM in place of RoBERTa-base")
     parser.add_argument("--memory_budget", type=float, default=4.0, help="GiB")
@@ -139,14 +162,16 @@ def main() -> None:
             limit = n * forward * (1 + c * (depth + share)) + (n * c) ** 2 * large / gram_rate
             for engine in args.engines:
                 row = {"tuned": name, "N": n, "C": c, "engine": engine, "limit_seconds": limit}
+                peak_memory(reset=True)
                 try:
-                    row["seconds"] = seconds(engine, model, tun, data, args)
+                    row["seconds"], row["compile_seconds"] = seconds(engine, model, tun, data, args)
                 except InputError as error:
                     row["refused"] = str(error)
-                row["peak_rss_GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+                row["peak_rss_GiB"] = peak_memory()
                 rows.append(row)
                 taken = (
-                    f"{row['seconds'] / n:8.3f} s/example  {limit / row['seconds']:6.2f} of the limit"
+                    f"{row['seconds'] / n:8.3f} s/example {row['seconds'] / n / forward:6.2f} forwards "
+                    f"{limit / row['seconds']:5.2f} of the limit  compiled in {row['compile_seconds']:5.1f} s"
                     if "seconds" in row
                     else "   does not fit the budget"
                 )

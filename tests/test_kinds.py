@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jaxlin as jl
-from jaxlin.ntk.kinds import KINDS, kind_of, without_sign
+from jaxlin.data.dataset import as_dataset
+from jaxlin.ntk.jacobian import jacobian
+from jaxlin.ntk.kinds import KINDS, kind_of, signs, thresholds, without_sign
 from tests import cases
 
 LINEAR = [name for name, kind in KINDS.items() if not kind.of_signs]
@@ -112,6 +114,22 @@ def test_neural_tangents_gives_the_linear_kinds():
         ours, theirs = (jl.ntk(tun, data, kind=name, engine=engine) for engine in ("jacobian", "neural_tangents"))
         assert theirs.array.shape == ours.array.shape
         assert cases.relative_error(theirs.array, ours.array) < 1e-5
+
+
+def test_the_error_of_signs_is_of_signs(batch):
+    tun = jl.select(cases.tiny_model(dtype=jnp.bfloat16), "layer_1/mlp/up")
+    for kind in ("signgd", "asymmetric_signgd"):
+        measured = jl.ntk(tun, batch, kind=kind, engine="jacobian", check_examples=6).info.epsilon_J
+        found, exact = (jacobian(tun, as_dataset(batch), dtype=dtype).rows for dtype in (None, "float64"))
+        error = square = 0.0
+        for path in exact:
+            signed = [
+                signs(r, thresholds(np.abs(r).max(-1), np.dtype(jnp.bfloat16))) for r in (found[path], exact[path])
+            ]
+            error += float(np.sum((signed[0].astype(float) - signed[1]) ** 2))
+            square += float(np.sum(signed[1] ** 2))
+        assert measured == pytest.approx((error / square) ** 0.5)
+        assert 1e-3 < measured < 0.5
 
 
 def test_one_backward_pass_suffices_where_one_row_enters():

@@ -86,6 +86,15 @@ def test_interrupted_it_says_how_to_go_on_and_does(run, options, tmp_path, monke
     np.testing.assert_array_equal(jl.load_kernel(tmp_path / "whole" / "kernel.zarr").array, kernel.array)
 
 
+def test_a_folder_of_another_command_is_left_alone(run, options, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text('{"command": "compare"}')
+    code, _, err = run(*words({**options, "resume": True}))
+    assert code == 2
+    assert "is of `jaxlin compare`; --resume goes on with a kernel" in " ".join(err.split())
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
 def test_overwriting_replaces_the_store(run, options, tmp_path):
     for kind in ("trace", "pseudo"):
         code, _, err = run(*words({**options, "kind": kind, "overwrite_output_dir": True}))
@@ -105,9 +114,10 @@ def test_a_kernel_without_a_spectrum(run, options, tmp_path):
 
 
 def test_an_estimate_writes_nothing(run, options, tmp_path):
-    code, out, _ = run(*words({**options, "estimate": True}))
+    code, out, _ = run(*words({**options, "num_eval_samples": 4, "estimate": True}))
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["engine", "time", "memory", "disk"]
+    what = ["engine", "time", "memory", "disk"]
+    assert [line.split()[0] for line in out.splitlines()] == ["kernel.zarr:", *what, "kernel_eval.zarr:", *what]
     assert not (tmp_path / "out").exists()
 
 

@@ -1,5 +1,6 @@
 """Kernels on disk: the same to the bit whatever happens to the process, and nothing wrong is ever read."""
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 import zarr
 
 import jaxlin as jl
-from jaxlin.ntk import work
+from jaxlin.ntk import store, work
 from tests import cases
 
 OPTIONS = {"engine": "factored", "blocks": "layer", "memory_budget": 133_000, "check_examples": 1}
@@ -244,7 +245,7 @@ def test_out_of_memory_in_a_tile_halves_the_slabs(model, batch, monkeypatch):
 
 def test_files_that_do_not_fit_are_refused_before_work(model, batch, monkeypatch, tmp_path):
     monkeypatch.setattr(work.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
-    with pytest.raises(jl.InputError, match=r"what the passes give takes .* GiB in .* which has 0.0 GiB free"):
+    with pytest.raises(jl.InputError, match=r"passes give and the kernel take .* GiB in .* which has 0.0 GiB free"):
         jl.ntk(tuned(model), batch, store=tmp_path / "k", **OPTIONS)
 
 
@@ -261,6 +262,56 @@ def test_an_estimate(model):
     assert 0 < large.pass_seconds <= large.seconds < 10
     with pytest.raises(jl.InputError, match="makes no plan"):
         jl.ntk_estimate(tun, batch, engine="neural_tangents")
+
+
+def test_one_process_at_a_time(model, batch, tmp_path):
+    path, seen = tmp_path / "k", []
+
+    def second(*_):
+        if not seen:
+            seen.append(1)
+            with pytest.raises(jl.InputError, match="is being computed by another process"):
+                jl.ntk(tuned(model), batch, store=path, resume=True, **OPTIONS)
+
+    jl.ntk(tuned(model), batch, store=path, progress=second, **OPTIONS)
+    assert seen
+
+
+def test_a_full_disk_says_so_and_loses_nothing(model, batch, whole, monkeypatch, tmp_path):
+    path, write, written = tmp_path / "k", store.KernelStore.write, []
+
+    def full(self, *tile):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(tile)
+        write(self, *tile)
+
+    monkeypatch.setattr(store.KernelStore, "write", full)
+    with pytest.raises(jl.InputError, match=r"no space is left .* what is done is kept"):
+        jl.ntk(tuned(model), batch, store=path, **OPTIONS)
+    monkeypatch.setattr(store.KernelStore, "write", write)
+    jl.ntk(tuned(model), batch, store=path, resume=True, **OPTIONS)
+    assert_same(path, whole)
+
+
+HASHED = """
+import flax.linen as nn, jax, numpy as np
+import jaxlin as jl
+from jaxlin.ntk.store import fingerprint
+module = nn.Dense(2)
+model = jl.from_linen(module, module.init(jax.random.key(0), np.ones((1, 3)))["params"], inputs=lambda b: (b["x"],))
+plain = jl.Tunable(lambda theta, batch: batch["x"] @ theta["w"], {"w": np.ones((2, 1))})
+for tun in (jl.full(model), plain):
+    print(fingerprint(tun, tun.theta0))
+"""
+
+
+@pytest.mark.slow
+def test_other_processes_find_the_same_hashes():
+    command = [sys.executable, "-c", HASHED]
+    found = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert found[0] == found[1]
+    assert found[0].count("model_sha256") == 2
 
 
 KILLED = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxlin import plots
+from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
 from jaxlin.experiments.data_arguments import DataArguments
 from jaxlin.experiments.progress import ProgressReporter
@@ -105,6 +107,12 @@ def _check(config: KernelConfig) -> None:
         raise InputError(f"--nearest_psd is for --kind asymmetric_signgd; {arguments.kind} is symmetric as it is")
     if arguments.resume and output.output_dir is None:
         raise InputError("--resume needs the --output_dir to go on in")
+    if arguments.resume and output.output_dir is not None and (record := output.output_dir / "config.json").exists():
+        command = json.loads(record.read_text(encoding="utf-8")).get("command")
+        if command != "ntk":
+            raise InputError(
+                f"--output_dir {output.output_dir} is of `jaxlin {command}`; --resume goes on with a kernel"
+            )
     if arguments.resume and output.overwrite_output_dir:
         raise InputError("--resume and --overwrite_output_dir contradict each other")
 
@@ -187,18 +195,20 @@ def run(config: KernelConfig) -> Kernel | None:
         loaded = dataclasses.replace(loaded, model=loaded.probed())
     tun, _ = tune(loaded.model, config.tuned, arguments.seed, False)
     options = _options(arguments)
+    wanted = _wanted(loaded, arguments)
     if arguments.estimate:
-        cost = ntk_estimate(tun, loaded.data["train"], **options, stored=True)
-        print(*cost_lines(cost, len(tun.grouped(arguments.blocks))), sep="\n")
+        for name, (what, data) in wanted.items():
+            cost = ntk_estimate(tun, *data, **options, stored=True)
+            print(f"{name}: {what}", *cost_lines(cost, len(tun.grouped(arguments.blocks))), sep="\n  ")
         return None
-    # For their errors, before anything is written.
-    ntk_plan(tun, loaded.data["train"], **options, store=path / STORE, resume=arguments.resume)
+    for name, (_, data) in wanted.items():  # for their errors, before anything is written
+        ntk_plan(tun, *data, **options, store=path / name, resume=arguments.resume)
     folder.open(resolved("ntk", config, loaded), options_file(config, loaded))
     try:
         with ProgressReporter(folder.line, config.output.quiet) as progress:
             for line in loaded.lines(config.tuned.peft, tun.num_params, config.model.head_init):
                 progress.say(line)
-            kernel = _compute(loaded, tun, folder.path, config, options, progress)
+            kernel = _compute(wanted, tun, folder.path, arguments.check_examples, options, progress)
         results = _Results.of(kernel, arguments.nearest_psd)
         title = f"Spectrum of K₀ ({arguments.kind}), {len(loaded.data['train'])} examples"
         _write(results, title, folder.path, time.monotonic() - begin)
@@ -212,24 +222,43 @@ def run(config: KernelConfig) -> Kernel | None:
     return kernel
 
 
+_Wanted = dict[str, tuple[str, tuple[Dataset, ...]]]
+"""Store to what its kernel is of, in words and as data."""
+
+
+def _wanted(loaded: Loaded, arguments: KernelArguments) -> _Wanted:
+    """The kernel of the training examples, and, where asked for, that of evaluation examples with them."""
+    train = loaded.data["train"]
+    wanted: _Wanted = {STORE: (f"kernel of {len(train)} training examples", (train,))}
+    if arguments.num_eval_samples:
+        evaluation = loaded.data["eval"]
+        what = f"kernel of {len(evaluation)} evaluation examples with the {len(train)} training examples"
+        wanted[EVAL_STORE] = (what, (evaluation, train))
+    return wanted
+
+
 def _compute(
-    loaded: Loaded,
+    wanted: _Wanted,
     tun: Tunable,
     path: Path,
-    config: KernelConfig,
+    check_examples: int,
     options: Mapping[str, Any],
     progress: ProgressReporter,
 ) -> Kernel:
-    """Computes the kernel of the training examples, and that of evaluation examples with them."""
-    train, arguments = loaded.data["train"], config.kernel
-    common = {**options, "resume": True, "progress": progress.update}
-    kernel = ntk(tun, train, **common, store=path / STORE, check_examples=arguments.check_examples)
-    progress.say(f"engine {kernel.info.engine}{f': {kernel.info.note}' if kernel.info.note else ''}")
-    if arguments.num_eval_samples:
-        progress.say("kernel of evaluation examples with training examples")
-        common["progress"] = lambda phase, *counts: progress.update(f"{phase} (evaluation)", *counts)
-        ntk(tun, loaded.data["eval"], train, **common, store=path / EVAL_STORE, check_examples=0)
-    return kernel
+    """Computes the kernels; returns that of the training examples."""
+    kernels = {}
+    for name, (what, data) in wanted.items():
+        progress.say(what)
+
+        def report(phase: str, done: int, total: int, suffix: str = "" if name == STORE else " (evaluation)") -> None:
+            progress.update(phase + suffix, done, total)
+
+        check = check_examples if name == STORE else 0
+        kernel = ntk(tun, *data, **options, store=path / name, resume=True, progress=report, check_examples=check)
+        if name == STORE:
+            progress.say(f"engine {kernel.info.engine}{f': {kernel.info.note}' if kernel.info.note else ''}")
+        kernels[name] = kernel
+    return kernels[STORE]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

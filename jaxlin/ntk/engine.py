@@ -172,11 +172,14 @@ def ntk_plan(
         InputError: As `ntk`; or if the engine is neural-tangents'.
     """
     work, theta = _work(tun, x1, x2, **options)
+    plan = work.plan()
     if store is not None and resume and Path(store).exists():
         opened = KernelStore.open(Path(store))
         opened.check_inputs(_inputs(tun, theta, work))
-        return opened.plan
-    return work.plan()
+        plan = opened.plan
+    if store is not None:
+        work.check_disk(Path(store), stored=True)
+    return plan
 
 
 def ntk_estimate(
@@ -348,16 +351,18 @@ def _in_store(
         plan = work.plan()
         record: dict[str, Any] = {"symmetric": symmetric, "of_two_sets": work.data2 is not None, "note": note}
         store = KernelStore.create(path, inputs, work.blocks, work.shape(), plan, **record)
-    work.run(
-        store.plan,
-        store.write,
-        wanted=lambda *tile: not store.has(*tile),
-        folder=store.rows,
-        check_examples=check_examples,
-        epsilon=store.about["epsilon_J"],
-        changed=store.update,
-        progress=progress,
-    )
+    with store.writing():
+        work.check_disk(path, stored=True)
+        work.run(
+            store.plan,
+            store.write,
+            wanted=lambda *tile: not store.has(*tile),
+            folder=store.rows,
+            check_examples=check_examples,
+            epsilon=store.about["epsilon_J"],
+            changed=store.update,
+            progress=progress,
+        )
     store.finish()
     return store.kernel()
 

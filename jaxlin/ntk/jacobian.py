@@ -253,6 +253,7 @@ class EpsilonCheck:
         precision: str,
         memory_budget: int = MEMORY_BUDGET,
         seeds: Float[np.ndarray, "k C"] | None = None,
+        transform: Callable[[str, np.ndarray], np.ndarray | None] | None = None,
     ) -> None:
         """Computes the reference.
 
@@ -264,6 +265,7 @@ class EpsilonCheck:
             precision: Of the reference's matrix products.
             memory_budget: Bytes for the reference; fewer examples are taken where they need more.
             seeds: What the rows compared are of: `seeds @ J`; default J.
+            transform: Maps the path of a leaf and its rows to what is compared in their place, or to `None`.
         """
         fitting = memory_budget // (jacobian_bytes(tun, data, "float64") // len(data))
         examples = min(examples, len(data), max(fitting // 2, min(fitting, 1)))  # half: it is copied on its way
@@ -278,6 +280,9 @@ class EpsilonCheck:
             self.reference = jacobian(tun, data.take(self.chosen), theta, **options).rows
             if seeds is not None and not np.array_equal(seeds, np.eye(seeds.shape[1])):
                 self.reference = {path: np.matmul(seeds, rows) for path, rows in self.reference.items()}
+            if transform is not None:
+                changed = {path: transform(path, rows) for path, rows in self.reference.items()}
+                self.reference = {path: rows for path, rows in changed.items() if rows is not None}
 
     def compare(
         self, path: str, rows: np.ndarray, examples: np.ndarray | None = None, part: slice = slice(None)

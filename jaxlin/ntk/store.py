@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import re
@@ -11,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import filelock
 import jax
 import numpy as np
 import zarr
@@ -121,7 +124,7 @@ class KernelStore:
 
         Args:
             path: Folder.
-            mode: `"r"`, or `"r+"` to go on; then what a process that was killed left half-written is removed.
+            mode: `"r"`, or `"r+"` to go on.
 
         Returns:
             The store.
@@ -137,10 +140,30 @@ class KernelStore:
             raise InputError(f"{path} holds no kernel of jaxlin: {error}") from error
         if not known:
             raise InputError(f"{path} holds a kernel of another version of jaxlin; compute it anew")
-        if mode == "r+":
-            for file in path.rglob("*.partial"):
-                file.unlink()
         return cls(path, group)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Keeps other processes from going on with the store; removes what a killed one left half-written.
+
+        Raises:
+            InputError: If another process is at it, or the disk is full.
+            OSError: If the store cannot be written for another reason.
+        """
+        self.rows.mkdir(exist_ok=True)
+        try:
+            with filelock.FileLock(self.rows / "lock", timeout=0):
+                for file in self.path.rglob("*.partial"):
+                    file.unlink()
+                yield
+        except filelock.Timeout as error:
+            raise InputError(f"store {self.path} is being computed by another process; wait for it") from error
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise InputError(
+                f"no space is left for the store {self.path}; what is done is kept: free some, and resume=True goes on"
+            ) from error
 
     @property
     def about(self) -> dict[str, Any]:

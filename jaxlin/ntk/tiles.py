@@ -101,19 +101,19 @@ class Derivatives:
         shape = (len(left), len(right)) + ((self.k,) if self.kind.diagonal else (self.k, self.k))
         product, total = gram_of_equal if self.kind.diagonal else gram, np.zeros(shape)
         for path in paths:
-            if self.kind.of_signs and without_sign(path):
-                continue
-            for _, examples1, rows1, examples2, rows2 in self._signed(path, left, right, slab_bytes):
+            for _, examples1, rows1, examples2, rows2 in self.rows(path, left, right, slab_bytes):
                 if len(examples1) == len(left) and len(examples2) == len(right):
                     total += product(rows1, rows2)
                 else:
                     total[np.ix_(examples1, examples2)] += product(rows1, rows2)
         return self.kind.finish(total)
 
-    def _signed(self, path: str, left: range, right: range, slab_bytes: int) -> Iterator[Slab]:
-        """The slabs, with signs in place of derivatives where the kind says so."""
+    def rows(self, path: str, left: range, right: range, slab_bytes: int) -> Iterator[Slab]:
+        """Yields what enters the kernel of a leaf: its derivatives, or signs in their place where the kind says so."""
         if not self.kind.of_signs:
             yield from self.slabs(path, left, right, slab_bytes)
+            return
+        if without_sign(path):
             return
         largest = [np.zeros((len(side), self.k)) for side in (left, right)]
         # What counts as 0 depends on a row's largest entry, so a large leaf is formed twice.

@@ -29,7 +29,7 @@ from jaxlin.ntk.jacobian import (
     outputs_and_jacobian,
     to_float64,
 )
-from jaxlin.ntk.kinds import Kind
+from jaxlin.ntk.kinds import Kind, signs, thresholds, without_sign
 from jaxlin.ntk.rows import Rows
 from jaxlin.ntk.threads import num_threads
 from jaxlin.ntk.tiles import Derivatives
@@ -234,6 +234,31 @@ class Work:
             )
         return Plan(chunk, block, slab, spilled)
 
+    def check_disk(self, folder: Path, *, stored: bool) -> None:
+        """Refuses work whose files do not fit.
+
+        Args:
+            folder: For what the passes give, and for the kernel where that is stored; what is there already counts.
+            stored: Whether it is.
+
+        Raises:
+            InputError: If they do not.
+        """
+        needed = self._given_bytes() + (self._kernel_bytes() if stored else 0)
+        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+        held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+        free = shutil.disk_usage(there).free + held
+        if needed > free:
+            raise InputError(
+                f"what the passes give{' and the kernel take' if stored else ' takes'} {needed / 2**30:.1f} GiB in "
+                f"{there}, which has {free / 2**30:.1f} GiB free; use fewer examples, tune less, or give a folder on "
+                "another disk"
+            )
+
+    def _kernel_bytes(self) -> int:
+        """Of all blocks."""
+        return 8 * math.prod(self.shape()) * len(self.blocks)
+
     def _given_bytes(self) -> int:
         """Of what the passes give."""
         return sum(map(len, self._both())) * self._example_bytes()
@@ -299,16 +324,21 @@ class Work:
     ) -> tuple[float | None, Plan]:
         """Compares derivatives of some examples with float64: of those alone, before anything else is held."""
         options = (self.precision, self.memory_budget, self.kind.seeds(self.c))
-        check = EpsilonCheck(self.tun, self.data1, self.theta, examples, *options)
+        signed = self._signed_reference if self.kind.of_signs else None
+        check = EpsilonCheck(self.tun, self.data1, self.theta, examples, *options, signed)
         rows = Rows(len(self.data1), None)
         plan = self._run_passes(self.data1, rows, plan, lambda new: changed(new, None), only=check.chosen)
         derivatives = self._derivatives(rows, rows)
         for example in check.chosen.tolist():
             own = range(example, example + 1)
             for path in self._sizes:
-                for part, _, found, *_ in derivatives.slabs(path, own, own, plan.slab_bytes):
+                for part, *_, found in derivatives.rows(path, own, own, plan.slab_bytes):  # on the right: signs, if any
                     check.compare(path, found, np.array([example]), part)
         return check.epsilon(), plan
+
+    def _signed_reference(self, path: str, rows: np.ndarray) -> np.ndarray | None:
+        """What takes the place of the derivatives in a kernel of signs."""
+        return None if without_sign(path) else signs(rows, thresholds(np.abs(rows).max(axis=-1), self._dtype))
 
     def _derivatives(self, first: Rows, last: Rows) -> Derivatives:
         return Derivatives(first, last, self._large, self.k, self.kind, self._dtype)
@@ -370,8 +400,7 @@ class Work:
         with contextlib.ExitStack() as stack:
             if folder is None and plan.spilled:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxlin-ntk-")))
-            if folder is not None:
-                _check_disk(folder, self._given_bytes())
+                self.check_disk(folder, stored=False)
             rows, done, total = [], 0, sum(map(len, self._both()))
 
             def report(count: int) -> None:
@@ -434,7 +463,7 @@ class Work:
         multiplied = sum(size for path, size in self._sizes.items() if path in dense or path not in self._large)
         products = pairs * multiplied * (0.5 if self.data2 is None and self.kind.symmetric else 1)
         time32, time64 = (_seconds_a_product(dtype) for dtype in (np.float32, np.float64))
-        kernel = 8 * math.prod(self.shape()) * len(self.blocks)
+        kernel = self._kernel_bytes()
         given = self._given_bytes()
         return Cost(
             self.engine,
@@ -476,19 +505,3 @@ def _seconds_a_product(dtype: type[np.floating]) -> float:
 
 def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-
-
-def _check_disk(folder: Path, needed: int) -> None:
-    """Refuses work whose files do not fit.
-
-    Raises:
-        InputError: If they do not.
-    """
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
-    held = sum(file.stat().st_size for file in folder.rglob("*.safetensors")) if folder.is_dir() else 0
-    free = shutil.disk_usage(there).free + held
-    if needed > free:
-        raise InputError(
-            f"what the passes give takes {needed / 2**30:.1f} GiB in {there}, which has {free / 2**30:.1f} GiB free; "
-            "use fewer examples, tune less, or give a folder on another disk"
-        )
