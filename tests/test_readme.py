@@ -38,9 +38,21 @@ def test_figure_exists():
 
 
 def test_plain_pip_line_has_every_requirement():
-    """Those not named come with those named: numpy, scipy with jax, rich with flax, hub, YAML with transformers."""
+    """Those not named come with those named.
+
+    numpy and scipy with jax, rich with flax, threadpoolctl with scikit-learn; the rest with transformers.
+    """
     listed = re.findall(r"^pip install (\"jax>.*|--no-deps .*)$", README, re.MULTILINE)
     named = {re.split(r"[<>=]", word.strip('"'))[0].lower() for line in listed for word in line.split()}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     required = {re.split(r"[<>=\[]", name)[0].lower() for name in project["dependencies"]}
-    assert required - named == {"numpy", "scipy", "rich", "huggingface-hub", "safetensors", "pyyaml"}
+    assert required - named == {
+        "numpy",
+        "scipy",
+        "rich",
+        "threadpoolctl",
+        "huggingface-hub",
+        "safetensors",
+        "pyyaml",
+        "filelock",
+    }

@@ -107,9 +107,9 @@ def ntk(
     if dtype not in (None, "float64"):
         raise InputError(f'dtype={dtype!r} is unknown; expected "float64", or None for that of the parameters')
     chosen_kind = kind_of(kind)
-    data1, data2 = as_dataset(x1), None if x2 is None else as_dataset(x2)
-    groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
     _check_options(engine, kind, dtype, keep_jacobian=keep_jacobian, store=store, resume=resume, mesh=mesh)
+    data1, data2 = _datasets(tun, x1, x2)
+    groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
     engine, note = _choose(engine, tun, data1, theta, keep_jacobian or mesh)
     options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
     name = dtype or str(jnp.result_type(*jax.tree.leaves(theta)))
@@ -117,9 +117,6 @@ def ntk(
     info = KernelInfo(engine, name, "float64", precision, jax.default_backend(), None, note)
     symmetric = data2 is None and chosen_kind.symmetric
     if engine == "neural_tangents":
-        for data in (data1, data2):
-            if data is not None:
-                tun.check_batch(data.columns)
         report = None if progress is None else functools.partial(progress, TILES)
         with jax.default_matmul_precision(precision):
             parts = neural_tangents_parts(
@@ -228,7 +225,7 @@ def _work(
     """
     if engine not in ENGINES[:3]:
         raise InputError(f"engine={engine!r} makes no plan; expected one of {', '.join(ENGINES[:3])}")
-    data1, data2 = as_dataset(x1), None if x2 is None else as_dataset(x2)
+    data1, data2 = _datasets(tun, x1, x2)
     groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
     engine, _ = _choose(engine, tun, data1, theta, None)
     options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
@@ -282,6 +279,21 @@ def _check_options(
         raise InputError('mesh goes with engine="jacobian" and without store, and not with the kinds of signs')
     if resume and store is None:
         raise InputError("resume=True needs the store to go on with")
+
+
+def _datasets(
+    tun: Tunable, x1: Dataset | Mapping[str, Any], x2: Dataset | Mapping[str, Any] | None
+) -> tuple[Dataset, Dataset | None]:
+    """Returns the examples.
+
+    Raises:
+        InputError: If they do not fit the model.
+    """
+    data1, data2 = as_dataset(x1), None if x2 is None else as_dataset(x2)
+    for data in (data1, data2):
+        if data is not None:
+            tun.check_batch(data.columns)
+    return data1, data2
 
 
 def _choose(engine: str, tun: Tunable, data: Dataset, theta: PyTree, whole: Any) -> tuple[str, str]:
@@ -383,9 +395,6 @@ def _on_mesh(
     memory_budget: int,
     progress: Progress | None,
 ) -> Kernel:
-    for data in (data1, data2):
-        if data is not None:
-            tun.check_batch(data.columns)
     parts = ring_parts(
         tun,
         data1,

@@ -145,11 +145,8 @@ class Work:
             The work; arguments as its attributes.
 
         Raises:
-            InputError: If inputs do not fit the model or the kind, or the engine does not see how leaves are used.
+            InputError: If the model's outputs do not fit the kind, or the engine does not see how leaves are used.
         """
-        for data in (data1, data2):
-            if data is not None:
-                tun.check_batch(data.columns)
         c = num_outputs(tun, data1)
         both = [data for data in (data1, data2) if data is not None]
         longest = max(both, key=lambda data: 0 if data.lengths is None else int(data.lengths.max()))
