@@ -78,7 +78,10 @@ def run_processes(folder, count, pace):
     return [dict(np.load(folder / f"{index}.npz")) for index in range(count)]
 
 
-@pytest.mark.parametrize("count", [1, 2], ids=["8-devices", "2-processes-of-4"])
+@pytest.mark.parametrize(
+    "count",
+    [pytest.param(1, id="8-devices"), pytest.param(2, id="2-processes-of-4", marks=pytest.mark.slow)],
+)
 def test_many_devices_are_one(tmp_path, expected, count):
     pace, alone, reference = expected
     first, *others = run_processes(tmp_path, count, pace)

@@ -15,9 +15,18 @@ from jaxlin.ntk.neural_tangents import IMPLEMENTATIONS, load
 from jaxlin.tunable import leaf_paths
 from tests import cases
 
+# The rest: tests/test_table.py.
+FAST = {("lora", False), ("lora", True), ("dora", True), ("full", True)}
 
-@pytest.mark.parametrize("away", [False, True], ids=["theta0", "elsewhere"])
-@pytest.mark.parametrize("name", ["lora", "lora-frozen-head", "dora", "full"])  # the rest: tests/test_table.py
+
+@pytest.mark.parametrize(
+    ("name", "away"),
+    [
+        pytest.param(name, away, marks=() if (name, away) in FAST else pytest.mark.slow)
+        for name in ("lora", "lora-frozen-head", "dora", "full")
+        for away in (False, True)
+    ],
+)
 def test_jacobian_engine_equals_the_dense_reference(model, batch, name, away):
     tun = cases.PEFT[name](model)
     theta = cases.moved(tun) if away else None
@@ -41,8 +50,18 @@ def test_float64_jacobian(model, batch):
     assert jax.config.read("jax_enable_x64") == before
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["lora-frozen-head", "head", "select"])
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        pytest.param(name, implementation, marks=() if implementation in fast else pytest.mark.slow)
+        for name, fast in {
+            "lora-frozen-head": ["JACOBIAN_CONTRACTION"],
+            "head": [],
+            "select": ["NTK_VECTOR_PRODUCTS", "STRUCTURED_DERIVATIVES"],
+        }.items()
+        for implementation in IMPLEMENTATIONS
+    ],
+)
 def test_neural_tangents_equals_the_jacobian_engine(model, name, implementation):
     tun = cases.PEFT[name](model)
     theta = cases.moved(tun)

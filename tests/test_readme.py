@@ -1,5 +1,6 @@
 """The README's example runs, and what it says of the installation is what pyproject says."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -35,6 +36,17 @@ def test_examples_run(capsys, tmp_path, monkeypatch):
 def test_figure_exists():
     for path in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README):
         assert (ROOT / path).is_file()
+
+
+def test_kernel_times_are_those_measured():
+    for name in ("ntk.json", "ntk_ways.json"):
+        record = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+        for row in record["rows"]:
+            each = row["seconds"] / row["N"]
+            cells = [row["tuned"], row["engine"], str(row["N"]), f"{each:.2f}"]
+            forward = record["about"]["forward_seconds"]
+            cells += [f"{each / forward:.1f}", f"{row['limit_seconds'] / row['seconds']:.2f}"]
+            assert f"| {' | '.join(cells)} |" in README
 
 
 def test_plain_pip_line_has_every_requirement():

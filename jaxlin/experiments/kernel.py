@@ -179,7 +179,8 @@ def run(config: KernelConfig) -> Kernel | None:
         The kernel of the training examples; `None` where only an estimate was asked for.
 
     Raises:
-        InputError: If anything given cannot be used; nothing has been written then.
+        InputError: If anything given cannot be used; nothing has been written then. If the disk is full; what was
+            computed is kept.
         KeyboardInterrupt: If interrupted; what was computed is kept.
     """
     begin, arguments = time.monotonic(), config.kernel
@@ -307,6 +308,7 @@ def _print(results: _Results, path: Path, seconds: float) -> None:
     )
     if results.spectrum is None:
         console.print("no spectrum: this kernel is not symmetric (--nearest_psd takes that of the nearest one that is)")
+        plain("ε_J not measured" if info["epsilon_J"] is None else f"ε_J = {info['epsilon_J']:.1g}")
     else:
         plain(spectrum_line(summary))
     out = Table(title="Blocks: shares of trace and norm", title_justify="left", box=box.SIMPLE_HEAD)

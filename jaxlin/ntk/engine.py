@@ -28,7 +28,7 @@ from jaxlin.ntk.kernel import Kernel, KernelInfo
 from jaxlin.ntk.kinds import Kind, kind_of, without_sign
 from jaxlin.ntk.neural_tangents import neural_tangents_parts
 from jaxlin.ntk.ring import ring_parts
-from jaxlin.ntk.store import KernelStore, fingerprint, transposed
+from jaxlin.ntk.store import KernelStore, fingerprint, transposed, writing
 from jaxlin.ntk.work import PASSES, TILES, Cost, Plan, Progress, Work
 from jaxlin.tunable import Blocks, Tunable
 from jaxlin.versions import versions
@@ -99,7 +99,8 @@ def ntk(
 
     Raises:
         InputError: If an argument is not one of those listed, an input does not fit the model, the budget is too
-            small for one example, or a store is there already (without `resume`) or is of other inputs.
+            small for one example, or a store is there already (without `resume`), is of other inputs, is being
+            computed by another process, or has no space left.
         FloatingPointError: If neural-tangents' result fails its check against float64.
     """
     if engine not in ENGINES:
@@ -173,6 +174,8 @@ def ntk_plan(
     if store is not None and resume and Path(store).exists():
         opened = KernelStore.open(Path(store))
         opened.check_inputs(_inputs(tun, theta, work))
+        if opened.is_finished():
+            return opened.plan
         plan = opened.plan
     if store is not None:
         work.check_disk(Path(store), stored=True)
@@ -356,15 +359,17 @@ def _in_store(
     check_examples: int,
     progress: Progress | None,
 ) -> Kernel:
-    if resume and path.exists() and (path.is_file() or any(path.iterdir())):
-        store = KernelStore.open(path, "r+")
-        store.check_inputs(inputs)
-    else:
-        plan = work.plan()
-        record: dict[str, Any] = {"symmetric": symmetric, "of_two_sets": work.data2 is not None, "note": note}
-        store = KernelStore.create(path, inputs, work.blocks, work.shape(), plan, **record)
-    with store.writing():
-        work.check_disk(path, stored=True)
+    with writing(path):
+        if resume and path.exists() and (path.is_file() or any(path.iterdir())):
+            store = KernelStore.open(path, "r+")
+            store.check_inputs(inputs)
+            if not store.is_finished():
+                work.check_disk(path, stored=True)
+        else:
+            plan = work.plan()
+            work.check_disk(path, stored=True)
+            record: dict[str, Any] = {"symmetric": symmetric, "of_two_sets": work.data2 is not None, "note": note}
+            store = KernelStore.create(path, inputs, work.blocks, work.shape(), plan, **record)
         work.run(
             store.plan,
             store.write,
@@ -375,7 +380,7 @@ def _in_store(
             changed=store.update,
             progress=progress,
         )
-    store.finish()
+        store.finish()
     return store.kernel()
 
 

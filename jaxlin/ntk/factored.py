@@ -88,6 +88,11 @@ class _Call:
         return args[0].shape[:1] == self.out.shape[:1] and self.out.shape[0] in (1, 2)
 
 
+def _types(tree: Any) -> Any:
+    """Arrays as their types; what else a method may take or return, as it is."""
+    return jax.tree.map(lambda leaf: jax.typeof(leaf) if hasattr(leaf, "shape") else leaf, tree)
+
+
 def _traced_calls(apply: PeftFunction, theta: PyTree, batch: Batch) -> dict[str, list[_Call]]:
     """Every call of every module, by path."""
     calls: dict[str, list[_Call]] = {}
@@ -99,10 +104,10 @@ def _traced_calls(apply: PeftFunction, theta: PyTree, batch: Batch) -> dict[str,
             return out
         path, given = "/".join(context.module.path), None
         if context.method_name == "__call__":
-            given = jax.tree.map(jax.typeof, (args, kwargs))
+            given = _types((args, kwargs))
             readers.append((args[0] if args else None, path))
         source = next((other for x, other in readers if args and x is args[0]), path)
-        call = _Call(context.module.clone(parent=None), given, jax.tree.map(jax.typeof, out), source)
+        call = _Call(context.module.clone(parent=None), given, _types(out), source)
         calls.setdefault(path, []).append(call)
         return out
 
@@ -162,6 +167,13 @@ def _owners(structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> dict[st
     return {path: met[0] for path, met in calls.items() if path in owners}
 
 
+def _own_dtype(call: _Call, x: Any, frozen: Mapping[str, Array], path: str) -> Any:
+    """The dtype of a dense module's output without adapters, which may promote it."""
+    declared = getattr(call.module, "dtype", None)
+    kernel = frozen.get(f"{path}/kernel")
+    return declared or (None if kernel is None else jnp.result_type(x.dtype, kernel.dtype))
+
+
 def find_sites(tun: Tunable, data: Dataset, theta: PyTree, k: int) -> tuple[Site, ...]:
     """Finds the modules that own the tuned parameters, in the order of their calls.
 
@@ -194,8 +206,9 @@ def find_sites(tun: Tunable, data: Dataset, theta: PyTree, k: int) -> tuple[Site
         without_effect = "lora_B" in names and not np.any(tuned[f"{path}/lora_B"])
         if without_effect:
             names = [name for name in names if name != "lora_A"]
-        idle = without_effect and adapters == {"lora_A", "lora_B"}
         (x,), _ = call.given
+        promoted = _own_dtype(call, x, frozen, path) != call.out.dtype
+        idle = without_effect and adapters == {"lora_A", "lora_B"} and not promoted
         site = Site(path, call.module, tuple(names), None, x.shape[1:], call.out.shape[1:], call.source, idle)
         large = {nn.Dense: "kernel", nn.Embed: "embedding"}.get(type(call.module))
         if large is not None and large in names and not adapters and site.numbers(k) < k * tuned[site.leaf(large)].size:
@@ -282,7 +295,7 @@ def _small_derivatives(
     found, names = {}, site.rows
     if site.idle:
         # By hand, and by `map`: the forms of vjp and of vmap would transpose all of delta.
-        inner = (dict(apply.scales)[site.path] * (x @ own["lora_A"])).reshape(-1, own["lora_A"].shape[1])
+        inner = (dict(apply.scales).get(site.path, 1.0) * (x @ own["lora_A"])).reshape(-1, own["lora_A"].shape[1])
         found["lora_B"] = jax.lax.map(lambda d: inner.T @ d.reshape(len(inner), -1), delta)
         names = tuple(name for name in names if name != "lora_B")
 

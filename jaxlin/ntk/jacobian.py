@@ -176,7 +176,7 @@ def gram(
 ) -> Float[np.ndarray, "N1 N2 C C"]:
     """Returns `J1 J2ᵀ` of one leaf, summed in float64; exactly symmetric where both are one array."""
     (n1, c, size), n2, same = rows1.shape, rows2.shape[0], rows1 is rows2
-    width = gram_columns(n1 * c)
+    width = gram_columns(max(n1, n2) * c)
 
     def product(columns: range) -> np.ndarray:
         buffer1 = np.empty((n1, c, min(width, len(columns))))

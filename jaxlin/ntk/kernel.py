@@ -25,8 +25,8 @@ class KernelInfo:
         gram_dtype: Of the sum over parameters.
         precision: Of the matrix products on the device.
         device: Platform it ran on.
-        epsilon_J: Relative Frobenius error of the Jacobian, measured by recomputing the rows of a few
-            examples in float64 (theory 6); `None` where it was not measured.
+        epsilon_J: Relative Frobenius error of the Jacobian (of its signs, in kernels of signs), measured by
+            recomputing the rows of a few examples of x1 in float64 (theory 6); `None` where it was not measured.
         note: Why the engine was chosen, where that was left to `ntk`; what changed on the way.
     """
 

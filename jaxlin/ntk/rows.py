@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 _INDICES = "examples"
 
@@ -68,18 +68,21 @@ class Rows:
         else:
             file = self._file(position)
             content = {**arrays, _INDICES: np.asarray(examples, np.int64)}
-            save_file(content, file.with_suffix(".partial"), metadata={"crc32": _checksum(content)})
+            # Not by save_file, whose errors do not say that the disk is full.
+            file.with_suffix(".partial").write_bytes(save(content, metadata={"crc32": _checksum(content)}))
             os.replace(file.with_suffix(".partial"), file)
         self._examples[position] = np.asarray(examples)
 
     def read(self, names: tuple[str, ...], start: int, stop: int) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
-        """Yields the arrays of every example from `start` to `stop` that has all of them."""
+        """Yields the arrays of every example from `start` to `stop` that has all of them; from files, copies."""
         for position in sorted(self._examples):
             examples = self._examples[position]
             wanted = np.flatnonzero((examples >= start) & (examples < stop))
             if wanted.size and (arrays := self._arrays(position, names)):
                 for i in wanted.tolist():
-                    yield int(examples[i]), tuple(array[i] for array in arrays)
+                    own = tuple(array[i] for array in arrays)
+                    # From files: a view would hold the whole chunk.
+                    yield int(examples[i]), own if self.folder is None else tuple(array.copy() for array in own)
 
     def stacked(self, name: str, start: int, stop: int) -> np.ndarray | None:
         """Returns an array of the examples from `start` to `stop`; `None` where it vanishes for all of them."""

@@ -45,6 +45,30 @@ def fingerprint(tun: Tunable, theta: PyTree) -> dict[str, str]:
     return {"model_sha256": model.hexdigest(), "theta_sha256": point.hexdigest()}
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Keeps other processes from a store while this one makes it or goes on with it.
+
+    Raises:
+        InputError: If another process is at it, or the disk is full.
+        OSError: If the store cannot be written for another reason.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(lock, timeout=0):
+            yield
+            lock.unlink(missing_ok=True)
+    except filelock.Timeout as error:
+        raise InputError(f"store {path} is being computed by another process; wait for it") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(
+            f"no space is left for the store {path}; what is done is kept: free some and go on (resume=True, --resume)"
+        ) from error
+
+
 class KernelStore:
     """Block kernels of one `ntk` call on disk.
 
@@ -86,6 +110,7 @@ class KernelStore:
 
         Raises:
             InputError: If the folder holds something, or cannot be made.
+            OSError: If the disk is full.
         """
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             raise InputError(f"store {path} is there already; resume it (resume=True, --resume), or give another path")
@@ -94,6 +119,8 @@ class KernelStore:
         try:
             group = zarr.open_group(making, mode="w-")
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise InputError(f"store {path} cannot be made: {error.strerror or error}") from error
         tile = (1, min(plan.row_block, shape[0]), min(plan.row_block, shape[1]), *shape[2:])
         group.create_array(
@@ -124,7 +151,7 @@ class KernelStore:
 
         Args:
             path: Folder.
-            mode: `"r"`, or `"r+"` to go on.
+            mode: `"r"`, or `"r+"` to go on; then what a process that was killed left half-written is removed.
 
         Returns:
             The store.
@@ -140,30 +167,10 @@ class KernelStore:
             raise InputError(f"{path} holds no kernel of jaxlin: {error}") from error
         if not known:
             raise InputError(f"{path} holds a kernel of another version of jaxlin; compute it anew")
+        if mode == "r+":
+            for file in path.rglob("*.partial"):
+                file.unlink()
         return cls(path, group)
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Keeps other processes from going on with the store; removes what a killed one left half-written.
-
-        Raises:
-            InputError: If another process is at it, or the disk is full.
-            OSError: If the store cannot be written for another reason.
-        """
-        self.rows.mkdir(exist_ok=True)
-        try:
-            with filelock.FileLock(self.rows / "lock", timeout=0):
-                for file in self.path.rglob("*.partial"):
-                    file.unlink()
-                yield
-        except filelock.Timeout as error:
-            raise InputError(f"store {self.path} is being computed by another process; wait for it") from error
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise InputError(
-                f"no space is left for the store {self.path}; what is done is kept: free some, and resume=True goes on"
-            ) from error
 
     @property
     def about(self) -> dict[str, Any]:
@@ -232,6 +239,10 @@ class KernelStore:
         _, rows, columns, *_ = self.array.chunks
         index = self._names.index(block)
         return all(self._file(index, i, j).exists() for i in range(0, n1, rows) for j in range(0, n2, columns))
+
+    def is_finished(self) -> bool:
+        """Whether every block is complete."""
+        return all(self.is_complete(name) for name in self._names)
 
     @property
     def _names(self) -> list[str]:

@@ -9,11 +9,15 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
 from threadpoolctl import ThreadpoolController
+
+_limiting = threading.Lock()
+"""BLAS's limit is the process's: callers take turns, or the last would not find the limit that the first found."""
 
 _Part = TypeVar("_Part")
 _Result = TypeVar("_Result")
@@ -42,8 +46,12 @@ def in_parallel(function: Callable[[_Part], _Result], parts: Sequence[_Part]) ->
     """
     pool, blas = _pool()
     # Also for one part: threads of BLAS's own that have nothing to do would spin for a while, in the way of ours.
-    with blas.limit(limits=1, user_api="blas"):
-        return [function(part) for part in parts] if len(parts) < 2 else list(pool.map(function, parts))
+    with _limiting, blas.limit(limits=1, user_api="blas"):
+        if len(parts) < 2:
+            return [function(part) for part in parts]
+        futures = [pool.submit(function, part) for part in parts]
+        wait(futures)  # also if one fails: what the others write into may be used again
+        return [future.result() for future in futures]
 
 
 def split(size: int, parts: int) -> list[range]:

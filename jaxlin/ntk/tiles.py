@@ -96,6 +96,10 @@ class Derivatives:
             ]
             yield slice(start, stop), np.arange(len(left)), rows[0], np.arange(len(right)), rows[-1]
 
+    def release(self) -> None:
+        """Gives back the memory that derivatives of large leaves are formed in."""
+        self._buffer = np.empty(0)
+
     def tile(self, paths: Sequence[str], left: range, right: range, slab_bytes: int) -> np.ndarray:
         """Returns the kernel of some leaves and examples, in the shape of its kind, float64."""
         shape = (len(left), len(right)) + ((self.k,) if self.kind.diagonal else (self.k, self.k))

@@ -52,13 +52,13 @@ _CPU_CHUNK = 4
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How the work is cut. The same plan on the same machine gives the same kernel to the bit.
+    """How the work is cut. The same plan on the same machine, with as many cores, gives the same kernel to the bit.
 
     Attributes:
         chunk: Examples of a pass.
         row_block: Examples of a side of a tile.
         slab_bytes: Size of the derivatives with respect to a large leaf that are formed at a time.
-        spilled: Whether what the passes give is kept in files.
+        spilled: Whether what the passes give is kept in files though the kernel is not stored.
         events: What was changed on the way, and why.
     """
 
@@ -197,13 +197,14 @@ class Work:
         item, rows = max(4, self._dtype.itemsize), block * self.k
         whole = max((size for path, size in self._sizes.items() if path not in self._large), default=0)
         copied = self.k * whole  # of the examples of each side: a small leaf, or from files what is kept of a large one
-        if spilled:
-            copied = max([copied, *(site.numbers(self.k) for site in self._large.values())])
-        slab = slab if self._large else 0
+        large = [site for site in self._large.values() if spilled or site.factored == "embedding"]
+        copied = max([copied, *(site.numbers(self.k) for site in large)])
+        widest = max((site.outputs[-1] for site in self._large.values()), default=0)
+        slab = max(slab, 2 * rows * widest * item) if self._large else 0
         signed = 2 * self.kind.of_signs * (slab + 2 * rows * whole * item)
         # Every thread has its columns in float64, and a sum.
         columns = min(num_threads() * gram_columns(rows), max(whole, slab // (item * 2 * rows)))
-        sums = rows * block * (1 if self.kind.diagonal else self.k) * (num_threads() + 3)
+        sums = rows * block * (1 if self.kind.diagonal else self.k) * (2 * num_threads() + 3)
         return 2 * block * copied * item + slab + signed + 8 * (2 * rows * columns + sums)
 
     def plan(self) -> Plan:
@@ -223,11 +224,11 @@ class Work:
         most_a_tile, parts = budget // 2 if spilled else budget - given, 1
         while (block := math.ceil(longest / parts)) > 1 and self._tile_bytes(block, slab, spilled) > most_a_tile:
             parts += max(1, parts // 8)
-        needed = max(self._tile_bytes(block, slab, spilled) + (0 if spilled else given), 2 * chunk * one)
+        needed = max(self._tile_bytes(block, slab, spilled), 2 * chunk * one) + (0 if spilled else given)
         if needed > budget:
             raise InputError(
-                f"derivatives of one example and a tile of the kernel take {needed / 2**30:.1g} GiB, more than "
-                f"memory_budget={budget / 2**30:.1g} GiB; tune less, or raise the budget"
+                f"derivatives of one example and a tile of the kernel take {needed / 2**30:.2g} GiB, more than "
+                f"memory_budget={budget / 2**30:.2g} GiB; tune less, or raise the budget"
             )
         return Plan(chunk, block, slab, spilled)
 
@@ -389,11 +390,11 @@ class Work:
         """
         tiles = self.tiles(plan)
         todo = [tile for tile in tiles if wanted(*tile)]
-        if not todo:
-            return epsilon
         if epsilon is None and check_examples:
             epsilon, plan = self._measure(check_examples, plan, changed)
             changed(plan, epsilon)
+        if not todo:
+            return epsilon
         with contextlib.ExitStack() as stack:
             if folder is None and plan.spilled:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxlin-ntk-")))
@@ -415,8 +416,8 @@ class Work:
             derivatives = self._derivatives(rows[0], rows[-1])
             before = len(tiles) - len(todo)
             for count, (block, left, right) in enumerate(todo, start=1):
-                found, plan = self._tile(derivatives, block, left, right, plan)
-                if plan.events and plan.events[-1].startswith("out of memory in a tile"):
+                before_it, (found, plan) = plan, self._tile(derivatives, block, left, right, plan)
+                if plan is not before_it:
                     changed(plan, epsilon)
                 write(block, left, right, found)
                 if progress is not None:
@@ -434,6 +435,7 @@ class Work:
             except MemoryError:
                 if plan.slab_bytes <= _SMALLEST_SLAB or not self._large:
                     raise
+                derivatives.release()
                 event = f"out of memory in a tile with slabs of {plan.slab_bytes} bytes: half of it from then on"
                 plan = dataclasses.replace(plan, slab_bytes=plan.slab_bytes // 2, events=(*plan.events, event))
 
