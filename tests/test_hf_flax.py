@@ -9,8 +9,10 @@ import pytest
 
 import jaxlin as jl
 
-REQUIREMENTS = ("transformers==4.57.6", "jax>=0.10", "flax>=0.12", "optax", "scikit-learn", "jaxtyping", "tyro", "rich",
-                "matplotlib", "tensorboardX", "frozendict", "safetensors", "scipy", "beartype")  # fmt: skip
+REQUIREMENTS = (
+    *("transformers==4.57.6", "jax>=0.10", "flax>=0.12", "optax", "scikit-learn", "jaxtyping", "tyro", "rich"),
+    *("matplotlib", "tensorboardX", "frozendict", "safetensors", "scipy", "beartype", "zarr", "matfree"),
+)
 
 
 def _environment(folder: Path) -> Path:
