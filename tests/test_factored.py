@@ -131,6 +131,24 @@ class Twice(nn.Module):
         return nn.Dense(2, name="last")(jnp.tanh(again(jnp.tanh(again(batch["x"])))))
 
 
+class SharedDropout(nn.Module):
+    @nn.compact
+    def __call__(self, batch):
+        dropout = nn.Dropout(0.5, deterministic=True)
+        x = jnp.tanh(nn.Dense(16, name="first")(dropout(batch["x"])))
+        return nn.Dense(2, name="last")(jnp.tanh(nn.Dense(16, name="second")(dropout(x))))
+
+
+def test_modules_that_read_through_one_that_is_called_twice():
+    batch = cases.vectors(3)
+    model = jl.from_linen(SharedDropout(), SharedDropout().init(jax.random.key(0), batch)["params"])
+    tun = jl.full(model)
+    factored = [site.leaf(site.factored) for site in find_sites(tun, as_dataset(batch), tun.theta0, 2) if site.factored]
+    assert factored == ["first/kernel", "second/kernel", "last/kernel"][: len(factored)]
+    assert len(factored) > 1
+    check(tun, batch, check_examples=0)
+
+
 def test_what_it_cannot_see_is_refused():
     batch = cases.vectors(3)
     with pytest.raises(jl.InputError, match="needs a Tunable made of a Model; its apply is a PlainFunction"):

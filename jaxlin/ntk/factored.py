@@ -39,7 +39,7 @@ class Site:
         factored: Name of its leaf whose derivative is kept as input and cotangent, if any.
         inputs: Shape of its input, without the example.
         outputs: Shape of its output, likewise.
-        source: Path of the first module that reads the same array.
+        source: Name of the first call that reads the same array: the path of its module, numbered if called again.
         idle: Whether its adapters change nothing where the derivatives are taken (LoRA's B is zero), so that the
             pass runs without them.
     """
@@ -105,7 +105,8 @@ def _traced_calls(apply: PeftFunction, theta: PyTree, batch: Batch) -> dict[str,
         path, given = "/".join(context.module.path), None
         if context.method_name == "__call__":
             given = _types((args, kwargs))
-            readers.append((args[0] if args else None, path))
+            reader = f"{path}#{len(calls[path])}" if path in calls else path  # such as a dropout called again
+            readers.append((args[0] if args else None, reader))
         source = next((other for x, other in readers if args and x is args[0]), path)
         call = _Call(context.module.clone(parent=None), given, _types(out), source)
         calls.setdefault(path, []).append(call)
