@@ -144,8 +144,7 @@ def test_modules_that_read_through_one_that_is_called_twice():
     model = jl.from_linen(SharedDropout(), SharedDropout().init(jax.random.key(0), batch)["params"])
     tun = jl.full(model)
     factored = [site.leaf(site.factored) for site in find_sites(tun, as_dataset(batch), tun.theta0, 2) if site.factored]
-    assert factored == ["first/kernel", "second/kernel", "last/kernel"][: len(factored)]
-    assert len(factored) > 1
+    assert factored == ["first/kernel", "second/kernel", "last/kernel"]
     check(tun, batch, check_examples=0)
 
 

@@ -181,7 +181,9 @@ def test_a_store_of_other_inputs_is_refused(model, batch, whole, tmp_path):
     }.items():
         with pytest.raises(jl.InputError, match=f"is of other inputs .*{message}"):
             jl.ntk(tun, batch, store=path, resume=True, **{**OPTIONS, **change})
-    with pytest.raises(jl.InputError, match=r"other inputs \(data_sha256 was \w+…, is \w+….*\); give another path"):
+    with pytest.raises(
+        jl.InputError, match=r"other inputs \(data_sha256 was \w+…, is \w+…; lengths was .*, is .*\); give another path"
+    ):
         jl.ntk(tun, other, store=path, resume=True, **OPTIONS)
     with pytest.raises(jl.InputError, match="model_sha256 was"):
         jl.ntk(tuned(cases.tiny_model(head="mean", new_head=True)), batch, store=path, resume=True, **OPTIONS)
@@ -275,6 +277,7 @@ def test_one_process_at_a_time(model, batch, tmp_path):
 
     jl.ntk(tuned(model), batch, store=path, progress=second, **OPTIONS)
     assert seen
+    assert [file.name for file in tmp_path.iterdir()] == ["k"]  # no lock is left
 
 
 def test_a_full_disk_says_so_and_loses_nothing(model, batch, whole, monkeypatch, tmp_path):

@@ -19,6 +19,7 @@ from jaxlin.ntk.factored import find_sites
 from jaxlin.ntk.jacobian import (
     MEMORY_BUDGET,
     Jacobian,
+    evenly_spread,
     gram,
     jacobian,
     measure_epsilon,
@@ -419,7 +420,7 @@ def _on_mesh(
     note = f"{mesh.size} devices in a ring"
     epsilon = None
     if check_examples:
-        some = data1.take(np.unique(np.linspace(0, len(data1) - 1, min(check_examples, len(data1))).astype(int)))
+        some = data1.take(evenly_spread(len(data1), check_examples))
         own = jacobian(tun, some, theta, dtype=dtype, precision=precision, memory_budget=memory_budget)
         epsilon = measure_epsilon(tun, some, theta, own, len(some), precision, memory_budget)
     info = dataclasses.replace(info, note=f"{info.note}; {note}" if info.note else note, epsilon_J=epsilon)

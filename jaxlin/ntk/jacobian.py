@@ -212,6 +212,11 @@ def gram_of_equal(
     return out
 
 
+def evenly_spread(size: int, count: int) -> np.ndarray:
+    """Returns at most `count` of the numbers below `size`, ascending and evenly spread."""
+    return np.unique(np.linspace(0, size - 1, min(count, size)).astype(int))
+
+
 def measure_epsilon(
     tun: Tunable,
     data: Dataset,
@@ -269,7 +274,7 @@ class EpsilonCheck:
         """
         fitting = memory_budget // (jacobian_bytes(tun, data, "float64") // len(data))
         examples = min(examples, len(data), max(fitting // 2, min(fitting, 1)))  # half: it is copied on its way
-        self.chosen = np.unique(np.linspace(0, len(data) - 1, examples).astype(int)) if examples else np.zeros(0, int)
+        self.chosen = evenly_spread(len(data), examples)
         theta = tun.theta0 if theta is None else theta
         self.shapes = dict(zip(leaf_paths(theta), map(jnp.shape, jax.tree.leaves(theta)), strict=True))
         self.reference: Mapping[str, np.ndarray] = {}

@@ -21,6 +21,7 @@ from jaxlin.ntk.jacobian import (
     MAX_CHUNK,
     MEMORY_BUDGET,
     check_deviation,
+    evenly_spread,
     jacobian,
     jacobian_bytes,
     num_outputs,
@@ -283,7 +284,7 @@ def _reference(operator: NTKOperator, data: Dataset) -> tuple[np.ndarray, Mappin
             f"checking products against float64 takes {one / 2**30:.1f} GiB an example, more than "
             f"{MEMORY_BUDGET / 2**30:.0f} GiB; tune less, or pass check_examples=0 to go without"
         )
-    chosen = np.unique(np.linspace(0, len(data) - 1, count).astype(int))
+    chosen = evenly_spread(len(data), count)
     options: dict[str, Any] = {"dtype": "float64", "precision": operator.precision}
     return chosen, jacobian(operator.tun, data.take(chosen), operator.theta, **options).rows
 

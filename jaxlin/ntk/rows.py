@@ -26,18 +26,16 @@ class Rows:
     """Arrays of every example, in chunks.
 
     Attributes:
-        size: Number of examples.
         folder: Where the chunks are, a safetensors file each; `None`: in memory.
     """
 
-    def __init__(self, size: int, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None) -> None:
         """Takes up what a folder already holds.
 
         Args:
-            size: Number of examples.
             folder: For the chunks, or `None`.
         """
-        self.size, self.folder = size, folder
+        self.folder = folder
         self._held: dict[int, dict[str, np.ndarray]] = {}
         self._examples: dict[int, np.ndarray] = {}
         if folder is not None:

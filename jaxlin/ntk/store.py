@@ -31,6 +31,7 @@ _ARRAY, _ROWS, _ATTRIBUTE = "blocks", "rows", "jaxlin"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Where a function lies in memory: another place in every process."""
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _DIMENSIONS = ("block", "example_1", "example_2", "output_1", "output_2")
 
 
@@ -57,12 +58,14 @@ def writing(path: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(lock, timeout=0):
-            yield
-            lock.unlink(missing_ok=True)
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
     except filelock.Timeout as error:
         raise InputError(f"store {path} is being computed by another process; wait for it") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _NO_SPACE:
             raise
         raise InputError(
             f"no space is left for the store {path}; what is done is kept: free some and go on (resume=True, --resume)"
@@ -119,7 +122,7 @@ class KernelStore:
         try:
             group = zarr.open_group(making, mode="w-")
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in _NO_SPACE:
                 raise
             raise InputError(f"store {path} cannot be made: {error.strerror or error}") from error
         tile = (1, min(plan.row_block, shape[0]), min(plan.row_block, shape[1]), *shape[2:])

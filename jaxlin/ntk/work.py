@@ -324,7 +324,7 @@ class Work:
         options = (self.precision, self.memory_budget, self.kind.seeds(self.c))
         signed = self._signed_reference if self.kind.of_signs else None
         check = EpsilonCheck(self.tun, self.data1, self.theta, examples, *options, signed)
-        rows = Rows(len(self.data1), None)
+        rows = Rows(None)
         plan = self._run_passes(self.data1, rows, plan, lambda new: changed(new, None), only=check.chosen)
         derivatives = self._derivatives(rows, rows)
         for example in check.chosen.tolist():
@@ -411,7 +411,7 @@ class Work:
                 changed(new, epsilon)
 
             for name, data in zip(("rows", "columns"), self._both(), strict=False):
-                rows.append(Rows(len(data), folder and folder / name))
+                rows.append(Rows(folder and folder / name))
                 plan = self._run_passes(data, rows[-1], plan, replanned, report)
             derivatives = self._derivatives(rows[0], rows[-1])
             before = len(tiles) - len(todo)
@@ -451,7 +451,7 @@ class Work:
         plan = self.plan()
         n = [len(data) for data in self._both()]
         with tempfile.TemporaryDirectory(prefix="jaxlin-ntk-") as folder:
-            rows = Rows(sum(n), Path(folder) if plan.spilled or stored else None)
+            rows = Rows(Path(folder) if plan.spilled or stored else None)
             seconds = sum(self._seconds_of_passes(data, rows, plan) for data in self._both())
         # Of an embedding only words that two examples share are multiplied: next to nothing.
         dense = {path: site for path, site in self._large.items() if site.factored == "kernel"}
