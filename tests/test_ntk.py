@@ -1,5 +1,6 @@
 import contextlib
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -261,3 +262,15 @@ def test_one_example_and_duplicates(model, batch):
     spec = jl.spectrum(jl.ntk(tun, twice, keep_jacobian=True))
     assert spec.rank == 6
     assert spec.condition_number_is_bound
+
+
+@pytest.mark.parametrize("engine", ["jacobian", "factored"])
+def test_a_jacobian_that_is_off_is_said(engine, model, batch, monkeypatch):
+    tun = jl.head_only(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        jl.ntk(tun, batch, engine=engine)
+        jl.ntk(tun, batch, engine=engine, kind="signgd")
+    monkeypatch.setattr(sys.modules["jaxlin.ntk.jacobian"], "CHECK_TOLERANCE", 1e-12)
+    with pytest.warns(RuntimeWarning, match=r"the Jacobian deviates by \S+ relative .* in float64 \(at most 1e-12"):
+        jl.ntk(tun, batch, engine=engine)
