@@ -1,6 +1,6 @@
 """jaxlin: linearized fine-tuning of transformer language models."""
 
-from jaxlin import optim
+from jaxlin import bounds, optim
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.linearize import linearize
@@ -46,6 +46,7 @@ __all__ = [
     "TrainingDivergedError",
     "Tunable",
     "bias_only",
+    "bounds",
     "compare",
     "estimate_effective_dimension",
     "estimate_trace",
