@@ -111,8 +111,7 @@ class KernelRegression:
         Raises:
             InputError: If the ridge is 0: the formula needs `K + λI` invertible.
         """
-        if not self.ridge > 0:
-            raise InputError(f"leave-one-out needs ridge > 0; it is {self.ridge}")
+        self._require_ridge("leave-one-out")
         n = len(self.f0)
         c = len(self.matrix) // n
         scaled = self.eigenvectors / (self.eigenvalues + self.ridge)
@@ -120,6 +119,37 @@ class KernelRegression:
         solved = (scaled @ (self.eigenvectors.T @ self._columns(self.f0 - self.y))).reshape(n, c, -1)
         diagonal = inverse[np.arange(n), :, np.arange(n), :]
         return self.y + np.linalg.solve(diagonal, solved).reshape(self.y.shape)
+
+    @property
+    def scale(self) -> float:
+        """Variance σ² at which r₀ ~ N(0, σ²(K + λI)) is likeliest, `r₀ᵀ(K + λI)⁻¹r₀/m` (theory 2).
+
+        Raises:
+            InputError: If the ridge is 0.
+        """
+        self._require_ridge("the Gaussian process")
+        along = self.eigenvectors.T @ self._columns(self.f0 - self.y)
+        return float(np.sum(along**2 / (self.eigenvalues + self.ridge)[:, None]) / self.y.size)
+
+    def log_marginal_likelihood(self) -> float:
+        """Returns log p(y) of the Gaussian process that this regression is the mean of, at its likeliest `scale`.
+
+        `−(m/2)(log 2πσ² + 1) − ½ log det(K + λI)`, m = N·C; for a kernel that stands for K ⊗ I_C the determinant is of
+        that.
+
+        Raises:
+            InputError: If the ridge is 0, or r₀ vanishes.
+        """
+        scale = self.scale
+        if not scale > 0:
+            raise InputError("the pretrained model fits y exactly: the marginal likelihood is unbounded")
+        alike = self.y.size / len(self.matrix)
+        log_det = alike * float(np.sum(np.log(self.eigenvalues + self.ridge)))
+        return -0.5 * (self.y.size * (math.log(2 * math.pi * scale) + 1) + log_det)
+
+    def _require_ridge(self, what: str) -> None:
+        if not self.ridge > 0:
+            raise InputError(f"{what} needs ridge > 0; it is {self.ridge}")
 
 
 def kernel_regression(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxlin.errors import InputError
-from jaxlin.ntk.kernel import Kernel
+from jaxlin.ntk.kernel import Kernel, KernelInfo
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,6 +28,25 @@ class Spectrum:
     eigenvalues: Float[np.ndarray, " m"]
     noise_floor: float
     resolution: float
+
+    @classmethod
+    def of_eigenvalues(cls, eigenvalues: Float[np.ndarray, " m"], info: KernelInfo, gram: bool = True) -> Spectrum:
+        """Returns the spectrum of descending eigenvalues, with the noise of how they were computed.
+
+        Args:
+            eigenvalues: μ, descending, non-negative.
+            info: Of the kernel.
+            gram: Whether they are those of a Gram matrix, rather than squared singular values of J.
+        """
+        gram_eps = float(np.finfo(info.gram_dtype).eps) * len(eigenvalues) ** 0.5 if gram else 0.0
+        default = max(1e-15, 10 * float(jnp.finfo(info.dtype).eps))
+        epsilon = info.epsilon_J if info.epsilon_J is not None else default
+        top = float(eigenvalues[0])
+        return cls(
+            eigenvalues,
+            noise_floor=top * max(epsilon**2, gram_eps),
+            resolution=top * max((epsilon / 0.05) ** 2, 10 * gram_eps),
+        )
 
     @property
     def rank(self) -> int:
@@ -137,15 +156,5 @@ def spectrum(kernel: Kernel) -> Spectrum:
         sigma = np.linalg.svd(_triangular_factor(list(kernel.jacobian.values())), compute_uv=False)
         eigenvalues = np.zeros(m)
         eigenvalues[: len(sigma)] = sigma**2  # the rest are exact zeros: fewer parameters than outputs
-        gram_eps = 0.0
-    else:
-        eigenvalues = np.clip(np.linalg.eigvalsh(matrix)[::-1], 0, None)
-        gram_eps = float(np.finfo(info.gram_dtype).eps) * m**0.5
-    default = max(1e-15, 10 * float(jnp.finfo(info.dtype).eps))
-    epsilon = info.epsilon_J if info.epsilon_J is not None else default
-    top = float(eigenvalues[0])
-    return Spectrum(
-        eigenvalues,
-        noise_floor=top * max(epsilon**2, gram_eps),
-        resolution=top * max((epsilon / 0.05) ** 2, 10 * gram_eps),
-    )
+        return Spectrum.of_eigenvalues(eigenvalues, info, gram=False)
+    return Spectrum.of_eigenvalues(np.clip(np.linalg.eigvalsh(matrix)[::-1], 0, None), info)
