@@ -26,6 +26,7 @@ from jaxlin.peft.function import merge
 from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
 from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, select
+from jaxlin.theory.logistic import KernelLogisticRegression, kernel_logistic_regression
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.compare import Comparison, compare
@@ -37,6 +38,7 @@ __all__ = [
     "Dataset",
     "InputError",
     "Kernel",
+    "KernelLogisticRegression",
     "KernelRegression",
     "Model",
     "NTKOperator",
@@ -57,6 +59,7 @@ __all__ = [
     "full",
     "head_only",
     "ia3",
+    "kernel_logistic_regression",
     "kernel_regression",
     "lanczos_quadrature",
     "layer_norm_only",
