@@ -26,6 +26,9 @@ from jaxlin.peft.function import merge
 from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
 from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, select
+from jaxlin.theory.blockwise import BlockwiseRegression, blockwise_regression
+from jaxlin.theory.calibration import Calibration, calibration
+from jaxlin.theory.early_stopping import EarlyStopping, early_stopping
 from jaxlin.theory.logistic import KernelLogisticRegression, kernel_logistic_regression
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.theory.spectrum import Spectrum, spectrum
@@ -34,8 +37,11 @@ from jaxlin.training.trainer import TrainConfig, TrainResult, predict, train
 from jaxlin.tunable import Tunable
 
 __all__ = [
+    "BlockwiseRegression",
+    "Calibration",
     "Comparison",
     "Dataset",
+    "EarlyStopping",
     "InputError",
     "Kernel",
     "KernelLogisticRegression",
@@ -48,8 +54,11 @@ __all__ = [
     "TrainingDivergedError",
     "Tunable",
     "bias_only",
+    "blockwise_regression",
     "bounds",
+    "calibration",
     "compare",
+    "early_stopping",
     "estimate_effective_dimension",
     "estimate_trace",
     "extreme_eigenvalues",

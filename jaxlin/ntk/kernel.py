@@ -175,8 +175,7 @@ class Kernel:
         Raises:
             InputError: If a pattern matches nothing, or the parameters of one block have different factors.
         """
-        paths = [path for members in self.leaves.values() for path in members]
-        return self.scaled(block_factors(paths, factors, "factors"))
+        return self.scaled(block_factors(self.paths, factors, "factors"))
 
     def scaled(self, by_path: Mapping[str, float]) -> Kernel:
         """Returns `weighted` by the factor of every leaf.
@@ -187,17 +186,31 @@ class Kernel:
         Raises:
             InputError: If the parameters of one block have different factors.
         """
-        weights: dict[str, float] = {}
+        parts = Parts(self.parts, self.by_block(by_path))
+        rows = self.jacobian and {path: by_path[path] ** 0.5 * jac for path, jac in self.jacobian.items()}
+        return dataclasses.replace(self, parts=parts, jacobian=rows)
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the leaves of all blocks."""
+        return [path for members in self.leaves.values() for path in members]
+
+    def by_block(self, by_path: Mapping[str, float]) -> dict[str, float]:
+        """Returns the factor of every block from that of every leaf.
+
+        Args:
+            by_path: Path of a leaf to its factor.
+
+        Raises:
+            InputError: If the parameters of one block have different factors.
+        """
         for block, members in self.leaves.items():
             if len({by_path[path] for path in members}) > 1:
                 raise InputError(
                     f"the factors part the parameters of block {block!r}; compute the kernel with smaller blocks, such "
                     'as blocks="leaf"'
                 )
-            weights[block] = by_path[members[0]]
-        parts = Parts(self.parts, weights)
-        rows = self.jacobian and {path: by_path[path] ** 0.5 * jac for path, jac in self.jacobian.items()}
-        return dataclasses.replace(self, parts=parts, jacobian=rows)
+        return {block: by_path[members[0]] for block, members in self.leaves.items()}
 
     def contrasts(self) -> Kernel:
         """Returns the kernel of the C − 1 contrasts `Qᵀf`, `[N1, N2, C-1, C-1]`: without what softmax ignores.
@@ -213,7 +226,7 @@ class Kernel:
                 f'contrasts need a kernel of kind="full"; this one is "{self.kind}" (a kernel [N1, N2] stands for '
                 "K ⊗ I_C, whose contrasts have K ⊗ I: the same eigenvalues)"
             )
-        basis = contrast_basis(self.array.shape[-1])
+        basis = contrast_basis(next(iter(self.parts.values())).shape[-1])
         parts = Parts(self.parts, dict.fromkeys(self.parts, 1.0), basis)
         rows = self.jacobian and {path: np.einsum("ncp,ck->nkp", jac, basis) for path, jac in self.jacobian.items()}
         return dataclasses.replace(self, parts=parts, jacobian=rows)

@@ -68,4 +68,4 @@ def eigenpairs(
     values, vectors = np.linalg.eigh(matrix)
     values = np.clip(values, 0, None)
     rounding = float(np.finfo(info.gram_dtype).eps) * len(values)
-    return values, vectors, float(values[-1]) * max((info.epsilon_J or 0.0) ** 2, rounding)
+    return values, vectors, float(np.max(values, initial=0.0)) * max((info.epsilon_J or 0.0) ** 2, rounding)
