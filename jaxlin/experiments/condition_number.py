@@ -38,7 +38,7 @@ from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
 from jaxlin.models.resolve import EMBEDDED_MODEL
 from jaxlin.ntk.engine import ntk
-from jaxlin.ntk.kernel import Kernel
+from jaxlin.ntk.kinds import contrast_basis
 from jaxlin.ntk.store import fingerprint
 from jaxlin.peft.lora import lora
 from jaxlin.peft.mask import only
@@ -102,7 +102,7 @@ class ConditionNumberConfig:
     max_seq_length: int = 48
     lora_rank: int = 8
     batch_size: int = 16
-    num_train_epochs: float = 2.0
+    num_train_epochs: float = 3.0
     paper_learning_rates: tuple[float, ...] = (4e-3, 4e-4)
     stable_factors: tuple[float, ...] = (0.1, 0.3, 1.0)
     lam_rel: float = 1e-3
@@ -238,11 +238,14 @@ def _tunable(model: Model, rank: int, draw: int) -> Tunable:
 def _predictors(
     config: ConditionNumberConfig, drawn: _Draw, way: str, choices: Sequence[Choice]
 ) -> dict[str, dict[str, Any]]:
-    """What K₀ says of every choice, from one pass of block kernels."""
+    """What K₀ says of every choice, from one pass of block kernels: of the contrasts of logits, as softmax sees them.
+
+    With a probe head LoRA's kernel vanishes along the constant direction, so that κ of all of it would be infinite.
+    """
     tun, some = drawn.tuns[way], drawn.train.take(np.arange(min(config.num_kernel, len(drawn.train))))
-    kernel: Kernel = ntk(tun, some)
-    f0 = predict(tun, tun.theta0, some)
-    y = np.asarray(targets(some["labels"], 2), np.float64)
+    kernel, basis = ntk(tun, some).contrasts(), contrast_basis(2)
+    f0 = predict(tun, tun.theta0, some) @ basis
+    y = np.asarray(targets(some["labels"], 2), np.float64) @ basis
     found: dict[str, dict[str, Any]] = {}
     for choice in choices:
         row: dict[str, Any] = {}
