@@ -29,6 +29,7 @@ from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, sele
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.compare import Comparison, compare
+from jaxlin.training.report import LinearizationReport, linearization_report
 from jaxlin.training.trainer import TrainConfig, TrainResult, predict, train
 from jaxlin.tunable import Tunable
 
@@ -38,6 +39,7 @@ __all__ = [
     "InputError",
     "Kernel",
     "KernelRegression",
+    "LinearizationReport",
     "Model",
     "NTKOperator",
     "Spectrum",
@@ -60,6 +62,7 @@ __all__ = [
     "kernel_regression",
     "lanczos_quadrature",
     "layer_norm_only",
+    "linearization_report",
     "linearize",
     "load_kernel",
     "load_masked_lm",

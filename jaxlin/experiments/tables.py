@@ -66,6 +66,42 @@ def late_table(table: Sequence[Mapping[str, Any]]) -> Table:
     return out
 
 
+def linearization_table(table: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Table:
+    """Lays out gaps and kernel drift along the runs, a row a λ and step.
+
+    Args:
+        table: Of `linearization_report`, with the columns `lam` and `lam_over_mu1`.
+        summary: Likewise.
+
+    Returns:
+        The table.
+    """
+    strength, label = plots.strength(table)
+    columns = {
+        "‖θ−θ₀‖": "distance",
+        "‖θ−θ̄‖": "parameter_gap",
+        "same-θ\ngap": "same_theta_gap_relative",
+        "traject.\ngap": "trajectory_gap_relative",
+        "kernel\ndrift": "kernel_drift",
+        "angle\nin °": "eigenspace_angle",
+        "over-\nlap": "eigenspace_overlap",
+        "align\nwith K₀": "alignment_kernel0",
+        "align\nwith y": "alignment_targets",
+    }
+    title = (
+        "Along full fine-tuning: ‖f(θ)−f̄(θ)‖ and ‖f(θ)−f̄(θ̄)‖ over ‖f(θ)−f₀‖ (training), ‖K−K₀‖/‖K₀‖, turn\n"
+        f"and overlap of the top-{summary['top']} eigenspace (K of {summary['kernel_examples']} examples)"
+    )
+    out = _table(title, [label, "step", *columns])
+    last = None
+    for row in table:
+        if row["lam"] != last:
+            out.add_section()
+        last = row["lam"]
+        out.add_row(_show(row[strength]), str(row["step"]), *(_show(row[key]) for key in columns.values()))
+    return out
+
+
 def score_table(table: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Table:
     """Lays out loss and metrics of every arm and baseline.
 
