@@ -154,11 +154,12 @@ def late(table: Sequence[Row], title: str) -> Figure:
     return figure
 
 
-def linearization(table: Sequence[Row], title: str) -> Figure:
+def linearization(table: Sequence[Row], top: int, title: str) -> Figure:
     """Draws kernel drift, both output gaps and the turn of the top eigenspace against steps, a line a λ.
 
     Args:
         table: Of `linearization_report`, with the columns `lam` and `lam_over_mu1`.
+        top: k of the eigenspace.
         title: What was fine-tuned, with sample sizes.
 
     Returns:
@@ -170,7 +171,7 @@ def linearization(table: Sequence[Row], title: str) -> Figure:
         "kernel_drift": ("(a) Kernel drift", "‖K−K₀‖ / ‖K₀‖"),
         "same_theta_gap_relative": ("(b) Same-θ gap, training examples", "‖f(θ)−f̄(θ)‖ / ‖f(θ)−f₀‖"),
         "trajectory_gap_relative": ("(c) Trajectory gap, training examples", "‖f(θ)−f̄(θ̄)‖ / ‖f(θ)−f₀‖"),
-        "eigenspace_angle": ("(d) Turn of the top eigenspace", "largest angle in °"),
+        "eigenspace_angle": (f"(d) Turn of the top-{top} eigenspace", "largest principal angle in °"),
     }
     figure, axes = _figure(2, 2, 7.0, 4.8)
     column, name = strength(table)

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import jaxlin as jl
 from jaxlin.ntk.jacobian import evenly_spread, to_float64
-from jaxlin.theory.drift import kernel_alignment, principal_angles, relative_drift, top_eigenspace
+from jaxlin.theory.drift import kernel_alignment, principal_angles, relative_drift, top_eigenspace, widest_gap
 from jaxlin.training.report import LAZY, NOT_LAZY, verdict
 from jaxlin.training.trainer import TrainState
 from tests import cases
@@ -45,6 +45,17 @@ def test_functions_of_two_kernels(seed, top, scale):
     found = principal_angles(kernel, kernel0, top)
     assert np.all(np.diff(found) <= 0)
     np.testing.assert_allclose(found, brute_angles(a, b, top), atol=1e-6)
+
+
+@given(seed=st.integers(0, 10**6), low=st.integers(1, 14), high=st.integers(1, 14))
+def test_the_widest_gap(seed, low, high):
+    jac = np.random.default_rng(seed).normal(size=(12, 20))
+    mu = np.linalg.eigvalsh(jac @ jac.T)[::-1]
+    among = range(low, min(high, 11) + 1)
+    expected = max(among, key=lambda k: mu[k - 1] / mu[k]) if among else min(low, 12)
+    assert widest_gap(kernel_of(jac, 6), low, high) == expected
+    assert widest_gap(kernel_of(jac[:, :5], 6), 3, 8) == 5  # the rank
+    assert widest_gap(kernel_of(np.zeros((4, 5)), 2), 2, 4) == 2
 
 
 def test_of_equal_and_scaled_kernels():
@@ -135,7 +146,7 @@ PROBLEMS = {
     "mlp": (lambda: cases.mlp(), lambda: cases.vectors(9)),
     "bert": (
         lambda: jl.lora(cases.tiny_model(head="mean"), rank=3),
-        lambda: cases.text_batch(7, longest=12),
+        lambda: cases.text_batch(7, longest=8),
     ),
 }
 
@@ -189,10 +200,11 @@ def test_a_linear_model_has_not_moved(float64):
         assert row["distance"] > 0.01
         for name in ("same_theta_gap", "trajectory_gap", "parameter_gap", "kernel_drift", "kernel_drift_spectral"):
             assert row[name] < 1e-12, name
-            assert row["eigenspace_angle"] < 1e-5  # of the default 12: three outputs of rank four have no more
+            assert row["eigenspace_angle"] < 1e-5
         assert row["eigenspace_overlap"] == pytest.approx(1)
         assert row["alignment_kernel0"] == pytest.approx(1)
     report = jl.linearization_report(tun, full, linear, data)
+    assert report.summary["top"] == 12  # three outputs of rank four: the widest gap of all
     assert report.verdict.startswith("lazy, steps 3 to 6: relative same-θ gap")
     # Every eigenvalue comes three times: once for each output.
     tied = jl.linearization_report(tun, full, linear, data, top=4)

@@ -63,7 +63,8 @@ def _write(folder: RunFolder, resolved: Mapping[str, Any], result: Comparison, t
         write_csv(folder.path / "linearization.csv", along)
         reports = [{"lam": lam, **dataclasses.asdict(report)} for lam, report in result.linearization.items()]
         results["linearization"] = reports
-        plots.save(plots.linearization(along, title), folder.path / "figures" / "linearization")
+        top = reports[0]["summary"]["top"]
+        plots.save(plots.linearization(along, top, title), folder.path / "figures" / "linearization")
     write_json(folder.path / "all_results.json", results)
     history = {key: value.history for key, value in result.results.items()}
     figures = folder.path / "figures"

@@ -66,6 +66,9 @@ def late_table(table: Sequence[Mapping[str, Any]]) -> Table:
     return out
 
 
+_FORMS = {"eigenspace_angle": ".2f", "eigenspace_overlap": ".3f", "alignment_kernel0": ".3f"}
+
+
 def linearization_table(table: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Table:
     """Lays out gaps and kernel drift along the runs, a row a λ and step.
 
@@ -81,16 +84,17 @@ def linearization_table(table: Sequence[Mapping[str, Any]], summary: Mapping[str
         "‖θ−θ₀‖": "distance",
         "‖θ−θ̄‖": "parameter_gap",
         "same-θ\ngap": "same_theta_gap_relative",
-        "traject.\ngap": "trajectory_gap_relative",
-        "kernel\ndrift": "kernel_drift",
-        "angle\nin °": "eigenspace_angle",
+        "path\ngap": "trajectory_gap_relative",
+        "K\ndrift": "kernel_drift",
+        "turn\nin °": "eigenspace_angle",
         "over-\nlap": "eigenspace_overlap",
-        "align\nwith K₀": "alignment_kernel0",
-        "align\nwith y": "alignment_targets",
+        "cos\nK,K₀": "alignment_kernel0",
+        "cos\nK,yyᵀ": "alignment_targets",
     }
     title = (
-        "Along full fine-tuning: ‖f(θ)−f̄(θ)‖ and ‖f(θ)−f̄(θ̄)‖ over ‖f(θ)−f₀‖ (training), ‖K−K₀‖/‖K₀‖, turn\n"
-        f"and overlap of the top-{summary['top']} eigenspace (K of {summary['kernel_examples']} examples)"
+        "Along full fine-tuning (θ, f) against linearized (θ̄, f̄), training examples:\n"
+        "gaps over ‖f(θ)−f₀‖ at the same θ and between the paths; ‖K−K₀‖/‖K₀‖;\n"
+        f"largest angle and overlap of the top-{summary['top']} eigenspaces (K of {summary['kernel_examples']} examples)"
     )
     out = _table(title, [label, "step", *columns])
     last = None
@@ -98,7 +102,8 @@ def linearization_table(table: Sequence[Mapping[str, Any]], summary: Mapping[str
         if row["lam"] != last:
             out.add_section()
         last = row["lam"]
-        out.add_row(_show(row[strength]), str(row["step"]), *(_show(row[key]) for key in columns.values()))
+        cells = [_show(row[key], _FORMS.get(key, ".3g")) for key in columns.values()]
+        out.add_row(_show(row[strength]), str(row["step"]), *cells)
     return out
 
 

@@ -59,7 +59,7 @@ def relative_drift(kernel: Kernel, kernel0: Kernel, norm: str = "frobenius") -> 
 
 
 def kernel_alignment(kernel: Kernel, kernel0: Kernel) -> float:
-    """Returns the cosine `⟨K_t, K₀⟩/(‖K_t‖‖K₀‖)`, Frobenius: 1 where they are equal up to scale; NaN where one vanishes.
+    """Returns `⟨K_t, K₀⟩/(‖K_t‖‖K₀‖)`, Frobenius: 1 where they are equal but for scale; NaN where one vanishes.
 
     Args:
         kernel: K_t, of examples with themselves.
@@ -95,6 +95,24 @@ def top_eigenspace(kernel: Kernel, top: int) -> tuple[Float[np.ndarray, "m k"], 
     values, vectors = scipy.linalg.eigh(matrix, subset_by_index=[max(m - top - 1, 0), m - 1])
     gap = float("inf") if top == m else relative(float(values[1] - values[0]), float(values[-1]))
     return vectors[:, -top:], gap
+
+
+def widest_gap(kernel: Kernel, low: int, high: int) -> int:
+    """Returns the k between `low` and `high` with the largest μ_k/μ_{k+1}: whose top eigenspace is best defined.
+
+    Args:
+        kernel: Of examples with themselves, `[m, m]` as a matrix.
+        low: Smallest k, at least 1.
+        high: Largest k; from m on there is no gap, and k = m counts only where `low` leaves no other.
+
+    Raises:
+        InputError: If the kernel is not symmetric or finite.
+    """
+    mu = np.linalg.eigvalsh(_matrix(kernel, "the top eigenspace"))[::-1]
+    low, high = min(low, len(mu)), min(high, len(mu) - 1)
+    floor = max(float(mu[0]) * len(mu) * np.finfo(float).eps, np.finfo(float).tiny)
+    mu = np.maximum(mu, floor)
+    return low + int(np.argmax(mu[low - 1 : high] / mu[low : high + 1])) if low < high else low
 
 
 def principal_angles(kernel: Kernel, kernel0: Kernel, top: int) -> Float[np.ndarray, " k"]:

@@ -17,7 +17,7 @@ from jaxlin.ntk.engine import ntk
 from jaxlin.ntk.jacobian import MEMORY_BUDGET, evenly_spread, num_outputs
 from jaxlin.ntk.kernel import Kernel
 from jaxlin.theory.criteria import alignment
-from jaxlin.theory.drift import kernel_alignment, principal_angles, relative, relative_drift, top_eigenspace
+from jaxlin.theory.drift import kernel_alignment, principal_angles, relative, relative_drift, top_eigenspace, widest_gap
 from jaxlin.training.gaps import distances
 from jaxlin.training.losses import targets
 from jaxlin.training.start import PhaseProgress
@@ -115,11 +115,11 @@ class Tracker:
             raise InputError(f"kernel_examples={kernel_examples}; expected at least 1")
         chosen, c = evenly_spread(len(data), kernel_examples), num_outputs(tun, data)
         m = len(chosen) * c
-        top = min(4 * c, max(m - 1, 1)) if top is None else top
-        if not 1 <= top <= m:
+        if top is not None and not 1 <= top <= m:
             raise InputError(f"top={top}; expected between 1 and {m} ({len(chosen)} examples × {c} outputs)")
         linear, linear_data = linear or linearize(tun), linear_data or data
         kernel0 = _kernel(tun, tun.theta0, data, chosen, memory_budget)
+        top = widest_gap(kernel0, min(c + 1, max(m - 1, 1)), 4 * c) if top is None else top
         f0, linear0 = predict(tun, tun.theta0, data), predict(linear, tun.theta0, linear_data)
         return cls(tun, data, linear, linear_data, chosen, top, memory_budget, f0, linear0, kernel0)
 
@@ -260,7 +260,8 @@ def linearization_report(
         data: Examples with `labels`, such as those trained on.
         steps: Which; `None`: all that `full` kept.
         kernel_examples: Kernels are of at most so many of the examples, evenly spread.
-        top: k; `None`: four for each output, since a trained head makes eigenvalues near-equal over the outputs.
+        top: k; `None`: that between C + 1 and 4C with the largest μ_k/μ_{k+1} of K₀. (The first C are mostly of what
+            all examples have in common.)
         memory_budget: Bytes, as for `ntk`.
         progress: Called with a phase's name, units done and in all.
 
