@@ -109,11 +109,16 @@ def flat(theta):
     return np.asarray(ravel_pytree(theta)[0], np.float64)
 
 
+@jax.jit
+def outputs_of(apply, theta, data):
+    return apply(theta, data)
+
+
 def reference(tun, data, theta, other, chosen, top):
     """The row of a step, from dense float64 Jacobians and outputs."""
     with jax.enable_x64(True):
         f, f0 = (
-            np.asarray(apply(point, data))
+            np.asarray(outputs_of(apply, point, data))
             for apply, point in (to_float64((tun.apply, point)) for point in (theta, tun.theta0))
         )
     n, c = f.shape
@@ -145,7 +150,7 @@ def reference(tun, data, theta, other, chosen, top):
 PROBLEMS = {
     "mlp": (lambda: cases.mlp(), lambda: cases.vectors(9)),
     "bert": (
-        lambda: jl.lora(cases.tiny_model(head="mean"), rank=3),
+        lambda: jl.lora(cases.tiny_model(head="mean"), rank=3, layers=[1]),
         lambda: cases.text_batch(7, longest=8),
     ),
 }

@@ -66,7 +66,7 @@ def late_table(table: Sequence[Mapping[str, Any]]) -> Table:
     return out
 
 
-_FORMS = {"eigenspace_angle": ".2f", "eigenspace_overlap": ".3f", "alignment_kernel0": ".3f"}
+_FORMS = {"eigenspace_angle": ".2f", "alignment_kernel0": ".3f"}
 
 
 def linearization_table(table: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Table:
@@ -87,14 +87,13 @@ def linearization_table(table: Sequence[Mapping[str, Any]], summary: Mapping[str
         "path\ngap": "trajectory_gap_relative",
         "K\ndrift": "kernel_drift",
         "turn\nin °": "eigenspace_angle",
-        "over-\nlap": "eigenspace_overlap",
         "cos\nK,K₀": "alignment_kernel0",
         "cos\nK,yyᵀ": "alignment_targets",
     }
     title = (
         "Along full fine-tuning (θ, f) against linearized (θ̄, f̄), training examples:\n"
         "gaps over ‖f(θ)−f₀‖ at the same θ and between the paths; ‖K−K₀‖/‖K₀‖;\n"
-        f"largest angle and overlap of the top-{summary['top']} eigenspaces (K of {summary['kernel_examples']} examples)"
+        f"largest angle of the top-{summary['top']} eigenspaces (K of {summary['kernel_examples']} examples)"
     )
     out = _table(title, [label, "step", *columns])
     last = None
