@@ -16,7 +16,7 @@ from jaxlin.theory.drift import kernel_alignment, principal_angles, relative_dri
 from jaxlin.training.report import LAZY, NOT_LAZY, verdict
 from jaxlin.training.trainer import TrainState
 from tests import cases
-from tests.test_theory import INFO, kernel_of
+from tests.kernels import INFO, kernel_of
 
 CONFIG = jl.TrainConfig(batch_size=4, max_steps=6, learning_rate=0.02)
 
