@@ -26,6 +26,7 @@ from jaxlin.peft.function import merge
 from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
 from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, select
+from jaxlin.selection import LayerSelection, select_layers
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.compare import Comparison, compare
@@ -38,6 +39,7 @@ __all__ = [
     "InputError",
     "Kernel",
     "KernelRegression",
+    "LayerSelection",
     "Model",
     "NTKOperator",
     "Spectrum",
@@ -75,6 +77,7 @@ __all__ = [
     "predict",
     "probe_head",
     "select",
+    "select_layers",
     "sketch",
     "spectral_density",
     "spectrum",
