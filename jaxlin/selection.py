@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,11 +19,10 @@ from jaxlin.ntk.engine import ntk
 from jaxlin.ntk.jacobian import MEMORY_BUDGET, num_outputs
 from jaxlin.ntk.products import ntk_vector_product
 from jaxlin.ntk.work import Progress
-from jaxlin.peft.config import peft_lora_config
 from jaxlin.peft.function import PeftFunction
+from jaxlin.selection_report import LayerSelection, Row, Trust
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.theory.selection import (
-    Candidate,
     Draw,
     Estimate,
     Grid,
@@ -34,167 +32,17 @@ from jaxlin.theory.selection import (
     lam_curve,
     search,
 )
-from jaxlin.theory.spectrum import Spectrum, spectrum
+from jaxlin.theory.spectrum import spectrum
 from jaxlin.training.losses import to_mean
 from jaxlin.training.metrics import predicted
 from jaxlin.training.trainer import predict
 from jaxlin.tunable import Tunable, in_head, layer_index, leaf_paths, module_in_layer
 
-Row = dict[str, Any]
 Tunables = Tunable | Sequence[Tunable] | Callable[[int], Tunable]
 Data = Dataset | Mapping[str, Any]
 
 LAM_BY = {"leave_one_out": "leave_one_out_error", "marginal_likelihood": "log_marginal_likelihood"}
 """What λ is suggested by, and its column of the curve."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Trust:
-    """How far the linearized model is expected to move, and how good it is there.
-
-    Attributes:
-        distance: ‖δ‖ of the ridge solution, `√(αᵀKα)`; the mean over draws.
-        movement: ‖f̄ − f₀‖ there, over all examples and outputs; the mean over draws.
-        measured_gap: ‖f − f̄‖ at that very θ, relative to ‖f̄ − f₀‖; the largest over draws.
-        gap_bound: Its bound by `(H/2)‖δ‖²` (theory 5(a)), the largest over draws; `None` where H is not given. H is
-            a sampled supremum (theory 8), so that this is an estimate.
-    """
-
-    distance: float
-    movement: float
-    measured_gap: float
-    gap_bound: float | None
-
-    @property
-    def verdict(self) -> str:
-        """In words."""
-        if not math.isfinite(self.measured_gap):
-            return "cannot be told: the ridge solution does not move, or the model is not finite there"
-        share = f"{self.measured_gap:.2g} of the movement at the ridge solution is not linear"
-        if self.measured_gap <= 0.1:
-            return f"yes: {share}"
-        return f"roughly: {share}" if self.measured_gap <= 0.5 else f"no: {share}"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LayerSelection:
-    """What `select_layers` gives. λ is for the summed loss (theory 0).
-
-    Attributes:
-        choice: Layers and modules.
-        blocks: Its blocks, for `Kernel.subset`; those that every candidate holds among them.
-        num_params: Parameters that it tunes.
-        budget: Most that it might tune.
-        table: Tidy, a row a candidate that was computed, the best first: `rank`, `layers`, `modules`, `num_params`,
-            every criterion (its mean over draws; λ-dependent ones at the λ given), `condition_number_is_bound`, and
-            `score_min`, `score_max` of the criterion over draws.
-        by_criterion: What each criterion would choose of the same candidates.
-        references: Everything, what every candidate tunes (the head) and the choice: leave-one-out loss and accuracy,
-            each at its own best λ.
-        search: How the ranking was found.
-        loss: Predicted ½‖f − y‖² an example, leave-one-out at the suggested λ.
-        accuracy: Predicted accuracy, likewise; `None` for scores.
-        eval_loss: On the held-out examples, where there are any.
-        eval_accuracy: Likewise.
-        lam: Suggested λ.
-        lam_rel: In units of μ₁, the mean over draws.
-        lam_by: What it was suggested by.
-        lam_at_edge: Whether it is an end of the grid: a better one may lie beyond.
-        lam_curve: Leave-one-out error and log marginal likelihood against λ.
-        learning_rate: Largest stable η of descent on the summed loss, `2/(μ₁ + λ)`, μ₁ the largest over draws.
-        learning_rate_mean: The same for the trainer's mean loss, which changes little with the number of examples.
-        trust: Whether the linearization can be trusted.
-        spectra: Of the first draw: `"chosen"`, `"everything"`, `"runner-up"` where there is one.
-        rank: LoRA's rank; `None` where it is not one number, or what is tuned is no LoRA.
-        alpha: LoRA's α, likewise.
-        head: Whether the classification head is tuned.
-        examples: How many the kernel is of.
-        draws: How many draws there were.
-    """
-
-    choice: Candidate
-    blocks: tuple[str, ...]
-    num_params: int
-    budget: int | None
-    table: list[Row]
-    by_criterion: list[Row]
-    references: list[Row]
-    search: Search
-    loss: Estimate
-    accuracy: Estimate | None
-    eval_loss: Estimate | None
-    eval_accuracy: Estimate | None
-    lam: float
-    lam_rel: float
-    lam_by: str
-    lam_at_edge: bool
-    lam_curve: list[dict[str, float]]
-    learning_rate: float
-    learning_rate_mean: float
-    trust: Trust
-    spectra: Mapping[str, Spectrum]
-    rank: int | None
-    alpha: float | None
-    head: bool
-    examples: int
-    draws: int
-
-    def peft_config(self, model_type: str | None) -> dict[str, Any] | None:
-        """Returns the choice for the `peft` library, where Hugging Face's names are known; see `peft_lora_config`.
-
-        Args:
-            model_type: Of the checkpoint's `config.json`, such as `"bert"`.
-        """
-        if self.rank is None or self.alpha is None:
-            return None
-        return peft_lora_config(
-            self.choice.layers, self.choice.modules, self.rank, self.alpha, model_type, head=self.head
-        )
-
-    def summary(self) -> dict[str, Any]:
-        """Returns its numbers without the tables, for a record."""
-        return {
-            "layers": list(self.choice.layers),
-            "modules": list(self.choice.modules),
-            "num_params": self.num_params,
-            "budget": self.budget,
-            "criterion": self.search.criterion,
-            "method": self.search.method,
-            "candidates": len(self.search.ranked),
-            "optimum_bound": self.search.bound,
-            "optimality_gap": self.search.gap,
-            "optimality": self.search.optimality,
-            **{
-                name: None if (found := getattr(self, name)) is None else dataclasses.asdict(found)
-                for name in ("accuracy", "loss", "eval_accuracy", "eval_loss")
-            },
-            "lam": self.lam,
-            "lam_over_mu1": self.lam_rel,
-            "lam_by": self.lam_by,
-            "lam_at_edge": self.lam_at_edge,
-            "learning_rate_summed_loss": self.learning_rate,
-            "learning_rate_mean_loss": self.learning_rate_mean,
-            "linearization": {**dataclasses.asdict(self.trust), "verdict": self.trust.verdict},
-            "lora_rank": self.rank,
-            "lora_alpha": self.alpha,
-            "examples": self.examples,
-            "draws": self.draws,
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns its summary and tables, of plain values."""
-        return {
-            "summary": self.summary(),
-            "table": self.table,
-            "by_criterion": self.by_criterion,
-            "references": self.references,
-            "lam_curve": self.lam_curve,
-            "spectra": {name: spec.eigenvalues.tolist() for name, spec in self.spectra.items()},
-        }
-
-    def to_json(self) -> str:
-        """Returns `to_dict` as JSON; what is undefined is NaN there, as Python reads and writes it."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
 
 def layer_grid(tun: Tunable) -> Grid:
@@ -224,7 +72,7 @@ def select_layers(
     x_eval: Data | None = None,
     y_eval: Float[np.ndarray, "M C"] | None = None,
     lam: float | None = None,
-    lam_rel: float = 1e-2,
+    lam_rel: float | None = None,
     lam_by: str = "leave_one_out",
     lipschitz: float | None = None,
     exhaustive_limit: int = 512,
@@ -252,7 +100,7 @@ def select_layers(
         x_eval: Held-out examples, for the criterion `"validation_error"` and for a prediction on them.
         y_eval: Their targets.
         lam: λ of the summed loss that criteria are at; `None` for `lam_rel` times each kernel's own μ₁.
-        lam_rel: λ in units of μ₁.
+        lam_rel: λ in units of μ₁; `None` for what `lam_by` suggests for everything that may be tuned.
         lam_by: What λ is suggested by, on a grid relative to μ₁: `"leave_one_out"` or `"marginal_likelihood"`.
         lipschitz: H of the stacked Jacobian (theory 5 and 8) on these examples, of all that `tun` tunes.
         exhaustive_limit: Up to so many candidates are all computed; more are searched (forward selection, exchange).
@@ -282,7 +130,8 @@ def select_layers(
         raise InputError(f"all {len(y)} examples have the one target {y[0].tolist()}; expected at least two classes")
     held = None if y_eval is None or data_eval is None else _targets(y_eval, len(data_eval), c, "y_eval")
     grid = layer_grid(tunables[0])
-    check_search(grid, criterion, budget, lam, lam_rel, exhaustive_limit, held is not None)
+    rel = 1.0 if lam_rel is None else lam_rel
+    check_search(grid, criterion, budget, lam, rel, exhaustive_limit, held is not None)
     measured = []
     for at, one in enumerate(tunables):
         options: dict[str, Any] = {"blocks": "module", "memory_budget": memory_budget}
@@ -298,17 +147,26 @@ def select_layers(
     # ε_J, the noise that κ is told against, is measured in the first draw.
     first = measured[0].kernel.info
     measured = [dataclasses.replace(one, kernel=dataclasses.replace(one.kernel, info=first)) for one in measured]
+    every = _fits(measured, tuple(grid.sizes))
+    if not all(top > 0 for top in _top(every)):
+        raise InputError(
+            "the kernel of all that may be tuned vanishes: it changes no output, such as below a zero head"
+        )
+    if lam_rel is None and lam is None:
+        curve = lam_curve(every)
+        rel = curve[_suggest(curve, lam_by)]["lam_rel"]
     found = search(
         measured,
         grid,
         criterion,
         budget=budget,
         lam=lam,
-        lam_rel=lam_rel,
+        lam_rel=rel,
         exhaustive_limit=exhaustive_limit,
         progress=None if progress is None else functools.partial(progress, "candidates"),
     )
-    return _report_of(found, measured, grid, tunables, data, budget, lam_by, lipschitz, seed)
+    settled = {"budget": budget, "criteria_lam": lam, "criteria_lam_rel": rel, "lam_by": lam_by}
+    return _report_of(found, measured, grid, tunables, data, settled, lipschitz, seed)
 
 
 def _report(progress: Progress, at: int, draws: int, phase: str, done: int, total: int) -> None:
@@ -399,22 +257,37 @@ def _criterion_rows(found: Search) -> list[Row]:
     return rows
 
 
-def _reference_rows(draws: Sequence[Draw], grid: Grid, blocks: Sequence[str], lam_by: str) -> list[Row]:
-    """Leave-one-out loss and accuracy of the choice, of everything, of what is always tuned."""
-    sets = {"the choice": tuple(blocks), "everything": tuple(grid.sizes), "always tuned only": grid.always}
-    rows = []
-    for name, members in sets.items():
+def _reference_rows(
+    draws: Sequence[Draw], sets: Mapping[str, Sequence[str]], lam_by: str, grid: Grid, seed: int
+) -> list[Row]:
+    """Leave-one-out loss and accuracy of sets of blocks, the choice first, each at the λ that suits it."""
+    y, rows, losses = draws[0].y, [], []
+    for name, members in {**sets, "always tuned only": grid.always}.items():
         fits = _fits(draws, members) if members else []
         if not fits or not all(top > 0 for top in _top(fits)):
             continue
         curve = lam_curve(fits)
         rel = curve[_suggest(curve, lam_by)]["lam_rel"]
-        held = [dataclasses.replace(fit, ridge=rel * float(fit.eigenvalues[-1])).leave_one_out() for fit in fits]
-        hits = _hits(held, draws[0].y)
+        held = [
+            dataclasses.replace(fit, ridge=rel * top).leave_one_out() for fit, top in zip(fits, _top(fits), strict=True)
+        ]
+        hits = _hits(held, y)
+        losses.append(_losses(held, y))
+        more = Estimate.of(losses[-1] - losses[0], seed=seed)
         row: Row = {"tuned": name, "num_params": sum(grid.sizes[block] for block in members), "lam_over_mu1": rel}
-        row |= {"loss": float(_losses(held, draws[0].y).mean())}
-        rows.append({**row, "accuracy": None if hits is None else float(hits.mean())})
+        row |= {"loss": float(losses[-1].mean()), "accuracy": None if hits is None else float(hits.mean())}
+        rows.append({**row, "loss_minus_choice": more.value, "low": more.low, "high": more.high})
     return rows
+
+
+def _always_share(draws: Sequence[Draw], grid: Grid, blocks: Sequence[str]) -> float:
+    """Share of the trace of a candidate's kernel that every candidate holds."""
+    if not grid.always:
+        return 0.0
+    traces = [
+        [float(np.trace(draw.kernel.subset(members).matrix())) for members in (grid.always, blocks)] for draw in draws
+    ]
+    return float(np.mean([always / whole for always, whole in traces]))
 
 
 def _lora(tun: Tunable) -> tuple[int | None, float | None]:
@@ -471,13 +344,12 @@ def _report_of(
     grid: Grid,
     tunables: Sequence[Tunable],
     data: Dataset,
-    budget: int | None,
-    lam_by: str,
+    settled: Mapping[str, Any],
     lipschitz: float | None,
     seed: int,
 ) -> LayerSelection:
-    """Predicts what training the best candidate will do."""
-    best = found.ranked[0]
+    """Predicts what training the best candidate will do; `settled` are fields of the report that are known."""
+    best, lam_by = found.ranked[0], settled["lam_by"]
     blocks, y = grid.blocks(best.candidate), draws[0].y
     fits = _fits(draws, blocks)
     curve = lam_curve(fits)
@@ -491,19 +363,21 @@ def _report_of(
         if draw.kernel_eval is not None and draw.f0_eval is not None
     ]
     y_eval = draws[0].y_eval
-    sets = {"chosen": blocks, "everything": tuple(grid.sizes)}
+    sets = {"chosen": blocks}
     if len(found.ranked) > 1:
         sets["runner-up"] = grid.blocks(found.ranked[1].candidate)
+    sets["everything"] = tuple(grid.sizes)
     rank, alpha = _lora(tunables[0])
     rate = 2 / (max(top) + lam)
     return LayerSelection(
         choice=best.candidate,
         blocks=blocks,
         num_params=best.num_params,
-        budget=budget,
+        **settled,
         table=_candidate_rows(found),
         by_criterion=_criterion_rows(found),
-        references=_reference_rows(draws, grid, blocks, lam_by),
+        references=_reference_rows(draws, sets, lam_by, grid, seed),
+        always_share=_always_share(draws, grid, blocks),
         search=found,
         loss=Estimate.of(_losses(held, y), seed=seed),
         accuracy=_estimate(_hits(held, y), seed),
@@ -511,7 +385,6 @@ def _report_of(
         eval_accuracy=None if y_eval is None else _estimate(_hits(outputs_eval, y_eval), seed),
         lam=lam,
         lam_rel=curve[at]["lam_rel"],
-        lam_by=lam_by,
         lam_at_edge=at in (0, len(curve) - 1),
         lam_curve=curve,
         learning_rate=rate,

@@ -258,7 +258,19 @@ def test_the_report(report, batch, y):
     assert report.trust.distance == pytest.approx(np.mean(distances), rel=1e-3)
     assert report.trust.measured_gap == pytest.approx(max(gaps), rel=2e-2)
     assert report.trust.gap_bound == pytest.approx(max(bounds), rel=1e-3)
-    assert [row["tuned"] for row in report.references] == ["the choice", "everything", "always tuned only"]
+    assert [row["tuned"] for row in report.references] == ["chosen", "runner-up", "everything", "always tuned only"]
+    assert all(row["low"] <= row["loss_minus_choice"] <= row["high"] for row in report.references)
+    assert report.references[0]["loss_minus_choice"] == 0
+    assert report.references[0]["loss"] == pytest.approx(report.loss.value, rel=1e-3)
+    assert report.criteria_lam_rel == report.references[2]["lam_over_mu1"]
+    whole, head = (tunable() if head is None else jl.head_only(cases.tiny_model(2, head="mean")) for head in (None, 1))
+    assert whole.num_params == report.references[2]["num_params"]
+    assert head.num_params == report.references[3]["num_params"]
+    traces = [
+        [np.trace(jl.ntk(one, batch, check_examples=0).matrix()) for one in (head, chosen(report.choice, seed))]
+        for seed in range(2)
+    ]
+    assert report.always_share == pytest.approx(np.mean([part / all_of for part, all_of in traces]), rel=1e-4)
     assert {row["criterion"] for row in report.by_criterion} == set(SELECTION_CRITERIA) - {"validation_error"}
     assert report.peft_config("bert")["r"] == 2
     assert report.peft_config("bert")["lora_alpha"] == 6
@@ -325,7 +337,7 @@ def test_degenerate_models(batch, y):
     data = {"x": np.ones((4, 3), np.float32)}
     targets = np.eye(2)[[0, 1, 0, 1]]
     theta = {"layer_0": {"w": np.zeros((3, 2), np.float32)}}
-    with pytest.raises(jl.InputError, match="undefined for every candidate"):
+    with pytest.raises(jl.InputError, match="the kernel of all that may be tuned vanishes"):
         jl.select_layers(jl.Tunable(lambda t, b: 0.0 * b["x"] @ t["layer_0"]["w"], theta), data, targets)
     broken = jl.Tunable(lambda t, b: b["x"] @ t["layer_0"]["w"] / 0.0, theta)
     with pytest.raises((jl.InputError, FloatingPointError)):

@@ -18,6 +18,7 @@ from jaxtyping import Float
 
 from jaxlin.errors import InputError
 from jaxlin.ntk.kernel import Kernel
+from jaxlin.ntk.threads import in_parallel
 from jaxlin.theory.criteria import CRITERIA, Criteria, criteria
 from jaxlin.theory.regression import KernelRegression
 from jaxlin.theory.spectrum import Spectrum, spectrum
@@ -240,7 +241,7 @@ class _Scorer:
         self.seen: dict[Candidate, Scored] = {}
         self.progress: Callable[[int], None] | None = None
 
-    def _of_draw(self, at: int, candidate: Candidate) -> tuple[dict[str, float], bool]:
+    def _of_draw(self, candidate: Candidate, at: int) -> tuple[dict[str, float], bool]:
         draw, evaluation, kernel = self.draws[at], self.sums_eval[at], self.sums[at].of(candidate)
         if not kernel.array.any():
             return dict.fromkeys(SELECTION_CRITERIA, math.nan), False
@@ -253,7 +254,9 @@ class _Scorer:
 
     def __call__(self, candidate: Candidate) -> Scored:
         if candidate not in self.seen:
-            by_draw, bounds = zip(*(self._of_draw(at, candidate) for at in range(len(self.draws))), strict=True)
+            # One thread of BLAS each: on matrices of this size more of them are slower.
+            found = in_parallel(functools.partial(self._of_draw, candidate), range(len(self.draws)))
+            by_draw, bounds = zip(*found, strict=True)
             values = {name: _mean(name, [one[name] for one in by_draw]) for name in by_draw[0]}
             size = self.grid.num_params(candidate)
             self.seen[candidate] = Scored(candidate, size, values, by_draw, any(bounds))
@@ -400,7 +403,7 @@ def search(
     few = list(itertools.islice(grid.candidates(limit), exhaustive_limit + 1))
     scorer = _Scorer(draws, grid, criterion, lam, lam_rel)
     exhaustive = len(few) <= exhaustive_limit
-    total = len(few) if exhaustive else 2 * _searched(grid)
+    total = len(few) if exhaustive else _searched(grid)
     if progress is not None:
         scorer.progress = lambda done: progress(min(done, total), total)
     if exhaustive:
