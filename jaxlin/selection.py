@@ -17,6 +17,8 @@ from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError
 from jaxlin.ntk.engine import ntk
 from jaxlin.ntk.jacobian import MEMORY_BUDGET, num_outputs
+from jaxlin.ntk.kernel import Kernel
+from jaxlin.ntk.kinds import contrast_basis
 from jaxlin.ntk.products import ntk_vector_product
 from jaxlin.ntk.work import Progress
 from jaxlin.peft.function import PeftFunction
@@ -74,6 +76,7 @@ def select_layers(
     lam: float | None = None,
     lam_rel: float | None = None,
     lam_by: str = "leave_one_out",
+    contrasts: bool = False,
     lipschitz: float | None = None,
     exhaustive_limit: int = 512,
     memory_budget: int = MEMORY_BUDGET,
@@ -102,6 +105,9 @@ def select_layers(
         lam: λ of the summed loss that criteria are at; `None` for `lam_rel` times each kernel's own μ₁.
         lam_rel: λ in units of μ₁; `None` for what `lam_by` suggests for everything that may be tuned.
         lam_by: What λ is suggested by, on a grid relative to μ₁: `"leave_one_out"` or `"marginal_likelihood"`.
+        contrasts: Take the C − 1 contrasts of the outputs, as softmax sees them, in place of all C: kernels, losses,
+            λ and rate are then those of fitting the contrasts of y. A head whose columns sum to 0, such as a probe that
+            stays frozen, has a singular kernel else.
         lipschitz: H of the stacked Jacobian (theory 5 and 8) on these examples, of all that `tun` tunes.
         exhaustive_limit: Up to so many candidates are all computed; more are searched (forward selection, exchange).
         memory_budget: Bytes; see `ntk`.
@@ -132,17 +138,17 @@ def select_layers(
     grid = layer_grid(tunables[0])
     rel = 1.0 if lam_rel is None else lam_rel
     check_search(grid, criterion, budget, lam, rel, exhaustive_limit, held is not None)
+    basis = contrast_basis(c) if contrasts else np.eye(c)
     measured = []
     for at, one in enumerate(tunables):
         options: dict[str, Any] = {"blocks": "module", "memory_budget": memory_budget}
         options["progress"] = None if progress is None else functools.partial(_report, progress, at, len(tunables))
         kernel = ntk(one, data, **options, check_examples=check_examples if at == 0 else 0)
-        draw = Draw(kernel, y, predict(one, one.theta0, data))
-        if data_eval is not None:
-            across = ntk(one, data_eval, data, **options, check_examples=0)
-            draw = dataclasses.replace(
-                draw, kernel_eval=across, y_eval=held, f0_eval=predict(one, one.theta0, data_eval)
-            )
+        draw = Draw(_seen(kernel, contrasts), y @ basis, predict(one, one.theta0, data) @ basis)
+        if data_eval is not None and held is not None:
+            across = _seen(ntk(one, data_eval, data, **options, check_examples=0), contrasts)
+            f0_eval = predict(one, one.theta0, data_eval) @ basis
+            draw = dataclasses.replace(draw, kernel_eval=across, y_eval=held @ basis, f0_eval=f0_eval)
         measured.append(draw)
     # ε_J, the noise that κ is told against, is measured in the first draw.
     first = measured[0].kernel.info
@@ -165,8 +171,12 @@ def select_layers(
         exhaustive_limit=exhaustive_limit,
         progress=None if progress is None else functools.partial(progress, "candidates"),
     )
-    settled = {"budget": budget, "criteria_lam": lam, "criteria_lam_rel": rel, "lam_by": lam_by}
-    return _report_of(found, measured, grid, tunables, data, settled, lipschitz, seed)
+    settled = {"budget": budget, "criteria_lam": lam, "criteria_lam_rel": rel, "lam_by": lam_by, "contrasts": contrasts}
+    return _report_of(found, measured, grid, tunables, data, settled, _Outputs(basis, _are_classes(y)), lipschitz, seed)
+
+
+def _seen(kernel: Kernel, contrasts: bool) -> Kernel:
+    return kernel.contrasts() if contrasts else kernel
 
 
 def _report(progress: Progress, at: int, draws: int, phase: str, done: int, total: int) -> None:
@@ -218,10 +228,26 @@ def _losses(outputs: Sequence[np.ndarray], y: np.ndarray) -> Float[np.ndarray, "
     return np.array([0.5 * np.sum((one - y) ** 2, axis=1) for one in outputs])
 
 
-def _hits(outputs: Sequence[np.ndarray], y: np.ndarray) -> Float[np.ndarray, "D N"] | None:
-    """Whether each example is classified rightly in each draw; `None` where the targets are scores."""
-    classes = np.isin(y, (0, 1)).all() and (y.sum(axis=1) == 1).all() if y.shape[1] > 1 else np.isin(y, (-1, 1)).all()
-    return np.array([predicted(one) == predicted(y) for one in outputs], float) if classes else None
+def _are_classes(y: np.ndarray) -> bool:
+    """Whether targets are one-hot, or ±1, rather than scores."""
+    if y.shape[1] > 1:
+        return bool(np.isin(y, (0, 1)).all() and (y.sum(axis=1) == 1).all())
+    return bool(np.isin(y, (-1, 1)).all())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Outputs:
+    """What the draws hold of the C outputs: `f @ basis`; and whether classes are read from them."""
+
+    basis: Float[np.ndarray, "C K"]
+    classes: bool
+
+    def hits(self, outputs: Sequence[np.ndarray], y: np.ndarray) -> Float[np.ndarray, "D N"] | None:
+        """Whether each example is classified rightly in each draw; `None` where the targets are scores."""
+        if not self.classes:
+            return None
+        back = self.basis.T  # up to a constant for all outputs, which no class depends on
+        return np.array([predicted(one @ back) == predicted(y @ back) for one in outputs], float)
 
 
 def _estimate(values: np.ndarray | None, seed: int) -> Estimate | None:
@@ -253,12 +279,18 @@ def _criterion_rows(found: Search) -> list[Row]:
         row: Row = {"criterion": name, "layers": " ".join(map(str, one.candidate.layers))}
         row |= {"modules": " ".join(one.candidate.modules), "num_params": one.num_params, "value": one.values[name]}
         row["leave_one_out_error"] = one.values["leave_one_out_error"]
+        row["is_bound"] = name == "condition_number" and one.condition_number_is_bound
         rows.append({**row, "of_the_choice": found.ranked[0].values[name]})
     return rows
 
 
 def _reference_rows(
-    draws: Sequence[Draw], sets: Mapping[str, Sequence[str]], lam_by: str, grid: Grid, seed: int
+    draws: Sequence[Draw],
+    sets: Mapping[str, Sequence[str]],
+    lam_by: str,
+    grid: Grid,
+    outputs: _Outputs,
+    seed: int,
 ) -> list[Row]:
     """Leave-one-out loss and accuracy of sets of blocks, the choice first, each at the λ that suits it."""
     y, rows, losses = draws[0].y, [], []
@@ -271,7 +303,7 @@ def _reference_rows(
         held = [
             dataclasses.replace(fit, ridge=rel * top).leave_one_out() for fit, top in zip(fits, _top(fits), strict=True)
         ]
-        hits = _hits(held, y)
+        hits = outputs.hits(held, y)
         losses.append(_losses(held, y))
         more = Estimate.of(losses[-1] - losses[0], seed=seed)
         row: Row = {"tuned": name, "num_params": sum(grid.sizes[block] for block in members), "lam_over_mu1": rel}
@@ -300,11 +332,16 @@ def _lora(tun: Tunable) -> tuple[int | None, float | None]:
 
 
 def _gap_at(
-    tun: Tunable, data: Dataset, blocks: Sequence[str], fit: KernelRegression, alpha: Float[np.ndarray, "N C"]
+    tun: Tunable,
+    data: Dataset,
+    blocks: Sequence[str],
+    basis: np.ndarray,
+    fit: KernelRegression,
+    alpha: Float[np.ndarray, "N K"],
 ) -> float:
     """‖f − f̄‖/‖f̄ − f₀‖ at the ridge solution θ₀ + J_Sᵀα."""
     moved = (fit.matrix @ alpha.reshape(-1)).reshape(alpha.shape)
-    delta = ntk_vector_product(tun, data, check_examples=0).pull(alpha)
+    delta = ntk_vector_product(tun, data, check_examples=0).pull(alpha @ basis.T)
     chosen = {path for block in blocks for path in tun.grouped("module")[block]}
     leaves = [
         jnp.asarray(leaf + jnp.asarray(step, leaf.dtype) if path in chosen else leaf)
@@ -314,7 +351,7 @@ def _gap_at(
     ]
     theta = jax.tree.unflatten(jax.tree.structure(tun.theta0), leaves)
     size = float(np.linalg.norm(moved))
-    gap = float(np.linalg.norm(predict(tun, theta, data) - fit.f0 - moved))
+    gap = float(np.linalg.norm(predict(tun, theta, data) @ basis - fit.f0 - moved))
     return gap / size if size > 0 else math.nan
 
 
@@ -323,6 +360,7 @@ def _trust(
     tunables: Sequence[Tunable],
     data: Dataset,
     blocks: Sequence[str],
+    basis: np.ndarray,
     lipschitz: float | None,
 ) -> Trust:
     distances, movements, gaps, bounds = [], [], [], []
@@ -331,7 +369,7 @@ def _trust(
         along = fit.matrix @ alpha.reshape(-1)
         distances.append(math.sqrt(max(float(alpha.reshape(-1) @ along), 0.0)))
         movements.append(float(np.linalg.norm(along)))
-        gaps.append(_gap_at(tun, data, blocks, fit, alpha))
+        gaps.append(_gap_at(tun, data, blocks, basis, fit, alpha))
         if lipschitz is not None and movements[-1] > 0:
             bounds.append(lipschitz / 2 * distances[-1] ** 2 / movements[-1])
     largest = max(bounds) if len(bounds) == len(fits) else None
@@ -345,6 +383,7 @@ def _report_of(
     tunables: Sequence[Tunable],
     data: Dataset,
     settled: Mapping[str, Any],
+    outputs: _Outputs,
     lipschitz: float | None,
     seed: int,
 ) -> LayerSelection:
@@ -376,20 +415,20 @@ def _report_of(
         **settled,
         table=_candidate_rows(found),
         by_criterion=_criterion_rows(found),
-        references=_reference_rows(draws, sets, lam_by, grid, seed),
+        references=_reference_rows(draws, sets, lam_by, grid, outputs, seed),
         always_share=_always_share(draws, grid, blocks),
         search=found,
         loss=Estimate.of(_losses(held, y), seed=seed),
-        accuracy=_estimate(_hits(held, y), seed),
+        accuracy=_estimate(outputs.hits(held, y), seed),
         eval_loss=None if y_eval is None else Estimate.of(_losses(outputs_eval, y_eval), seed=seed),
-        eval_accuracy=None if y_eval is None else _estimate(_hits(outputs_eval, y_eval), seed),
+        eval_accuracy=None if y_eval is None else _estimate(outputs.hits(outputs_eval, y_eval), seed),
         lam=lam,
         lam_rel=curve[at]["lam_rel"],
         lam_at_edge=at in (0, len(curve) - 1),
         lam_curve=curve,
         learning_rate=rate,
         learning_rate_mean=to_mean(rate, len(y), "learning_rate"),
-        trust=_trust(fits, tunables, data, blocks, lipschitz),
+        trust=_trust(fits, tunables, data, blocks, outputs.basis, lipschitz),
         spectra={name: spectrum(draws[0].kernel.subset(members)) for name, members in sets.items()},
         rank=rank,
         alpha=alpha,

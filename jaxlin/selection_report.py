@@ -55,7 +55,7 @@ class LayerSelection:
         table: Tidy, a row a candidate that was computed, the best first: `rank`, `layers`, `modules`, `num_params`,
             every criterion (its mean over draws; λ-dependent ones at `criteria_lam` or `criteria_lam_rel`),
             `condition_number_is_bound`, and `score_min`, `score_max` of the criterion over draws.
-        by_criterion: What each criterion would choose of the same candidates.
+        by_criterion: What each criterion would choose of the same candidates; `is_bound`: its value is κ as "≥".
         references: The choice, the runner-up, everything, and what every candidate tunes (the head): leave-one-out
             `loss` and `accuracy`, each at its own best λ, and `loss_minus_choice` with the interval `low`, `high` of
             a bootstrap over examples, the same ones for both.
@@ -64,6 +64,7 @@ class LayerSelection:
         search: How the ranking was found.
         criteria_lam: λ that criteria are at, where one was given.
         criteria_lam_rel: Else λ in units of each candidate's own μ₁.
+        contrasts: Whether all is of the contrasts of the outputs.
         loss: Predicted ½‖f − y‖² an example, leave-one-out at the suggested λ.
         accuracy: Predicted accuracy, likewise; `None` for scores.
         eval_loss: On the held-out examples, where there are any.
@@ -95,6 +96,7 @@ class LayerSelection:
     search: Search
     criteria_lam: float | None
     criteria_lam_rel: float
+    contrasts: bool
     loss: Estimate
     accuracy: Estimate | None
     eval_loss: Estimate | None
@@ -141,6 +143,7 @@ class LayerSelection:
             "optimality": self.search.optimality,
             "criteria_lam": self.criteria_lam,
             "criteria_lam_over_mu1": self.criteria_lam_rel if self.criteria_lam is None else None,
+            "contrasts": self.contrasts,
             "always_share_of_trace": self.always_share,
             **{
                 name: None if (found := getattr(self, name)) is None else dataclasses.asdict(found)

@@ -278,6 +278,36 @@ def test_the_report(report, batch, y):
     assert json.loads(report.to_json())["summary"]["layers"] == list(report.choice.layers)
 
 
+def test_contrasts_of_a_frozen_head_whose_columns_sum_to_zero(batch, y):
+    model = jl.probe_head(cases.tiny_model(2, head="mean"), batch, np.eye(2)[batch["labels"]])
+    tun = jl.lora(model, 8, 8, targets=TARGETS, train_head=False)
+    some = as_dataset(batch).take(np.arange(8))
+    plain, seen = (
+        jl.select_layers(tun, some, y[:8], budget=1100, contrasts=contrasts, lam_by="marginal_likelihood")
+        for contrasts in (False, True)
+    )
+    assert all(row["condition_number_is_bound"] for row in plain.table)
+    assert not any(row["condition_number_is_bound"] for row in seen.table)
+    small = jl.lora(model, 8, 8, targets=seen.choice.modules, layers=seen.choice.layers, train_head=False)
+    mu = np.linalg.eigvalsh(jl.ntk(small, some, check_examples=0).matrix())[8:]
+    assert seen.table[0]["condition_number"] == pytest.approx(mu[-1] / mu[0], rel=1e-2)
+    q = np.array([[1.0], [-1.0]]) / 2**0.5
+    kernel, f0 = jl.ntk(small, some, check_examples=0).contrasts(), jl.predict(small, small.theta0, some)
+    fit = jl.kernel_regression(kernel, y[:8] @ q, f0 @ q, seen.lam)
+    held = fit.leave_one_out()
+    assert seen.loss.value == pytest.approx(np.mean(0.5 * (held - y[:8] @ q) ** 2), rel=1e-3)
+    right = (held[:, 0] > 0) == ((y[:8] @ q)[:, 0] > 0)
+    assert seen.accuracy.value == pytest.approx(right.mean())
+    jac, _ = cases.reference_jacobian(small, some)
+    delta = jac.T @ (fit.coefficients() @ q.T).reshape(-1)
+    flat, unravel = ravel_pytree(small.theta0)
+    moved = (jac @ delta).reshape(8, 2) @ q
+    outputs = jl.predict(small, unravel(flat + delta.astype(np.float32)), some) @ q
+    assert seen.trust.measured_gap == pytest.approx(
+        np.linalg.norm(outputs - f0 @ q - moved) / np.linalg.norm(moved), rel=2e-2
+    )
+
+
 def test_a_choice_made_on_one_half_serves_on_the_other():
     """Four layers that read columns of their own; the labels depend on those of layer 2."""
     rng = np.random.default_rng(0)

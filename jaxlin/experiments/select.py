@@ -21,7 +21,7 @@ from jaxlin.experiments.data_arguments import DataArguments
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
 from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
-from jaxlin.experiments.select_page import caveats, doubts, interval, page, rate_line
+from jaxlin.experiments.select_page import LAM_BY, caveats, doubts, interval, named_criterion, page, rate_line
 from jaxlin.experiments.setting import Loaded, ModelArguments, OutputArguments, load, pretrained, starts_as_probe
 from jaxlin.experiments.tuned_arguments import TunedArguments, tune
 from jaxlin.models.model import Model
@@ -49,6 +49,7 @@ class SelectArguments:
         lam_rel: Pull λ that criteria are at, in units of each candidate's μ₁; what is suggested for everything, if not
             given.
         lam_by: What the pull is suggested by.
+        contrasts: Take contrasts of the outputs, as softmax sees them; for a frozen head whose columns sum to 0.
         exhaustive_limit: Up to so many candidates are all computed; more are searched.
         memory_budget: GiB held at a time, beside the model.
         seed: Of head, A, subsets and bootstrap.
@@ -74,6 +75,7 @@ class SelectArguments:
     draws: int = 3
     lam_rel: float | None = None
     lam_by: Literal["leave_one_out", "marginal_likelihood"] = "leave_one_out"
+    contrasts: bool = False
     exhaustive_limit: int = 512
     memory_budget: float = 4.0
     seed: int = 0
@@ -96,6 +98,14 @@ class SelectConfig:
     data: DataArguments = dataclasses.field(default_factory=DataArguments)
     tuned: TunedArguments = dataclasses.field(default_factory=lambda: TunedArguments(lora_targets=ALL_MODULES))
     output: OutputArguments = dataclasses.field(default_factory=OutputArguments)
+
+
+def _settled(config: SelectConfig) -> SelectConfig:
+    """Lets the default targets, which are all modules here, stand for LoRA only."""
+    tuned = config.tuned
+    if tuned.peft == "lora" or tuned.lora_targets != ALL_MODULES:
+        return config
+    return dataclasses.replace(config, tuned=dataclasses.replace(tuned, lora_targets=TunedArguments().lora_targets))
 
 
 def _check(config: SelectConfig) -> None:
@@ -163,7 +173,7 @@ def run(config: SelectConfig) -> LayerSelection:
         InputError: If anything given cannot be used; nothing has been written then.
         KeyboardInterrupt: If interrupted.
     """
-    begin, arguments = time.monotonic(), config.choice
+    begin, arguments, config = time.monotonic(), config.choice, _settled(config)
     _check(config)
     default = Path("runs") / time.strftime("select-%Y%m%d-%H%M%S")
     folder = RunFolder(config.output.output_dir or default, config.output.overwrite_output_dir)
@@ -175,6 +185,8 @@ def run(config: SelectConfig) -> LayerSelection:
     )
     probed = starts_as_probe(loaded.model, config.model)
     train, others = _parts(loaded.data["train"], arguments, probed)
+    if arguments.contrasts and loaded.task.num_labels < 2:
+        raise InputError(f"--contrasts needs two outputs or more; task {loaded.task.name} has one")
     grid = layer_grid(tune(loaded.model, config.tuned, arguments.seed, False)[0])
     held_out = arguments.num_eval_samples > 0
     lam_rel = 1.0 if arguments.lam_rel is None else arguments.lam_rel
@@ -217,6 +229,7 @@ def _select(
         y_eval=None if data_eval is None else _outputs_wanted(data_eval, outputs),
         lam_rel=arguments.lam_rel,
         lam_by=arguments.lam_by,
+        contrasts=arguments.contrasts,
         exhaustive_limit=arguments.exhaustive_limit,
         memory_budget=int(arguments.memory_budget * 2**30),
         seed=arguments.seed,
@@ -225,17 +238,21 @@ def _select(
 
 
 def _compare_command(report: LayerSelection, config: SelectConfig) -> str | None:
-    """A command line that fine-tunes the choice; `None` where it is no plain LoRA."""
+    """A command line that fine-tunes the choice; `None` where it is no LoRA of one rank."""
     if config.tuned.peft != "lora" or report.rank is None:
         return None
-    words = ["jaxlin", "compare", "--model_name_or_path", config.model.model_name_or_path]
-    data = config.data
-    for name in ("task_name", "dataset_name", "train_file", "validation_file"):
-        value = getattr(data, name)
-        if value and value != getattr(DataArguments(), name):
-            words += [f"--{name}", str(value)]
-    words += ["--lora_rank", str(report.rank), "--lora_alpha", f"{report.alpha:g}"]
-    words += ["--lora_layers", *map(str, report.choice.layers), "--lora_targets", *report.choice.modules]
+    chosen = {"lora_layers": report.choice.layers, "lora_targets": report.choice.modules}
+    groups = (config.model, config.data, dataclasses.replace(config.tuned, **chosen))  # type: ignore[arg-type]
+    words = ["jaxlin", "compare"]
+    for group in groups:
+        default = type(group)()
+        for name, value in vars(group).items():
+            if value == getattr(default, name):
+                continue
+            if isinstance(value, bool):
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return shlex.join([*words, "--lam_rel", "0", f"{report.lam_rel:.3g}"])
 
 
@@ -286,14 +303,13 @@ def _print(report: LayerSelection, warnings: list[str], path: Path, seconds: flo
         plain(f"held out            loss {interval(report.eval_loss)}")
     if report.eval_accuracy is not None:
         plain(f"held out            accuracy {interval(report.eval_accuracy)}")
-    plain(f"pull λ              {report.lam_rel:.3g} μ₁ = {report.lam:.3g}, by {report.lam_by.replace('_', ' ')}")
+    plain(f"pull λ              {report.lam_rel:.3g} μ₁ = {report.lam:.3g}, by {LAM_BY[report.lam_by]}")
     plain(f"learning rate       at most {rate_line(report)}")
     plain(f"linear there?       {report.trust.verdict}")
     columns = {"rank": "", "layers": "layers", "modules": "modules", "num_params": "parameters"}
     _show(console, "Candidates", report.table[:6], columns | {criterion: plots.CRITERIA[criterion]})
     columns = {"criterion": "criterion", "layers": "layers", "modules": "modules", "num_params": "parameters"}
-    by_criterion = [{**row, "criterion": plots.CRITERIA[row["criterion"]]} for row in report.by_criterion]
-    _show(console, "What each criterion would choose", by_criterion, columns)
+    _show(console, "What each criterion would choose", list(map(named_criterion, report.by_criterion)), columns)
     for line in warnings:
         plain(f"note: {line}")
     plain(f"written to {path} in {seconds:.0f} s; read {path / 'report.html'}")

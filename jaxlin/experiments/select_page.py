@@ -26,6 +26,9 @@ figure { margin: 1em 0; } figure svg { max-width: 100%; height: auto; } figcapti
 """
 
 
+LAM_BY = {"leave_one_out": "leave-one-out loss", "marginal_likelihood": "marginal likelihood"}
+
+
 def interval(found: Estimate | None) -> str:
     """Says an estimate with its interval and its spread over draws."""
     if found is None:
@@ -67,6 +70,11 @@ def doubts(report: LayerSelection) -> list[str]:
             f"κ is only a lower bound (≥) for {tied} of {seen} candidates: their smallest eigenvalue is rounding "
             "(fewer parameters than outputs, repeated rows, or the precision of J). κ cannot rank these; ties go to "
             "fewer parameters."
+            + (
+                ""
+                if report.contrasts
+                else " If that is so because the head's columns sum to 0 (a frozen probe), contrasts cures it."
+            )
         )
     if report.lam_at_edge:
         said.append("The suggested λ is an end of its grid: a better one may lie beyond.")
@@ -141,14 +149,14 @@ def _answer(report: LayerSelection) -> str:
         "Parameters": f"{report.num_params:,} ({budget}). Ranked by {plots.CRITERIA[report.search.criterion]}: "
         f"{optimality}.",
         "Predicted accuracy (leave-one-out)": interval(report.accuracy),
-        "Predicted loss ½‖f − y‖² (leave-one-out)": interval(report.loss),
+        f"Predicted loss ½‖f − y‖²{' of contrasts' * report.contrasts} (leave-one-out)": interval(report.loss),
     }
     if report.eval_loss is not None:
         items["Predicted on held-out examples"] = (
             f"loss {interval(report.eval_loss)}, accuracy {interval(report.eval_accuracy)}"
         )
     items["Suggested pull λ"] = (
-        f"{report.lam_rel:.3g} μ₁ = {report.lam:.3g} for the summed loss, by {report.lam_by.replace('_', ' ')}"
+        f"{report.lam_rel:.3g} μ₁ = {report.lam:.3g} for the summed loss, by {LAM_BY[report.lam_by]}"
     )
     items["Largest stable learning rate 2/(μ₁+λ)"] = rate_line(report)
     bound = "" if trust.gap_bound is None else f" Bound by H (theory 5(a)): {trust.gap_bound:.2g} of the movement."
@@ -167,6 +175,12 @@ def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
     """A candidate's row, with κ as "≥" where it is only that."""
     sign = "≥ " if row["condition_number_is_bound"] else ""
     return {**row, "rank": str(row["rank"]), "condition_number": f"{sign}{row['condition_number']:.4g}"}
+
+
+def named_criterion(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A criterion's row, in words; κ as "≥" where it is only that."""
+    value = f"≥ {row['value']:.4g}" if row["is_bound"] else row["value"]
+    return {**row, "criterion": plots.CRITERIA[row["criterion"]], "value": value}
 
 
 def _at(report: LayerSelection) -> str:
@@ -207,7 +221,7 @@ def page(
         "of_the_choice": "of the choice",
         "leave_one_out_error": "leave-one-out loss",
     }
-    named = [{**row, "criterion": plots.CRITERIA[row["criterion"]]} for row in report.by_criterion]
+    named = [named_criterion(row) for row in report.by_criterion]
     references = {"tuned": "tuned", "num_params": "parameters", "lam_over_mu1": "at λ/μ₁", "loss": "leave-one-out loss"}
     references |= {"accuracy": "accuracy", "loss_minus_choice": "loss minus the choice's"}
     references |= {"low": "95 % interval from", "high": "to"}
