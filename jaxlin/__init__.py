@@ -34,6 +34,7 @@ from jaxlin.theory.logistic import KernelLogisticRegression, kernel_logistic_reg
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.compare import Comparison, compare
+from jaxlin.training.report import LinearizationReport, linearization_report
 from jaxlin.training.trainer import TrainConfig, TrainResult, predict, train
 from jaxlin.tunable import Tunable
 
@@ -47,7 +48,11 @@ __all__ = [
     "Kernel",
     "KernelLogisticRegression",
     "KernelRegression",
+<<<<<<< HEAD
     "LayerSelection",
+=======
+    "LinearizationReport",
+>>>>>>> main
     "Model",
     "NTKOperator",
     "Spectrum",
@@ -74,6 +79,7 @@ __all__ = [
     "kernel_regression",
     "lanczos_quadrature",
     "layer_norm_only",
+    "linearization_report",
     "linearize",
     "load_kernel",
     "load_masked_lm",

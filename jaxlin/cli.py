@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -59,14 +61,42 @@ def doctor() -> None:
         print(f"{topic:>18}  {text}")
 
 
+@contextlib.contextmanager
+def one_sentence(debug: bool = False) -> Iterator[None]:
+    """Ends the program on an error of the user's, or of a run, with one sentence and its exit code.
+
+    Args:
+        debug: Whether errors are shown with their traceback instead.
+
+    Raises:
+        InputError: With `debug`, as it came.
+        TrainingDivergedError: Likewise.
+    """
+    try:
+        yield
+    except (InputError, TrainingDivergedError) as error:
+        if debug:
+            raise
+        print(f"jaxlin: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED)
+    except KeyboardInterrupt:
+        print("jaxlin: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
 def main() -> None:
     """Runs the command line; exits with 2 on bad input, 1 on a failed run, 130 when interrupted."""
     set_up()
     words = sys.argv[1:]
+<<<<<<< HEAD
     debug = "--debug" in words
     try:
         commands = {"compare": CompareConfig, "ntk": KernelConfig, "select": SelectConfig}
         configured = commands.get(words[0]) if words else None
+=======
+    with one_sentence("--debug" in words):
+        configured = {"compare": CompareConfig, "ntk": KernelConfig}.get(words[0]) if words else None
+>>>>>>> main
         if configured is not None and (file := config_file.find(words)) is not None:
             # Before the others, so that what stands on the command line counts.
             known = set(config_file.flat_options(configured())) - {"config", "debug"}
@@ -78,11 +108,3 @@ def main() -> None:
             config=(tyro.conf.OmitArgPrefixes,),
             args=words,
         )
-    except (InputError, TrainingDivergedError) as error:
-        if debug:
-            raise
-        print(f"jaxlin: {error}", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED)
-    except KeyboardInterrupt:
-        print("jaxlin: interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)

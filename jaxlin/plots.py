@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,6 +165,44 @@ def late(table: Sequence[Row], title: str) -> Figure:
         axis.set_xticks(sorted({row["linearize_at"] for row in rows}))
         axis.legend(title=f"pull {label}", loc="center left", bbox_to_anchor=(1, 0.5))
         figure.suptitle(title, fontsize=7)
+    return figure
+
+
+def linearization(table: Sequence[Row], top: int, title: str) -> Figure:
+    """Draws kernel drift, both output gaps and the turn of the top eigenspace against steps, a line a λ.
+
+    Args:
+        table: Of `linearization_report`, with the columns `lam` and `lam_over_mu1`.
+        top: k of the eigenspace.
+        title: What was fine-tuned, with sample sizes.
+
+    Returns:
+        The figure, for `save`.
+    """
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "kernel_drift": ("(a) Kernel drift", "‖K−K₀‖ / ‖K₀‖"),
+        "same_theta_gap_relative": ("(b) Same-θ gap, training examples", "‖f(θ)−f̄(θ)‖ / ‖f(θ)−f₀‖"),
+        "trajectory_gap_relative": ("(c) Trajectory gap, training examples", "‖f(θ)−f̄(θ̄)‖ / ‖f(θ)−f₀‖"),
+        "eigenspace_angle": (f"(d) Turn of the top-{top} eigenspace", "largest principal angle in °"),
+    }
+    figure, axes = _figure(2, 2, 7.0, 4.8)
+    column, name = strength(table)
+    lams = sorted({row["lam"] for row in table})
+    with plt.rc_context(_STYLE):
+        figure.suptitle(title, fontsize=8.5)
+        shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(lams)))
+        for axis, (key, (heading, unit)) in zip(axes.flat, panels.items(), strict=True):
+            for lam, shade, marker in zip(lams, shades, itertools.cycle("os^Dv")):
+                rows = [row for row in table if row["lam"] == lam]
+                values = [np.nan if row[key] is None else row[key] for row in rows]
+                axis.plot(
+                    [row["step"] for row in rows], values, f"{marker}-", color=shade, label=f"{rows[0][column]:.3g}"
+                )
+            axis.set(title=heading, ylabel=unit, xlabel="step", ylim=(0, None))
+        handles, labels = axis.get_legend_handles_labels()
+        figure.legend(handles, labels, title=f"pull {name}", loc="outside right center")
     return figure
 
 
