@@ -48,11 +48,8 @@ __all__ = [
     "Kernel",
     "KernelLogisticRegression",
     "KernelRegression",
-<<<<<<< HEAD
     "LayerSelection",
-=======
     "LinearizationReport",
->>>>>>> main
     "Model",
     "NTKOperator",
     "Spectrum",

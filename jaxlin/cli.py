@@ -88,15 +88,9 @@ def main() -> None:
     """Runs the command line; exits with 2 on bad input, 1 on a failed run, 130 when interrupted."""
     set_up()
     words = sys.argv[1:]
-<<<<<<< HEAD
-    debug = "--debug" in words
-    try:
+    with one_sentence("--debug" in words):
         commands = {"compare": CompareConfig, "ntk": KernelConfig, "select": SelectConfig}
         configured = commands.get(words[0]) if words else None
-=======
-    with one_sentence("--debug" in words):
-        configured = {"compare": CompareConfig, "ntk": KernelConfig}.get(words[0]) if words else None
->>>>>>> main
         if configured is not None and (file := config_file.find(words)) is not None:
             # Before the others, so that what stands on the command line counts.
             known = set(config_file.flat_options(configured())) - {"config", "debug"}

@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 PLAIN_INTERVAL_S = 10.0
-<<<<<<< HEAD
-UNITS = {"Jacobians": "examples", "training": "steps", "kernel tiles": "tiles", "candidates": "candidates"}
+UNITS = {
+    "Jacobians": "examples",
+    "training": "steps",
+    "linearization report": "steps",
+    "kernel tiles": "tiles",
+    "candidates": "candidates",
+}
 """By what a phase's name begins with."""
-=======
-UNITS = {"Jacobians": "examples", "training": "steps", "linearization report": "steps", "kernel tiles": "tiles"}
->>>>>>> main
 
 
 def _clock(seconds: float) -> str:

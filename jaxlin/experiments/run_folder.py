@@ -44,6 +44,7 @@ _FILES = (
     "all_results.json",
     "table.csv",
     "by_criterion.csv",
+    "linearization.csv",
     "spectrum.csv",
     "adapter_config.json",
     "report.html",
@@ -99,18 +100,7 @@ class RunFolder:
         """
         try:
             if not self.resume:
-<<<<<<< HEAD
                 for old in _FILES:
-=======
-                for old in (
-                    "all_results.json",
-                    "table.csv",
-                    "linearization.csv",
-                    "spectrum.csv",
-                    "log.jsonl",
-                    "run.log",
-                ):
->>>>>>> main
                     (self.path / old).unlink(missing_ok=True)
                 for folder in ("tensorboard", "figures", "kernel.zarr", "kernel_eval.zarr"):
                     if (self.path / folder).is_dir():

@@ -217,8 +217,9 @@ class Search:
             return f"the best of all {len(self.ranked)} candidates within the budget"
         seen = f"the best of {len(self.ranked)} candidates seen by forward selection and exchange"
         if self.bound is None or self.gap is None:
-            return f"{seen}; its distance to the optimum is not bounded, since {self.criterion} is not monotone in S"
-        return f"{seen}; no candidate has a {self.criterion} beyond {self.bound:.4g} (a gap of at most {self.gap:.3g})"
+            return f"{seen}; its distance to the optimum is not bounded, since it is not monotone in S"
+        side = "above" if SELECTION_CRITERIA[self.criterion] else "below"
+        return f"{seen}; none within the budget has one {side} {self.bound:.4g}: a gap of at most {self.gap:.3g}"
 
 
 def _mean(name: str, values: Sequence[float]) -> float:
