@@ -26,6 +26,7 @@ from jaxlin.peft.function import merge
 from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
 from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, select
+from jaxlin.selection import LayerSelection, select_layers
 from jaxlin.theory.blockwise import BlockwiseRegression, blockwise_regression
 from jaxlin.theory.calibration import Calibration, calibration
 from jaxlin.theory.early_stopping import EarlyStopping, early_stopping
@@ -47,6 +48,7 @@ __all__ = [
     "Kernel",
     "KernelLogisticRegression",
     "KernelRegression",
+    "LayerSelection",
     "LinearizationReport",
     "Model",
     "NTKOperator",
@@ -90,6 +92,7 @@ __all__ = [
     "predict",
     "probe_head",
     "select",
+    "select_layers",
     "sketch",
     "spectral_density",
     "spectrum",

@@ -18,6 +18,8 @@ from jaxlin.experiments.compare import CompareConfig
 from jaxlin.experiments.compare import run as run_compare
 from jaxlin.experiments.kernel import KernelConfig
 from jaxlin.experiments.kernel import run as run_ntk
+from jaxlin.experiments.select import SelectConfig
+from jaxlin.experiments.select import run as run_select
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -44,6 +46,11 @@ def compare(config: Annotated[CompareConfig, tyro.conf.arg(name="")]) -> None:
 def ntk(config: Annotated[KernelConfig, tyro.conf.arg(name="")]) -> None:
     """Compute the tangent kernel of what is tuned, with a kernel for every layer, and its spectrum."""
     run_ntk(config)
+
+
+def select(config: Annotated[SelectConfig, tyro.conf.arg(name="")]) -> None:
+    """Choose which layers and modules to adapt, by tangent kernels before anything is trained."""
+    run_select(config)
 
 
 def doctor() -> None:
@@ -82,13 +89,14 @@ def main() -> None:
     set_up()
     words = sys.argv[1:]
     with one_sentence("--debug" in words):
-        configured = {"compare": CompareConfig, "ntk": KernelConfig}.get(words[0]) if words else None
+        commands = {"compare": CompareConfig, "ntk": KernelConfig, "select": SelectConfig}
+        configured = commands.get(words[0]) if words else None
         if configured is not None and (file := config_file.find(words)) is not None:
             # Before the others, so that what stands on the command line counts.
             known = set(config_file.flat_options(configured())) - {"config", "debug"}
             words[1:1] = config_file.read(file, known)
         tyro.extras.subcommand_cli_from_dict(
-            {"compare": compare, "ntk": ntk, "doctor": doctor},
+            {"compare": compare, "ntk": ntk, "select": select, "doctor": doctor},
             prog="jaxlin",
             description="Linearized fine-tuning of transformer language models.",
             config=(tyro.conf.OmitArgPrefixes,),

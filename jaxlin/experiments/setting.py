@@ -268,6 +268,31 @@ def _in_order_of_checkpoint(
     return task, {name: reorder(split, order) for name, split in splits.items()}, notes
 
 
+def pretrained(model_arguments: ModelArguments, num_labels: int, seed: int) -> Model:
+    """Loads the model alone.
+
+    Args:
+        model_arguments: Which; a head that is to start as a probe starts at random.
+        num_labels: Number of outputs.
+        seed: Of a new head.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: If it cannot be used.
+    """
+    return load_model(
+        model_arguments.model_name_or_path,
+        num_labels,
+        head=model_arguments.head,
+        head_init="random" if model_arguments.head_init == "probe" else model_arguments.head_init,
+        new_head=model_arguments.new_head,
+        rng=seed,
+        revision=model_arguments.model_revision,
+    )
+
+
 def load(
     model_arguments: ModelArguments, arguments: DataArguments, sizes: Mapping[str, int | None], seed: int, loss: str
 ) -> Loaded:
@@ -289,16 +314,7 @@ def load(
     task = load_task(arguments)
     whole = {"train": task.train, "eval": task.validation}
     splits = {name: subsample(split, sizes[name], seed) for name, split in whole.items() if sizes[name] != 0}
-    head_init = "random" if model_arguments.head_init == "probe" else model_arguments.head_init
-    model = load_model(
-        model_arguments.model_name_or_path,
-        task.num_labels,
-        head=model_arguments.head,
-        head_init=head_init,
-        new_head=model_arguments.new_head,
-        rng=seed,
-        revision=model_arguments.model_revision,
-    )
+    model = pretrained(model_arguments, task.num_labels, seed)
     task, splits, notes = _in_order_of_checkpoint(model, task, splits)
     # A checkpoint's own regression head speaks in the units that it was trained in.
     own_head = model.source is not None and not model.source.head_is_new
