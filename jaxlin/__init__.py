@@ -19,6 +19,7 @@ from jaxlin.ntk.lanczos import (
     lanczos_quadrature,
     spectral_density,
 )
+from jaxlin.ntk.lipschitz import LipschitzProfile, lipschitz_profile
 from jaxlin.ntk.products import NTKOperator, ntk_vector_product
 from jaxlin.ntk.sketch import sketch
 from jaxlin.ntk.store import load_kernel
@@ -38,6 +39,7 @@ __all__ = [
     "InputError",
     "Kernel",
     "KernelRegression",
+    "LipschitzProfile",
     "Model",
     "NTKOperator",
     "Spectrum",
@@ -61,6 +63,7 @@ __all__ = [
     "lanczos_quadrature",
     "layer_norm_only",
     "linearize",
+    "lipschitz_profile",
     "load_kernel",
     "load_masked_lm",
     "load_model",
