@@ -27,6 +27,10 @@ from jaxlin.peft.function import merge
 from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
 from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, select
+from jaxlin.theory.blockwise import BlockwiseRegression, blockwise_regression
+from jaxlin.theory.calibration import Calibration, calibration
+from jaxlin.theory.early_stopping import EarlyStopping, early_stopping
+from jaxlin.theory.logistic import KernelLogisticRegression, kernel_logistic_regression
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.compare import Comparison, compare
@@ -34,10 +38,14 @@ from jaxlin.training.trainer import TrainConfig, TrainResult, predict, train
 from jaxlin.tunable import Tunable
 
 __all__ = [
+    "BlockwiseRegression",
+    "Calibration",
     "Comparison",
     "Dataset",
+    "EarlyStopping",
     "InputError",
     "Kernel",
+    "KernelLogisticRegression",
     "KernelRegression",
     "LipschitzProfile",
     "Model",
@@ -48,8 +56,11 @@ __all__ = [
     "TrainingDivergedError",
     "Tunable",
     "bias_only",
+    "blockwise_regression",
     "bounds",
+    "calibration",
     "compare",
+    "early_stopping",
     "estimate_effective_dimension",
     "estimate_trace",
     "extreme_eigenvalues",
@@ -59,6 +70,7 @@ __all__ = [
     "full",
     "head_only",
     "ia3",
+    "kernel_logistic_regression",
     "kernel_regression",
     "lanczos_quadrature",
     "layer_norm_only",

@@ -20,7 +20,7 @@ from jaxlin.experiments.kernel import run as run_ntk
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
-def _set_up() -> None:
+def set_up() -> None:
     """Quietens imports and keeps compiled programs, unless the environment says otherwise."""
     import jax
 
@@ -54,7 +54,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Runs the command line; exits with 2 on bad input, 1 on a failed run, 130 when interrupted."""
-    _set_up()
+    set_up()
     words = sys.argv[1:]
     debug = "--debug" in words
     try:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxlin.errors import InputError
-from jaxlin.ntk.kinds import kind_of
+from jaxlin.ntk.kinds import contrast_basis, kind_of
 from jaxlin.tunable import block_factors
 
 
@@ -41,15 +41,24 @@ class KernelInfo:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Parts(Mapping[str, np.ndarray]):
-    """Some block kernels times a weight each, read from their source when they are asked for."""
+    """Some block kernels times a weight each, read from their source when they are asked for.
+
+    Attributes:
+        source: Block name to its kernel.
+        weights: Block name to its weight.
+        basis: Q, where the blocks are those of the combinations `Qᵀf` of outputs.
+    """
 
     source: Mapping[str, Any]
     weights: Mapping[str, float]
+    basis: np.ndarray | None = None
 
     def __getitem__(self, name: str) -> np.ndarray:
         """One block."""
-        weight = self.weights[name]
-        return self.source[name] if weight == 1 else weight * self.source[name]
+        weight, block = self.weights[name], self.source[name]
+        if self.basis is not None:
+            block = np.einsum("nmcd,ck,dl->nmkl", block, self.basis, self.basis, optimize=True)
+        return block if weight == 1 else weight * block
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
@@ -166,8 +175,7 @@ class Kernel:
         Raises:
             InputError: If a pattern matches nothing, or the parameters of one block have different factors.
         """
-        paths = [path for members in self.leaves.values() for path in members]
-        return self.scaled(block_factors(paths, factors, "factors"))
+        return self.scaled(block_factors(self.paths, factors, "factors"))
 
     def scaled(self, by_path: Mapping[str, float]) -> Kernel:
         """Returns `weighted` by the factor of every leaf.
@@ -178,16 +186,49 @@ class Kernel:
         Raises:
             InputError: If the parameters of one block have different factors.
         """
-        weights: dict[str, float] = {}
+        parts = Parts(self.parts, self.by_block(by_path))
+        rows = self.jacobian and {path: by_path[path] ** 0.5 * jac for path, jac in self.jacobian.items()}
+        return dataclasses.replace(self, parts=parts, jacobian=rows)
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the leaves of all blocks."""
+        return [path for members in self.leaves.values() for path in members]
+
+    def by_block(self, by_path: Mapping[str, float]) -> dict[str, float]:
+        """Returns the factor of every block from that of every leaf.
+
+        Args:
+            by_path: Path of a leaf to its factor.
+
+        Raises:
+            InputError: If the parameters of one block have different factors.
+        """
         for block, members in self.leaves.items():
             if len({by_path[path] for path in members}) > 1:
                 raise InputError(
                     f"the factors part the parameters of block {block!r}; compute the kernel with smaller blocks, such "
                     'as blocks="leaf"'
                 )
-            weights[block] = by_path[members[0]]
-        parts = Parts(self.parts, weights)
-        rows = self.jacobian and {path: by_path[path] ** 0.5 * jac for path, jac in self.jacobian.items()}
+        return {block: by_path[members[0]] for block, members in self.leaves.items()}
+
+    def contrasts(self) -> Kernel:
+        """Returns the kernel of the C − 1 contrasts `Qᵀf`, `[N1, N2, C-1, C-1]`: without what softmax ignores.
+
+        Q is `contrast_basis(C)`, orthonormal with `Qᵀ1 = 0`: adding a constant to all logits moves no contrast. Up to
+        that rotation the nonzero eigenvalues are those of the kernel of `f − mean(f)`.
+
+        Raises:
+            InputError: If the kernel is of another kind than `"full"`, or there is one output only.
+        """
+        if self.kind != "full":
+            raise InputError(
+                f'contrasts need a kernel of kind="full"; this one is "{self.kind}" (a kernel [N1, N2] stands for '
+                "K ⊗ I_C, whose contrasts have K ⊗ I: the same eigenvalues)"
+            )
+        basis = contrast_basis(next(iter(self.parts.values())).shape[-1])
+        parts = Parts(self.parts, dict.fromkeys(self.parts, 1.0), basis)
+        rows = self.jacobian and {path: np.einsum("ncp,ck->nkp", jac, basis) for path, jac in self.jacobian.items()}
         return dataclasses.replace(self, parts=parts, jacobian=rows)
 
     def subset(self, names: Iterable[str]) -> Kernel:

@@ -109,6 +109,19 @@ def kind_of(name: str) -> Kind:
     return KINDS[name]
 
 
+def contrast_basis(c: int) -> Float[np.ndarray, "C C-1"]:
+    """Returns Q, orthonormal columns that sum to 0: the directions of C logits that softmax sees (Helmert's contrasts).
+
+    Raises:
+        InputError: If there is one output only.
+    """
+    from scipy.linalg import helmert
+
+    if c < 2:
+        raise InputError(f"contrasts of outputs need at least two of them; there is {c}")
+    return np.ascontiguousarray(helmert(c).T)
+
+
 def without_sign(path: str) -> bool:
     """Whether a leaf is a key bias of attention: softmax ignores it, so its derivative is rounding and has no sign."""
     return _KEY_BIAS.search(path) is not None

@@ -39,7 +39,17 @@ def alignment(matrix: Float[np.ndarray, "m m"], target: Float[np.ndarray, "m k"]
 
 
 def residual_share(fit: KernelRegression, k: int) -> float:
-    """Returns the share of ‖r₀‖² that lies in the eigenspace of the k largest eigenvalues; NaN where r₀ vanishes."""
+    """Returns the share of ‖r₀‖² that lies in the eigenspace of the k largest eigenvalues; NaN where r₀ vanishes.
+
+    Args:
+        fit: The regression of f₀ on y.
+        k: Number of eigenvalues, from 1 to m.
+
+    Raises:
+        InputError: If k is out of range.
+    """
+    if not 1 <= k <= len(fit.matrix):
+        raise InputError(f"k={k}; expected from 1 to the kernel's {len(fit.matrix)} eigenvalues")
     residual = (fit.f0 - fit.y).reshape(len(fit.matrix), -1)
     whole = float(np.sum(residual**2))
     return float(np.sum((fit.eigenvectors[:, -k:].T @ residual) ** 2)) / whole if whole > 0 else float("nan")

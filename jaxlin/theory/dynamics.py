@@ -6,6 +6,8 @@ With `s = μ + λ`, the parameters after time t are `δ_t = −J₀ᵀ V φ_t(s)
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from jaxtyping import Float
 
@@ -78,3 +80,40 @@ def phi_heavy_ball(
     step[:, 0, 0] += 1
     step[:, 2, 2] = 1
     return np.linalg.matrix_power(step, steps)[:, 0, 2]
+
+
+def phi_at(
+    s: Float[np.ndarray, " m"],
+    t: float | None = None,
+    learning_rate: float | None = None,
+    momentum: float = 0.0,
+    noise_floor: float = 0.0,
+) -> Float[np.ndarray, " m"]:
+    """Returns φ of the rule that the options name.
+
+    Args:
+        s: μ + λ.
+        t: Gradient-descent steps where `learning_rate` is given, else time of the flow; `None` or infinity: the limit.
+        learning_rate: η of the summed loss.
+        momentum: Heavy-ball momentum of gradient descent.
+        noise_floor: Directions with s at or below it count as null space in the limit.
+
+    Raises:
+        InputError: If t is negative, the step diverges, or momentum is given without a learning rate.
+    """
+    t = math.inf if t is None else t
+    if not t >= 0:
+        raise InputError(f"t={t}; expected at least 0 (None: the limit)")
+    if momentum and learning_rate is None:
+        raise InputError("momentum needs a learning_rate: the closed form is that of the discrete recursion")
+    if learning_rate is not None:
+        check_stable(s, learning_rate, momentum)
+    if t == math.inf:
+        return phi_limit(s, noise_floor)
+    if learning_rate is None:
+        return phi_flow(s, t)
+    if t != int(t):
+        raise InputError(f"t={t} counts gradient-descent steps; expected a whole number")
+    if momentum:
+        return phi_heavy_ball(s, int(t), learning_rate, momentum)
+    return phi_gradient_descent(s, int(t), learning_rate)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 from jaxtyping import Float
 
 from jaxlin.errors import InputError
 from jaxlin.ntk.kernel import Kernel
-from jaxlin.theory.dynamics import check_stable, phi_flow, phi_gradient_descent, phi_heavy_ball, phi_limit
+from jaxlin.theory.dynamics import phi_at
+from jaxlin.theory.inputs import cross_matrix, eigenpairs, training_matrix
+from jaxlin.theory.posterior import diagonal_blocks, posterior_covariance
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,25 +51,39 @@ class KernelRegression:
         Raises:
             InputError: If t is negative, the step diverges, or momentum is given without a learning rate.
         """
-        s = self.eigenvalues + self.ridge
-        if t is not None and not 0 <= t < math.inf:
-            raise InputError(f"t={t}; expected at least 0 and finite (None: the limit)")
-        if momentum and learning_rate is None:
-            raise InputError("momentum needs a learning_rate: the closed form is that of the discrete recursion")
-        if learning_rate is not None and t is not None and t != int(t):
-            raise InputError(f"t={t} counts gradient-descent steps; expected a whole number")
-        if learning_rate is not None:
-            check_stable(s, learning_rate, momentum)
-        if t is None:
-            phi = phi_limit(s, self.noise_floor)
-        elif learning_rate is None:
-            phi = phi_flow(s, t)
-        elif momentum:
-            phi = phi_heavy_ball(s, int(t), learning_rate, momentum)
-        else:
-            phi = phi_gradient_descent(s, int(t), learning_rate)
+        phi = phi_at(self.eigenvalues + self.ridge, t, learning_rate, momentum, self.noise_floor)
         residual = self._columns(self.f0 - self.y)
         return -(self.eigenvectors @ (phi[:, None] * (self.eigenvectors.T @ residual))).reshape(self.f0.shape)
+
+    @property
+    def outputs_apart(self) -> bool:
+        """Whether the kernel tells outputs apart, rather than standing for K ⊗ I_C (theory 9)."""
+        return len(self.matrix) == self.f0.size
+
+    def residuals(
+        self, t: float | None = None, learning_rate: float | None = None, momentum: float = 0.0
+    ) -> Float[np.ndarray, "m k"]:
+        """Returns r̄_i(t), the residual f̄_t − y along each eigenvector: `(1 − μ_i φ_t(μ_i+λ)) Vᵀ r₀` (theory 2).
+
+        Args:
+            t: As for `coefficients`.
+            learning_rate: As for `coefficients`.
+            momentum: As for `coefficients`.
+
+        Returns:
+            In the order of `eigenvalues`: `[m, 1]`; `[N, C]`, output by output, for a kernel that stands for K ⊗ I_C.
+        """
+        phi = phi_at(self.eigenvalues + self.ridge, t, learning_rate, momentum, self.noise_floor)
+        return (1 - self.eigenvalues * phi)[:, None] * (self.eigenvectors.T @ self._columns(self.f0 - self.y))
+
+    def without(self, example: int) -> KernelRegression:
+        """Returns the regression on the other examples; costs an eigendecomposition of their kernel."""
+        n, rest = len(self.f0), np.delete(np.arange(len(self.f0)), example)
+        kept = np.arange(len(self.matrix)).reshape(n, -1)[rest].reshape(-1)
+        matrix = self.matrix[np.ix_(kept, kept)]
+        values, vectors = np.linalg.eigh(matrix)
+        f0, y = self.f0[rest], self.y[rest]
+        return KernelRegression(matrix, np.clip(values, 0, None), vectors, f0, y, self.ridge, self.noise_floor)
 
     def _columns(self, values: Float[np.ndarray, "N C"]) -> Float[np.ndarray, "m _"]:
         """One column for the kernel of all outputs, C of them for one that each output has alike."""
@@ -78,32 +94,72 @@ class KernelRegression:
         alpha = self.coefficients(t, **options)
         return self.f0 + (self.matrix @ self._columns(alpha)).reshape(self.f0.shape)
 
+    @overload
     def test(
         self,
         kernel_test_train: Kernel,
         f0_test: Float[np.ndarray, "M C"],
         t: float | None = None,
+        *,
+        kernel_test: None = None,
+        return_variance: Literal[False] = False,
         **options: Any,
-    ) -> Float[np.ndarray, "M C"]:
-        """Returns the outputs on other examples `[M, C]`.
+    ) -> Float[np.ndarray, "M C"]: ...
+
+    @overload
+    def test(
+        self,
+        kernel_test_train: Kernel,
+        f0_test: Float[np.ndarray, "M C"],
+        t: float | None = None,
+        *,
+        kernel_test: Kernel | Float[np.ndarray, "M C C"] | Float[np.ndarray, " M"] | None,
+        return_variance: Literal[True],
+        **options: Any,
+    ) -> tuple[Float[np.ndarray, "M C"], Float[np.ndarray, "M C C"]]: ...
+
+    def test(
+        self,
+        kernel_test_train: Kernel,
+        f0_test: Float[np.ndarray, "M C"],
+        t: float | None = None,
+        *,
+        kernel_test: Kernel | Float[np.ndarray, "M C C"] | Float[np.ndarray, " M"] | None = None,
+        return_variance: bool = False,
+        **options: Any,
+    ) -> Float[np.ndarray, "M C"] | tuple[Float[np.ndarray, "M C"], Float[np.ndarray, "M C C"]]:
+        """Returns the outputs on other examples `[M, C]`, and how sure they are.
 
         Args:
             kernel_test_train: `K(x_test, x_train)`.
             f0_test: Outputs of the pretrained model there `[M, C]`.
             t: As for `coefficients`.
+            kernel_test: For the variance: `K(x_test, x_test)`, or only its diagonal blocks, one for each example
+                (`[M]` where the kernel stands for K ⊗ I_C).
+            return_variance: Whether to return the posterior covariance too: linearized Laplace, at t = ∞ and λ > 0.
             **options: As for `coefficients`.
 
+        Returns:
+            The outputs; with `return_variance` also the covariance `[M, C, C]` of the latent outputs of each example
+            at the likeliest `scale`. Targets vary by `scale·ridge·I` more.
+
         Raises:
-            InputError: If the shapes do not fit.
+            InputError: If the shapes do not fit, or the variance is asked for without `kernel_test`, at a finite time,
+                or at ridge 0.
         """
-        rows, f0_test = kernel_test_train.matrix(), np.asarray(f0_test, np.float64)
-        expected = (f0_test.size * len(self.matrix) // self.f0.size, len(self.matrix))
-        if rows.shape != expected:
-            raise InputError(
-                f"kernel_test_train has a matrix of shape {rows.shape}; expected (test outputs, training outputs) = "
-                f"{expected}"
-            )
-        return f0_test + (rows @ self._columns(self.coefficients(t, **options))).reshape(f0_test.shape)
+        f0_test = np.asarray(f0_test, np.float64)
+        rows = cross_matrix(kernel_test_train, f0_test, self.f0, len(self.matrix))
+        mean = f0_test + (rows @ self._columns(self.coefficients(t, **options))).reshape(f0_test.shape)
+        if not return_variance:
+            return mean
+        if t not in (None, math.inf):
+            raise InputError(f"t={t}; the posterior variance is that of training to the end (None)")
+        if kernel_test is None:
+            raise InputError("return_variance needs kernel_test: K(x_test, x_test), or its diagonal blocks [M, C, C]")
+        scale, c = self.scale, self.f0.shape[1]
+        blocks = diagonal_blocks(kernel_test, len(f0_test), c if self.outputs_apart else 1)
+        latent = posterior_covariance(rows, blocks, self.eigenvectors, self.eigenvalues + self.ridge)
+        return mean, scale * (latent if self.outputs_apart else latent * np.eye(c))
 
     def leave_one_out(self) -> Float[np.ndarray, "N C"]:
         """Returns the outputs for each example of the model trained to infinity on the others.
@@ -170,19 +226,8 @@ def kernel_regression(
         InputError: If the shapes do not fit, the ridge is negative, or the kernel is not symmetric or finite.
     """
     y, f0 = np.asarray(y, np.float64), np.asarray(f0, np.float64)
-    matrix = kernel.require_symmetric("kernel regression").matrix()
-    fits = y.ndim == 2 and len(matrix) == (len(y) if kernel.array.ndim == 2 else y.size)
-    if not fits or y.shape != f0.shape:
-        raise InputError(
-            f"expected the kernel of the training examples and y, f0 of shape [N, C]; got a matrix of shape "
-            f"{matrix.shape}, y {y.shape}, f0 {f0.shape}"
-        )
-    if not ridge >= 0:
-        raise InputError(f"ridge={ridge}; expected at least 0")
-    if not all(np.isfinite(array).all() for array in (matrix, y, f0)):
-        raise InputError("the kernel, y or f0 holds NaN or infinity")
-    values, vectors = np.linalg.eigh(matrix)
-    values = np.clip(values, 0, None)
-    epsilon = kernel.info.epsilon_J or 0.0
-    floor = float(values[-1]) * max(epsilon**2, float(np.finfo(kernel.info.gram_dtype).eps) * len(values))
+    matrix = training_matrix(kernel, "kernel regression", y=y, f0=f0)
+    if not 0 <= ridge < math.inf:
+        raise InputError(f"ridge={ridge}; expected at least 0, and finite")
+    values, vectors, floor = eigenpairs(matrix, kernel.info)
     return KernelRegression(matrix, values, vectors, f0, y, float(ridge), floor)

@@ -132,7 +132,7 @@ def _triangular_factor(leaves: list[np.ndarray]) -> np.ndarray:
     return factor
 
 
-def spectrum(kernel: Kernel) -> Spectrum:
+def spectrum(kernel: Kernel, ignore_constant: bool = False) -> Spectrum:
     """Computes the eigenvalues of a symmetric kernel.
 
     From the singular values of the Jacobian where the kernel kept it (its condition number is the
@@ -140,14 +140,18 @@ def spectrum(kernel: Kernel) -> Spectrum:
 
     Args:
         kernel: A kernel of examples with themselves.
+        ignore_constant: Whether to leave out the direction that softmax ignores, a constant added to all logits of an
+            example: the spectrum of `kernel.contrasts()`, N(C−1) eigenvalues. For training by cross-entropy.
 
     Returns:
         The spectrum. Its noise floor takes ε_J as measured; where it was not, ten times the rounding of
         the Jacobian's dtype is assumed (1e-6 for float32).
 
     Raises:
-        InputError: If the kernel is not symmetric and positive semidefinite, or holds NaN or infinity.
+        InputError: If the kernel is not symmetric and positive semidefinite, or holds NaN or infinity; with
+            `ignore_constant`, if it is not of kind `"full"` or has one output.
     """
+    kernel = kernel.contrasts() if ignore_constant else kernel
     matrix, info = kernel.require_symmetric("a spectrum").matrix(), kernel.info
     if not np.isfinite(matrix).all():
         raise InputError("the kernel holds NaN or infinity; check the model's weights and inputs")
