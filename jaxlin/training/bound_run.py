@@ -8,21 +8,23 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Float, Int, PyTree
 
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.linearize import linearize
 from jaxlin.ntk.change import DRIFT, STACKED, DenseChange, ProductChange, change, distance
-from jaxlin.ntk.engine import ntk
+from jaxlin.ntk.engine import kernel_from_jacobian, ntk
 from jaxlin.ntk.jacobian import to_float64
 from jaxlin.ntk.lanczos import Extreme
 from jaxlin.ntk.products import NTKOperator, ntk_vector_product
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.training.cached import cached_linearized
 from jaxlin.training.losses import targets, to_mean
+from jaxlin.training.optim import proximal
 from jaxlin.training.smoothness import smoothness
-from jaxlin.training.trainer import TrainConfig, TrainResult, predict, train
+from jaxlin.training.trainer import TrainConfig, TrainResult, TrainState, predict, train
 from jaxlin.tunable import Tunable
 
 Tick = Callable[[int], None]
@@ -83,7 +85,9 @@ class Origin:
         linear, linear_data = linearize(exact), data
         if isinstance(measure, DenseChange):
             linear, (linear_data,) = cached_linearized(exact, [data], [measure.start])
-        kernel = ntk(exact, data, dtype="float64", memory_budget=memory_budget, check_examples=0)
+            kernel = kernel_from_jacobian(measure.start, measure.start, exact.grouped(None), "highest", None, False)
+        else:
+            kernel = ntk(exact, data, dtype="float64", memory_budget=memory_budget, check_examples=0)
         f0 = predict(exact, exact.theta0, data)
         y = np.asarray(targets(data["labels"], f0.shape[1]), np.float64)
         operator = ntk_vector_product(exact, data, dtype="float64", check_examples=0)
@@ -172,27 +176,28 @@ class SelectiveDescent:
     largest_distance: float
 
 
-def _config(origin: Origin, lam: float, learning_rate: float, steps: int, pull: str) -> TrainConfig:
-    n = len(origin.data)
-    rate = to_mean(learning_rate, n, "learning_rate")
-    return TrainConfig(
-        optimizer="sgd", learning_rate=rate, batch_size=n, max_steps=steps, lam=lam, pull=pull, precision="highest"
-    )
+_DESCENT = optax.GradientTransformation(
+    lambda _: jnp.zeros(()), lambda grads, rate, _=None: (jax.tree.map(lambda g: -rate * g, grads), rate)
+)
+"""Gradient descent whose rate is its state: a sweep over it compiles once."""
 
 
-def rate_of(origin: Origin, lam: float, share: float) -> float:
-    """Returns η: a share of the largest that 4 and 5 allow at θ₀, one that the trainer's float32 schedule holds exactly."""
-    n = len(origin.data)
-    rate = share / (max(origin.beta.value, origin.sigma**2) + lam)
-    return float(np.float32(to_mean(rate, n, "learning_rate"))) / n
-
-
-def _train(origin: Origin, what: str, config: TrainConfig, keep: Sequence[int], tick: Tick) -> TrainResult:
-    arm = (origin.linear, origin.linear_data) if what == "linearized" else (origin.tun, origin.data)
+def _train(
+    origin: Origin, what: str, lam: float, learning_rate: float, pull: str, keep: Sequence[int], tick: Tick
+) -> TrainResult:
+    """Runs descent of one arm up to the last step to be kept."""
+    tun, data = (origin.linear, origin.linear_data) if what == "linearized" else (origin.tun, origin.data)
+    n = len(data)
+    config = TrainConfig(
+        optimizer=_DESCENT, learning_rate=1.0, batch_size=n, max_steps=max(keep), lam=lam, pull=pull
+    )  # the rate is the state's
+    state = proximal(_DESCENT, 0.0, pull).init(tun.theta0)
+    state = state._replace(inner=jnp.asarray(to_mean(learning_rate, n, "learning_rate")))
+    start = TrainState(tun.theta0, state, 0)
     try:
-        return train(*arm, None, config, keep=keep, log=lambda _: tick(int(what != "linearized")))
+        return train(tun, data, None, config, start=start, keep=keep, log=lambda _: tick(int(what != "linearized")))
     except TrainingDivergedError as error:
-        raise TrainingDivergedError(f"{what} at λ = {config.lam:g}: {error}") from error
+        raise TrainingDivergedError(f"{what} at λ = {lam:g}: {error}") from error
 
 
 def descend(
@@ -203,7 +208,7 @@ def descend(
     Args:
         origin: What is known at θ₀.
         lam: λ.
-        learning_rate: η, of `rate_of`.
+        learning_rate: η.
         steps: Where to measure, ascending, from 1; the last is the run's length.
         trained: Called with 1 for each step of the full model.
         measured: Called with 1 for each θ that is measured.
@@ -214,9 +219,10 @@ def descend(
     Raises:
         TrainingDivergedError: If an arm diverges; names it and λ.
     """
-    config, n = _config(origin, lam, learning_rate, steps[-1], "coupled"), len(origin.data)
-    full = _train(origin, "full", config, steps, trained)
-    linear = _train(origin, "linearized", config, (0, *steps), trained)
+    n = len(origin.data)
+    full, linear = (
+        _train(origin, arm, lam, learning_rate, "coupled", (0, *steps), trained) for arm in ("full", "linearized")
+    )
     rows: list[dict[str, float]] = []
     for t in steps:
         theta, other = full.states[t].theta, linear.states[t].theta
@@ -263,7 +269,7 @@ def descend_selectively(
     Args:
         origin: What is known at θ₀.
         lam: λ.
-        learning_rate: η, of `rate_of`.
+        learning_rate: η.
         steps: Their number.
         trained: Called with 1 for each step.
 
@@ -273,8 +279,7 @@ def descend_selectively(
     Raises:
         TrainingDivergedError: If it diverges; names λ.
     """
-    config = _config(origin, lam, learning_rate, steps, "selective")
-    result = _train(origin, "selective", config, range(steps + 1), trained)
+    result = _train(origin, "selective", lam, learning_rate, "selective", range(steps + 1), trained)
     thetas = [result.states[t].theta for t in range(steps + 1)]
     residuals = [predict(origin.tun, theta, origin.data) - origin.y for theta in thetas]
     risks = np.array([0.5 * float(np.sum(r**2)) for r in residuals])

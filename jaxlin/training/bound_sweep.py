@@ -17,7 +17,7 @@ from jaxlin.ntk.change import METHODS, STACKED
 from jaxlin.ntk.jacobian import MEMORY_BUDGET
 from jaxlin.ntk.lipschitz import moved, random_direction
 from jaxlin.theory.bound import Bound
-from jaxlin.training.bound_run import Descent, Origin, SelectiveDescent, descend, descend_selectively, rate_of
+from jaxlin.training.bound_run import Descent, Origin, SelectiveDescent, descend, descend_selectively
 from jaxlin.training.compare import check_lams
 from jaxlin.training.gaps import relative
 from jaxlin.training.smoothness import smoothness
@@ -167,7 +167,7 @@ def bound_sweep(
         mu1 = origin.sigma**2
         runs, selective = [], []
         for lam in (rel * mu1 for rel in shares):
-            eta = rate_of(origin, lam, share)
+            eta = share / (max(origin.beta.value, mu1) + lam)
             runs.append(descend(origin, lam, eta, where, ticks.of("training"), ticks.of("derivatives")))
             selective.append(descend_selectively(origin, lam, eta, selective_steps, ticks.of("training")))
         samples = _sample(origin, runs, directions, seed, ticks.of("derivatives"))
