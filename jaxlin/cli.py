@@ -12,6 +12,8 @@ import tyro
 
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.experiments import config_file
+from jaxlin.experiments.bounds import BoundsConfig
+from jaxlin.experiments.bounds import run as run_bounds
 from jaxlin.experiments.compare import CompareConfig
 from jaxlin.experiments.compare import run as run_compare
 from jaxlin.experiments.kernel import KernelConfig
@@ -44,6 +46,11 @@ def ntk(config: Annotated[KernelConfig, tyro.conf.arg(name="")]) -> None:
     run_ntk(config)
 
 
+def bounds(config: Annotated[BoundsConfig, tyro.conf.arg(name="")]) -> None:
+    """Run descent, full and linearized, over a sweep of pulls λ, and hold every bound of the theory against it."""
+    run_bounds(config)
+
+
 def doctor() -> None:
     """Print versions, devices, precision, what can be imported, and where models and data are found."""
     from jaxlin.experiments.doctor import report
@@ -58,13 +65,15 @@ def main() -> None:
     words = sys.argv[1:]
     debug = "--debug" in words
     try:
-        configured = {"compare": CompareConfig, "ntk": KernelConfig}.get(words[0]) if words else None
+        configured = (
+            {"compare": CompareConfig, "ntk": KernelConfig, "bounds": BoundsConfig}.get(words[0]) if words else None
+        )
         if configured is not None and (file := config_file.find(words)) is not None:
             # Before the others, so that what stands on the command line counts.
             known = set(config_file.flat_options(configured())) - {"config", "debug"}
             words[1:1] = config_file.read(file, known)
         tyro.extras.subcommand_cli_from_dict(
-            {"compare": compare, "ntk": ntk, "doctor": doctor},
+            {"compare": compare, "ntk": ntk, "bounds": bounds, "doctor": doctor},
             prog="jaxlin",
             description="Linearized fine-tuning of transformer language models.",
             config=(tyro.conf.OmitArgPrefixes,),

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 PLAIN_INTERVAL_S = 10.0
-UNITS = {"Jacobians": "examples", "training": "steps", "kernel tiles": "tiles"}
+UNITS = {"Jacobians": "examples", "training": "steps", "kernel tiles": "tiles", "derivatives": "models"}
 
 
 def _clock(seconds: float) -> str:

@@ -86,7 +86,14 @@ class RunFolder:
         """
         try:
             if not self.resume:
-                for old in ("all_results.json", "table.csv", "spectrum.csv", "log.jsonl", "run.log"):
+                for old in (
+                    "all_results.json",
+                    "table.csv",
+                    "spectrum.csv",
+                    "measurements.csv",
+                    "log.jsonl",
+                    "run.log",
+                ):
                     (self.path / old).unlink(missing_ok=True)
                 for folder in ("tensorboard", "figures", "kernel.zarr", "kernel_eval.zarr"):
                     if (self.path / folder).is_dir():

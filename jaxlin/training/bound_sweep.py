@@ -28,8 +28,8 @@ from jaxlin.tunable import Tunable
 LAM_REL = (0.1, 1.0, 10.0, 100.0)
 """Default grid of λ, in units of μ₁."""
 
-SCALINGS = {"distance": -1, "parameter_gap": -2, "output_gap": -2, "same_theta_gap": -2, "kernel_drift": -1}
-"""Log-log slopes in λ → ∞ of what is measured at the end (theory 5)."""
+_SCALING = ("distance", "parameter_gap", "output_gap", "same_theta_gap", "kernel_drift")
+"""What falls as a power of λ as λ → ∞ (theory 5): the first and last as 1/λ, the gaps as 1/λ²."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -294,7 +294,7 @@ def _measurements(run: Descent, labels: Row) -> list[Row]:
 
 
 def slopes(runs: Sequence[Descent]) -> dict[str, float | None]:
-    """Returns the log-log slope in λ of what was measured at the end, between the two largest λ; see `SCALINGS`.
+    """Returns the log-log slope in λ of what was measured at the end, between the two largest λ (theory 5).
 
     Args:
         runs: Of the sweep.
@@ -304,7 +304,7 @@ def slopes(runs: Sequence[Descent]) -> dict[str, float | None]:
     """
     two = sorted((run for run in runs if run.lam > 0), key=lambda run: run.lam)[-2:]
     found: dict[str, float | None] = {}
-    for name in SCALINGS:
+    for name in _SCALING:
         ends = [float(getattr(run, name)[-1]) for run in two]
         known = len(ends) == 2 and min(ends) > 0
         found[name] = float(np.log(relative(ends[1], ends[0])) / np.log(two[1].lam / two[0].lam)) if known else None
