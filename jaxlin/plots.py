@@ -264,6 +264,7 @@ _BOUND_PANELS: tuple[tuple[str, tuple[tuple[str, str, tuple[str, ...]], ...]], .
     ),
     ("(d) Change of the kernel", (("kernel_drift", "#000000", ("5(d)",)),)),
 )
+_DOTS = (0, (1, 2))
 _BOUND_STYLES = {
     "4(a)": ("#0072B2", "s--"),
     "4(b)": ("#E69F00", "D-."),
@@ -299,6 +300,9 @@ def bounds(table: Sequence[Row], title: str) -> Figure:
                     _bound(axis, [row for row in table if row["bound"].startswith(name)], name)
                 rows = [row for row in table if row["bound"].startswith(names[0])]
                 _measured(axis, rows, measured, colour)
+            axis.plot(
+                [], [], color="#000000", lw=0.8, ls=_DOTS, label=f"slope {SCALINGS[lines[0][0]]}".replace("-", "−")
+            )
             axis.set(title=heading, ylabel="Euclidean norm" if "kernel" not in heading else "spectral norm")
             axis.legend()
     return figure
@@ -311,9 +315,8 @@ def _bound(axis: Axes, rows: Sequence[Row], name: str) -> None:
     x = _lam_axis(axis, [row["lam_over_mu1"] for row in rows], "λ/μ₁")
     y = np.array([row["value"] if 0 < row["value"] < np.inf else np.nan for row in rows])
     label = f"bound {name}" + (", H sampled" if name.startswith("5") else "")
-    axis.plot(x, y, style[1:], color=colour, label="_", zorder=1)
+    axis.plot(x, y, style, color=colour, label=label)
     hollow = np.array([not row["applies"] for row in rows])
-    axis.plot(x, np.where(hollow, np.nan, y), style[0], color=colour, label=label)
     axis.plot(x, np.where(hollow, y, np.nan), style[0], color=colour, mfc="white", label="_")
     failing = np.array([row["holds"] is False for row in rows])
     if failing.any():
@@ -329,4 +332,4 @@ def _measured(axis: Axes, rows: Sequence[Row], name: str, colour: str) -> None:
     large = x[x >= 1]
     if len(large) > 1 and np.isfinite(y[-1]):
         guide = 0.5 * y[-1] * (large / large[-1]) ** SCALINGS[name]
-        axis.plot(large, guide, color=colour, lw=0.8, ls=(0, (1, 2)), label=f"slope {SCALINGS[name]}".replace("-", "−"))
+        axis.plot(large, guide, color=colour, lw=0.8, ls=_DOTS, label="_")

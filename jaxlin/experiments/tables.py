@@ -141,7 +141,11 @@ def bound_lines(table: Sequence[Mapping[str, Any]], slopes: Mapping[str, float |
         "* uses H or β, the largest of samples along the runs and in random directions: estimates from below, so that "
         "holding is no proof"
     )
-    known = [f"{plots.MEASURED[name]} {slope:.2f} ({plots.SCALINGS[name]})" for name, slope in slopes.items() if slope]
+    known = [
+        f"{plots.MEASURED[name]} {slope:.2f} ({plots.SCALINGS[name]})"
+        for name, slope in slopes.items()
+        if slope is not None
+    ]
     if known:
         lines.append(f"log-log slopes between the two largest λ (theory, λ → ∞): {', '.join(known)}")
     return lines

@@ -32,6 +32,10 @@ _SCALING = ("distance", "parameter_gap", "output_gap", "same_theta_gap", "kernel
 """What falls as a power of λ as λ → ∞ (theory 5): the first and last as 1/λ, the gaps as 1/λ²."""
 
 
+_BETA_TOLERANCE = 1e-2
+"""Relative residual of β away from θ₀, where Lanczos starts from θ₀'s vector."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class BoundSweep:
     """What `bound_sweep` gives.
@@ -192,6 +196,7 @@ def bound_sweep(
         "mu_1": mu1,
         "beta_start": origin.beta.value,
         "beta_start_residual": origin.beta.residual,
+        "beta_residual_at_most": _BETA_TOLERANCE,
         "risk_start": origin.risk,
         "constants": constants,
         "slopes": slopes(runs),
@@ -233,7 +238,7 @@ def _sample(
     origin: Origin, runs: Sequence[Descent], directions: int, seed: int, tick: Callable[[int], None]
 ) -> _Samples:
     lipschitz, beta = [(0.0, 0.0)], [(0.0, origin.beta.value)]
-    near = functools.partial(smoothness, start=origin.beta.vector, tolerance=1e-2, width=4)
+    near = functools.partial(smoothness, start=origin.beta.vector, tolerance=_BETA_TOLERANCE, width=4)
     for run in runs:
         lipschitz += zip(run.distance.tolist(), run.ratio.tolist(), strict=True)
         lipschitz.append((float(run.distance[-1]) / 2, run.middle_ratio))
