@@ -80,14 +80,15 @@ def _matrix(array: Float[np.ndarray, "N N C C"]) -> Float[np.ndarray, "m m"]:
     return array.transpose(0, 2, 1, 3).reshape(n * c, n * c)
 
 
-def _largest(symmetric: Float[np.ndarray, "m m"]) -> float:
+def _largest(symmetric: Float[np.ndarray, "*k m m"]) -> float:
+    """Largest |eigenvalue| of one symmetric matrix, or of several."""
     if not np.isfinite(symmetric).all():
         raise FloatingPointError("the model's derivatives are NaN or infinite there")
     return float(np.abs(np.linalg.eigvalsh(symmetric)).max())
 
 
 def _largest_block_norm(blocks: Float[np.ndarray, "k C C"]) -> float:
-    return max(map(_largest, blocks @ blocks.transpose(0, 2, 1))) ** 0.5
+    return _largest(blocks @ blocks.transpose(0, 2, 1)) ** 0.5
 
 
 def _own(array: Float[np.ndarray, "N N C C"]) -> Float[np.ndarray, "N C C"]:
@@ -128,21 +129,24 @@ class DenseChange:
 
     def norms(self, theta: PyTree, quantities: Collection[str]) -> dict[str, Norm]:
         """Returns norms of what has changed between θ₀ and θ; see `change`."""
-        jac = self._jacobian(theta)
-        found, sample = {}, self.sample
-        if {STACKED, PER_EXAMPLE} & set(quantities):
+        jac, wanted, sample = self._jacobian(theta), set(quantities), self.sample
+        found = {}
+        if {STACKED, PER_EXAMPLE} & wanted:
             n, c = jac.outputs.shape
             square = np.zeros((n, n, c, c))
             for path in {**self.start.rows, **jac.rows}:
                 moved = np.asarray(jac.rows.get(path, 0.0) - self.start.rows.get(path, np.zeros(())))
                 square += gram(moved, moved)
-            found[STACKED] = _largest(_matrix(square)) ** 0.5
-            found[PER_EXAMPLE] = _largest_block_norm(_own(square)[sample.examples]) ** 0.5
-        if {PER_PAIR, DRIFT} & set(quantities):
+        if {PER_PAIR, DRIFT} & wanted:
             drift = self.kernel(jac) - self.kernel0
+        if STACKED in wanted:
+            found[STACKED] = _largest(_matrix(square)) ** 0.5
+        if PER_EXAMPLE in wanted:
+            found[PER_EXAMPLE] = _largest_block_norm(_own(square)[sample.examples]) ** 0.5
+        if DRIFT in wanted:
             found[DRIFT] = _largest(_matrix(drift))
-            members = sample.members
-            found[PER_PAIR] = _largest_block_norm(sample.of_pairs(drift[np.ix_(members, members)]))
+        if PER_PAIR in wanted:
+            found[PER_PAIR] = _largest_block_norm(sample.of_pairs(drift[np.ix_(sample.members, sample.members)]))
         return {name: Norm(found[name]) for name in quantities}
 
 
