@@ -27,6 +27,7 @@ from jaxlin.peft.function import merge
 from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
 from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, select
+from jaxlin.selection import LayerSelection, select_layers
 from jaxlin.theory.blockwise import BlockwiseRegression, blockwise_regression
 from jaxlin.theory.calibration import Calibration, calibration
 from jaxlin.theory.early_stopping import EarlyStopping, early_stopping
@@ -34,6 +35,7 @@ from jaxlin.theory.logistic import KernelLogisticRegression, kernel_logistic_reg
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.compare import Comparison, compare
+from jaxlin.training.report import LinearizationReport, linearization_report
 from jaxlin.training.trainer import TrainConfig, TrainResult, predict, train
 from jaxlin.tunable import Tunable
 
@@ -47,6 +49,8 @@ __all__ = [
     "Kernel",
     "KernelLogisticRegression",
     "KernelRegression",
+    "LayerSelection",
+    "LinearizationReport",
     "LipschitzProfile",
     "Model",
     "NTKOperator",
@@ -74,6 +78,7 @@ __all__ = [
     "kernel_regression",
     "lanczos_quadrature",
     "layer_norm_only",
+    "linearization_report",
     "linearize",
     "lipschitz_profile",
     "load_kernel",
@@ -90,6 +95,7 @@ __all__ = [
     "predict",
     "probe_head",
     "select",
+    "select_layers",
     "sketch",
     "spectral_density",
     "spectrum",

@@ -15,9 +15,21 @@ from jaxlin.theory.inequalities import (
     same_theta_gap,
     selective_direction,
 )
+from jaxlin.theory.perturbation import (
+    Perturbation,
+    condition,
+    perturbation,
+    perturbation_table,
+    relative,
+    tightest,
+    weyl,
+    weyl_all_pairs,
+)
 
 __all__ = [
     "Bound",
+    "Perturbation",
+    "condition",
     "contraction",
     "descent_step",
     "distance_a_posteriori",
@@ -27,7 +39,13 @@ __all__ = [
     "monotone_descent",
     "output_gap",
     "parameter_gap",
+    "perturbation",
+    "perturbation_table",
     "pull_sum",
+    "relative",
     "same_theta_gap",
     "selective_direction",
+    "tightest",
+    "weyl",
+    "weyl_all_pairs",
 ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +20,8 @@ from jaxlin.experiments.compare import CompareConfig
 from jaxlin.experiments.compare import run as run_compare
 from jaxlin.experiments.kernel import KernelConfig
 from jaxlin.experiments.kernel import run as run_ntk
+from jaxlin.experiments.select import SelectConfig
+from jaxlin.experiments.select import run as run_select
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -51,6 +55,11 @@ def bounds(config: Annotated[BoundsConfig, tyro.conf.arg(name="")]) -> None:
     run_bounds(config)
 
 
+def select(config: Annotated[SelectConfig, tyro.conf.arg(name="")]) -> None:
+    """Choose which layers and modules to adapt, by tangent kernels before anything is trained."""
+    run_select(config)
+
+
 def doctor() -> None:
     """Print versions, devices, precision, what can be imported, and where models and data are found."""
     from jaxlin.experiments.doctor import report
@@ -59,26 +68,19 @@ def doctor() -> None:
         print(f"{topic:>18}  {text}")
 
 
-def main() -> None:
-    """Runs the command line; exits with 2 on bad input, 1 on a failed run, 130 when interrupted."""
-    set_up()
-    words = sys.argv[1:]
-    debug = "--debug" in words
+@contextlib.contextmanager
+def one_sentence(debug: bool = False) -> Iterator[None]:
+    """Ends the program on an error of the user's, or of a run, with one sentence and its exit code.
+
+    Args:
+        debug: Whether errors are shown with their traceback instead.
+
+    Raises:
+        InputError: With `debug`, as it came.
+        TrainingDivergedError: Likewise.
+    """
     try:
-        configured = (
-            {"compare": CompareConfig, "ntk": KernelConfig, "bounds": BoundsConfig}.get(words[0]) if words else None
-        )
-        if configured is not None and (file := config_file.find(words)) is not None:
-            # Before the others, so that what stands on the command line counts.
-            known = set(config_file.flat_options(configured())) - {"config", "debug"}
-            words[1:1] = config_file.read(file, known)
-        tyro.extras.subcommand_cli_from_dict(
-            {"compare": compare, "ntk": ntk, "bounds": bounds, "doctor": doctor},
-            prog="jaxlin",
-            description="Linearized fine-tuning of transformer language models.",
-            config=(tyro.conf.OmitArgPrefixes,),
-            args=words,
-        )
+        yield
     except (InputError, TrainingDivergedError) as error:
         if debug:
             raise
@@ -87,3 +89,23 @@ def main() -> None:
     except KeyboardInterrupt:
         print("jaxlin: interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+
+
+def main() -> None:
+    """Runs the command line; exits with 2 on bad input, 1 on a failed run, 130 when interrupted."""
+    set_up()
+    words = sys.argv[1:]
+    with one_sentence("--debug" in words):
+        commands = {"compare": CompareConfig, "ntk": KernelConfig, "select": SelectConfig, "bounds": BoundsConfig}
+        configured = commands.get(words[0]) if words else None
+        if configured is not None and (file := config_file.find(words)) is not None:
+            # Before the others, so that what stands on the command line counts.
+            known = set(config_file.flat_options(configured())) - {"config", "debug"}
+            words[1:1] = config_file.read(file, known)
+        tyro.extras.subcommand_cli_from_dict(
+            {"compare": compare, "ntk": ntk, "select": select, "bounds": bounds, "doctor": doctor},
+            prog="jaxlin",
+            description="Linearized fine-tuning of transformer language models.",
+            config=(tyro.conf.OmitArgPrefixes,),
+            args=words,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,20 @@ MEASURED = {
 SCALINGS = {"distance": -1, "parameter_gap": -2, "output_gap": -2, "same_theta_gap": -2, "kernel_drift": -1}
 """Log-log slopes in λ → ∞ of these (theory 5)."""
 
+CRITERIA = {
+    "condition_number": "condition number κ",
+    "regularized_condition_number": "κ with λ",
+    "mu_max": "μ_max",
+    "mu_min": "μ_min",
+    "trace": "trace",
+    "effective_dimension": "effective dimension",
+    "alignment": "alignment with r₀",
+    "residual_share": "share of r₀ in the top tenth",
+    "leave_one_out_error": "leave-one-out loss",
+    "log_marginal_likelihood": "log marginal likelihood",
+    "validation_error": "held-out loss",
+}
+"""Criteria that layers are chosen by, in words."""
 _STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -160,6 +175,44 @@ def late(table: Sequence[Row], title: str) -> Figure:
         axis.set_xticks(sorted({row["linearize_at"] for row in rows}))
         axis.legend(title=f"pull {label}", loc="center left", bbox_to_anchor=(1, 0.5))
         figure.suptitle(title, fontsize=7)
+    return figure
+
+
+def linearization(table: Sequence[Row], top: int, title: str) -> Figure:
+    """Draws kernel drift, both output gaps and the turn of the top eigenspace against steps, a line a λ.
+
+    Args:
+        table: Of `linearization_report`, with the columns `lam` and `lam_over_mu1`.
+        top: k of the eigenspace.
+        title: What was fine-tuned, with sample sizes.
+
+    Returns:
+        The figure, for `save`.
+    """
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "kernel_drift": ("(a) Kernel drift", "‖K−K₀‖ / ‖K₀‖"),
+        "same_theta_gap_relative": ("(b) Same-θ gap, training examples", "‖f(θ)−f̄(θ)‖ / ‖f(θ)−f₀‖"),
+        "trajectory_gap_relative": ("(c) Trajectory gap, training examples", "‖f(θ)−f̄(θ̄)‖ / ‖f(θ)−f₀‖"),
+        "eigenspace_angle": (f"(d) Turn of the top-{top} eigenspace", "largest principal angle in °"),
+    }
+    figure, axes = _figure(2, 2, 7.0, 4.8)
+    column, name = strength(table)
+    lams = sorted({row["lam"] for row in table})
+    with plt.rc_context(_STYLE):
+        figure.suptitle(title, fontsize=8.5)
+        shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(lams)))
+        for axis, (key, (heading, unit)) in zip(axes.flat, panels.items(), strict=True):
+            for lam, shade, marker in zip(lams, shades, itertools.cycle("os^Dv")):
+                rows = [row for row in table if row["lam"] == lam]
+                values = [np.nan if row[key] is None else row[key] for row in rows]
+                axis.plot(
+                    [row["step"] for row in rows], values, f"{marker}-", color=shade, label=f"{rows[0][column]:.3g}"
+                )
+            axis.set(title=heading, ylabel=unit, xlabel="step", ylim=(0, None))
+        handles, labels = axis.get_legend_handles_labels()
+        figure.legend(handles, labels, title=f"pull {name}", loc="outside right center")
     return figure
 
 
@@ -333,3 +386,153 @@ def _measured(axis: Axes, rows: Sequence[Row], name: str, colour: str) -> None:
     if len(large) > 1 and np.isfinite(y[-1]):
         guide = 0.5 * y[-1] * (large / large[-1]) ** SCALINGS[name]
         axis.plot(large, guide, color=colour, lw=0.8, ls=_DOTS, label="_")
+
+
+def svg(figure: Figure) -> str:
+    """Returns a figure as an `<svg>` element for a page, and closes it; its text stays text."""
+    import io
+
+    import matplotlib.pyplot as plt
+
+    stream = io.StringIO()
+    with plt.rc_context(_STYLE):
+        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    plt.close(figure)
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
+
+
+def candidates(table: Sequence[Row], criterion: str, title: str) -> Figure:
+    """Draws every candidate: the criterion against parameters, and a predicted loss against the criterion.
+
+    The loss is that of held-out examples where there are any, else leave-one-out; where that is the criterion itself,
+    it is the condition number.
+
+    Args:
+        table: Of a `LayerSelection`, the best first.
+        criterion: What it was ranked by.
+        title: What the kernels are of, with sample sizes.
+
+    Returns:
+        The figure, for `save` or `svg`.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = _figure(1, 2, 7.0, 2.9)
+    wanted = ("validation_error", "leave_one_out_error", "condition_number")
+    other = next(name for name in wanted if name in table[0] and name != criterion)
+    params, values, others = (np.array([row[key] for row in table], float) for key in ("num_params", criterion, other))
+    marks = [
+        (np.arange(6, len(table)), "o", 9, COLOURS["start"], "other candidates"),
+        (np.arange(1, min(6, len(table))), "D", 18, COLOURS["linear_probe"], "next five"),
+        (np.arange(1), "*", 110, COLOURS["linearized"], "chosen"),
+    ]
+    with plt.rc_context(_STYLE):
+        for rows, marker, size, colour, label in marks:
+            for axis, x, y in ((axes[0, 0], params, values), (axes[0, 1], values, others)):
+                axis.scatter(x[rows], y[rows], marker=marker, s=size, color=colour, label=label, linewidths=0, zorder=3)
+        axes[0, 0].set(title="(a) By number of parameters", xlabel="tuned parameters", ylabel=CRITERIA[criterion])
+        axes[0, 0].set_yscale(_scale(values))
+        axes[0, 1].set(title="(b) Against another criterion", xlabel=CRITERIA[criterion], ylabel=CRITERIA[other])
+        axes[0, 1].set(xscale=_scale(values), yscale=_scale(others))
+        axes[0, 0].legend()
+        figure.suptitle(title, fontsize=8)
+    return figure
+
+
+def _scale(values: np.ndarray) -> str:
+    return "log" if (values > 0).all() and values.max() > 30 * values.min() else "linear"
+
+
+def cells(table: Sequence[Row], title: str, share: float = 0.1) -> Figure:
+    """Draws how often each module of each layer is in the best candidates; those chosen are framed.
+
+    Args:
+        table: Of a `LayerSelection`, the best first.
+        title: What the kernels are of.
+        share: Of the candidates that count as the best, at least five.
+
+    Returns:
+        The figure, for `save` or `svg`.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
+
+    layers = sorted({int(layer) for row in table for layer in row["layers"].split()})
+    modules = list(dict.fromkeys(module for row in reversed(table) for module in row["modules"].split()))
+    modules.sort(key=lambda module: (module.rpartition("/")[0], module))
+    top = table[: max(5, round(share * len(table)))]
+    counts = np.zeros((len(modules), len(layers)))
+    for row in top:
+        for module in row["modules"].split():
+            for layer in row["layers"].split():
+                counts[modules.index(module), layers.index(int(layer))] += 1 / len(top)
+    figure, axes = _figure(1, 1, 1.9 + 0.38 * len(layers), 1.3 + 0.28 * len(modules))
+    axis = axes[0, 0]
+    with plt.rc_context(_STYLE):
+        image = axis.imshow(counts, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        for module in table[0]["modules"].split():
+            for layer in table[0]["layers"].split():
+                corner = (layers.index(int(layer)) - 0.44, modules.index(module) - 0.44)
+                axis.add_patch(Rectangle(corner, 0.88, 0.88, fill=False, edgecolor=COLOURS["linearized"], lw=1.8))
+        axis.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+        axis.set_yticks(range(len(modules)), modules)
+        axis.grid(False)
+        axis.set(title=title, xlabel="layer (framed: chosen)")
+        figure.colorbar(image, label=f"share of the best {len(top)}")
+    return figure
+
+
+def spectra(specs: Mapping[str, Spectrum], title: str) -> Figure:
+    """Draws the spectra of several sets of blocks, with the noise floor of the first.
+
+    Args:
+        specs: `"chosen"`, and `"everything"`, `"runner-up"` where there are such, to a spectrum.
+        title: What the kernels are of.
+
+    Returns:
+        The figure, for `save` or `svg`.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = _figure(1, 1, 3.9, 2.9)
+    axis = axes[0, 0]
+    shades = {"chosen": COLOURS["linearized"], "everything": COLOURS["full"], "runner-up": COLOURS["linear_probe"]}
+    styles = {"chosen": "-", "everything": "--", "runner-up": ":"}
+    with plt.rc_context(_STYLE):
+        for name, spec in specs.items():
+            mu = np.where(spec.eigenvalues > spec.noise_floor, spec.eigenvalues, np.nan)
+            width = 2.4 if name == "chosen" else 1.3
+            axis.loglog(np.arange(1, len(mu) + 1), mu, styles[name], color=shades[name], label=name, lw=width)
+        first = next(iter(specs.values()))
+        if first.resolution > first.eigenvalues[-1] / 100:  # else it is far below the axis
+            axis.axhline(first.resolution, color=COLOURS["start"], lw=0.9, ls="-.", label="resolved to 10 % (chosen)")
+        axis.set(title=title, xlabel="index", ylabel="eigenvalue above the noise")
+        axis.legend()
+    return figure
+
+
+def lam_curve(curve: Sequence[Mapping[str, float]], chosen: float, title: str) -> Figure:
+    """Draws leave-one-out loss and log marginal likelihood against λ/μ₁.
+
+    Args:
+        curve: Rows with `lam_rel`, `leave_one_out_error`, `log_marginal_likelihood`.
+        chosen: λ/μ₁ that is suggested.
+        title: What the kernel is of.
+
+    Returns:
+        The figure, for `save` or `svg`.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = _figure(1, 2, 7.0, 2.5)
+    x = [row["lam_rel"] for row in curve]
+    panels = (("leave_one_out_error", "leave-one-out loss"), ("log_marginal_likelihood", "log marginal likelihood"))
+    with plt.rc_context(_STYLE):
+        for axis, (column, label) in zip(axes[0], panels, strict=True):
+            axis.semilogx(x, [row[column] for row in curve], "o-", ms=2.5, color=COLOURS["full"])
+            axis.axvline(chosen, color=COLOURS["linearized"], lw=1.2, ls="--", label=f"suggested, {chosen:.2g}")
+            axis.set(xlabel="pull λ/μ₁", ylabel=label)
+            axis.legend()
+        figure.suptitle(title, fontsize=8)
+    return figure

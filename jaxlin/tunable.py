@@ -30,10 +30,25 @@ CLASSIFIER_DENSE = "classifier_dense"
 """Name of the dense map that is part of the classification head in front of it, where a model has one."""
 
 
+_LAYER = re.compile(r"(?:^|/)(?:layers?|blocks?|h)[_/]?(\d+)(?:/|$)")
+
+
 def layer_index(path: str) -> int | None:
     """Returns the index of the layer that a path lies in (`layer_3`, `layers/3`, `h/3`, `block_3`, …), if any."""
-    found = re.search(r"(?:^|/)(?:layers?|blocks?|h)[_/]?(\d+)(?:/|$)", path)
+    found = _LAYER.search(path)
     return None if found is None else int(found.group(1))
+
+
+def module_in_layer(block: str) -> str | None:
+    """Returns the module that a block of `group_paths(…, "module")` is of, its path within its layer, if any.
+
+    `"attention/query"` for `encoder/layer_3/attention/query/lora_B`; empty where the layer itself is the module.
+    """
+    found = _LAYER.search(block)
+    if found is None:
+        return None
+    module, _, name = block[found.end() :].rpartition("/")
+    return module if name in ADAPTER_NAMES else "/".join(filter(None, (module, name)))
 
 
 def first_match(

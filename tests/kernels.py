@@ -29,3 +29,9 @@ SIZES = {"P > m": 20, "P < m": 5}
 def alike(matrix, symmetric=True):
     """A kernel [N1, N2] that stands for K ⊗ I_C."""
     return Kernel({"all": matrix}, symmetric, INFO, {"all": ("all",)}, kind="trace", of_two_sets=not symmetric)
+
+
+def each_alone(matrix, c, symmetric=True):
+    """A kernel [N1, N2, C] of kind "diagonal", every output's kernel the same."""
+    array = np.repeat(matrix[:, :, None], c, axis=2)
+    return Kernel({"all": array}, symmetric, INFO, {"all": ("all",)}, kind="diagonal", of_two_sets=not symmetric)

@@ -107,6 +107,41 @@ def test_linearizing_late(run, arguments, tmp_path):
     assert (tmp_path / "out" / "figures" / "linearize_at.png").stat().st_size > 5000
 
 
+def test_tracking_the_linearization(run, arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    options = {**arguments, "lam_rel": [0, 0.1], "track_linearization": ["0,1", "3"]}
+    code, out, err = run(*cases.flags(options))
+    assert code == 0, err
+    folder = tmp_path / "out"
+    with (folder / "linearization.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(float(row["lam_over_mu1"]), int(row["step"])) for row in rows] == [
+        (share, step) for share in (0, 0.1) for step in (0, 1, 3)
+    ]
+    reports = json.loads((folder / "all_results.json").read_text())["linearization"]
+    assert [row for report in reports for row in report["table"]] == [
+        {name: json.loads(value) for name, value in row.items()} for row in rows
+    ]
+    full = [row for row in json.loads((folder / "all_results.json").read_text())["table"] if row["arm"] == "full"]
+    for report, row in zip(reports, full, strict=True):
+        assert report["lam"] == row["lam"]
+        last = report["table"][-1]
+        for ours, theirs in (("distance", "distance"), ("parameter_gap", "parameter_gap")):
+            assert last[ours] == pytest.approx(row[theirs])
+        assert last["trajectory_gap"] == pytest.approx(row["output_gap_train"], rel=1e-2)
+        assert report["verdict"] in out
+    assert "linearization report: 6/6" in err
+    assert (folder / "figures" / "linearization.png").stat().st_size > 5000
+    start = out.index("Along full fine-tuning")
+    assert max(map(len, (line.rstrip() for line in out[start : out.index("λ/μ₁ = 0:")].splitlines()))) <= 80
+    code, _, err = run(*cases.flags({**options, "track_linearization": ["two"], "overwrite_output_dir": True}))
+    assert code == 2
+    assert "--track_linearization two: expected steps, such as 0,10,50" in err
+    code, _, err = run(*cases.flags({**options, "track_linearization": ["4"], "overwrite_output_dir": True}))
+    assert code == 2
+    assert "track_linearization=4 is no step of this run; expected 0 to 3" in err
+
+
 def test_the_file_that_a_run_wrote_runs_it_again(run, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # relative paths in, absolute ones in the file
     relative = {**arguments, "train_file": "train.tsv", "validation_file": "validation.tsv"}

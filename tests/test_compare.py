@@ -7,7 +7,8 @@ from rich.console import Console
 
 import jaxlin as jl
 from jaxlin.experiments.tables import gap_tables, score_table
-from jaxlin.training.gaps import distances, kl_divergence, relative
+from jaxlin.theory.drift import relative
+from jaxlin.training.gaps import distances, kl_divergence
 from tests import cases
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import jaxlin as jl
-from jaxlin.theory.early_stopping import early_stopping
 from tests.kernels import SIZES, alike, kernel_of, problem
 
 
@@ -33,7 +32,7 @@ def test_curves_equal_descent(p, lam, momentum):
     rate, steps = 0.5 / (np.linalg.norm(jac, 2) ** 2 + lam), (0, 1, 2, 7, 40)
     fit = jl.kernel_regression(kernel_of(jac, 6), y, f0, lam)
     options = {"learning_rate": rate, "momentum": momentum}
-    found = early_stopping(fit, steps, validation=(kernel_of(jac_test, 4, jac), f0_test, y_val), **options)
+    found = jl.early_stopping(fit, steps, validation=(kernel_of(jac_test, 4, jac), f0_test, y_val), **options)
     deltas = descend(jac, (f0 - y).reshape(-1), lam, rate, momentum, steps)
     train = [mean_loss(f0 + (jac @ d).reshape(6, 2), y) for d in deltas]
     held_out = [mean_loss(f0_test + (jac_test @ d).reshape(4, 2), y_val) for d in deltas]
@@ -49,7 +48,7 @@ def test_curves_equal_descent(p, lam, momentum):
         others = jac.reshape(6, 2, -1)[rest].reshape(10, -1)
         for k, d in enumerate(descend(others, (f0 - y)[rest].reshape(-1), lam, rate, momentum, steps)):
             left_out[k, i] = f0[i] + jac[2 * i : 2 * i + 2] @ d
-    loo = early_stopping(fit, steps, **options)
+    loo = jl.early_stopping(fit, steps, **options)
     np.testing.assert_allclose(loo.held_out_loss, [mean_loss(one, y) for one in left_out], atol=1e-9)
     np.testing.assert_allclose(loo.train_loss, train, atol=1e-9)
     assert loo.held_out == "leave-one-out"
@@ -58,12 +57,12 @@ def test_curves_equal_descent(p, lam, momentum):
 def test_the_limit_of_the_flow_is_leave_one_out_in_closed_form():
     jac, _, f0, _, y = problem(1)
     fit = jl.kernel_regression(kernel_of(jac, 6), y, f0, 0.3)
-    found = early_stopping(fit, [0.0, 1e9, math.inf])
+    found = jl.early_stopping(fit, [0.0, 1e9, math.inf])
     np.testing.assert_allclose(found.held_out_loss[1:], mean_loss(fit.leave_one_out(), y), rtol=1e-9)
     assert found.held_out_loss[0] == pytest.approx(mean_loss(f0, y))
     alone = jl.kernel_regression(alike(jac[::2] @ jac[::2].T), y, f0, 0.3)
     np.testing.assert_allclose(
-        early_stopping(alone, [math.inf]).held_out_loss, mean_loss(alone.leave_one_out(), y), rtol=1e-9
+        jl.early_stopping(alone, [math.inf]).held_out_loss, mean_loss(alone.leave_one_out(), y), rtol=1e-9
     )
 
 
@@ -102,7 +101,7 @@ def test_bad_curves():
         ([1.0], {"validation": (cross, f0, y)}, "kernel_test_train has a matrix of shape"),
     ):
         with pytest.raises(jl.InputError, match=message):
-            early_stopping(fit, times, **options)
+            jl.early_stopping(fit, times, **options)
     one = jl.kernel_regression(kernel_of(jac[:2], 1), y[:1], f0[:1], 0.3)
     with pytest.raises(jl.InputError, match="at least two"):
-        early_stopping(one, [1.0])
+        jl.early_stopping(one, [1.0])

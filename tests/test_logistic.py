@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 import jaxlin as jl
 from jaxlin.training.losses import to_mean
 from tests import cases
-from tests.kernels import alike, kernel_of
+from tests.kernels import alike, each_alone, kernel_of
 
 
 def problem(seed, n=7, c=3, p=25, repeated=False):
@@ -93,6 +93,7 @@ def test_equals_scikit_learn():
     for kernel, cross in (
         (kernel_of(jac, 30), kernel_of(np.kron(test, np.eye(3)), 5, jac)),
         (alike(x @ x.T), alike(test @ x.T, False)),
+        (each_alone(x @ x.T, 3), each_alone(test @ x.T, 3, False)),
     ):
         fit = jl.kernel_logistic_regression(kernel, labels, zero, 0.7)
         np.testing.assert_allclose(log_softmax(fit.test(cross, np.zeros((5, 3))), axis=1), expected, atol=1e-6)

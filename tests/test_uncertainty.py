@@ -5,8 +5,7 @@ import pytest
 from scipy.stats import multivariate_normal, norm
 
 import jaxlin as jl
-from jaxlin.theory.calibration import calibration
-from tests.kernels import SIZES, alike, kernel_of, problem
+from tests.kernels import SIZES, alike, each_alone, kernel_of, problem
 
 
 def in_parameter_space(jac, jac_test, f0, y, lam):
@@ -41,14 +40,17 @@ def test_posterior_equals_bayesian_regression(p, repeated):
 
 
 def test_posterior_of_outputs_alike():
-    jac, jac_test, f0, f0_test, y = problem(1, n=6, c=1)
+    jac, jac_test, *_ = problem(1, n=6, c=1)
     f0, y, f0_test = (np.random.default_rng(k).normal(size=(n, 3)) for k, n in enumerate((6, 6, 4)))
-    fit = jl.kernel_regression(alike(jac @ jac.T), y, f0, 0.7)
-    cross, k_test = alike(jac_test @ jac.T, False), jac_test @ jac_test.T
-    for one in (alike(k_test), np.diag(k_test).copy()):
-        mean, covariance = fit.test(cross, f0_test, kernel_test=one, return_variance=True)
-        full = np.kron(jac, np.eye(3)), np.kron(jac_test, np.eye(3))
-        expected = in_parameter_space(*full, f0, y, 0.7)
+    k, k_cross, k_test = jac @ jac.T, jac_test @ jac.T, jac_test @ jac_test.T
+    expected = in_parameter_space(np.kron(jac, np.eye(3)), np.kron(jac_test, np.eye(3)), f0, y, 0.7)
+    for kernel, cross, given in (
+        (alike(k), alike(k_cross, False), alike(k_test)),
+        (alike(k), alike(k_cross, False), np.diag(k_test).copy()),
+        (each_alone(k, 3), each_alone(k_cross, 3, False), each_alone(k_test, 3)),
+    ):
+        fit = jl.kernel_regression(kernel, y, f0, 0.7)
+        mean, covariance = fit.test(cross, f0_test, kernel_test=given, return_variance=True)
         np.testing.assert_allclose(mean, f0_test + expected[0].reshape(4, 3), atol=1e-10)
         np.testing.assert_allclose(covariance, blocks_of(expected[1], 4), atol=1e-10)
 
@@ -69,7 +71,7 @@ def test_calibration_equals_its_definition():
     mean = f0_test + mean.reshape(4, 2)
     predictive = blocks_of(covariance, 4) + scale * 0.7 * np.eye(2)
     fit = jl.kernel_regression(kernel_of(jac, 6), y, f0, 0.7)
-    found = calibration(fit, kernel_of(jac_test, 4, jac), f0_test, y_test, kernel_of(jac_test, 4), (0.3, 0.9))
+    found = jl.calibration(fit, kernel_of(jac_test, 4, jac), f0_test, y_test, kernel_of(jac_test, 4), (0.3, 0.9))
     surprise = [-multivariate_normal(mean[i], predictive[i]).logpdf(y_test[i]) for i in range(4)]
     squared = [(y_test - mean)[i] @ np.linalg.inv(predictive[i]) @ (y_test - mean)[i] / 2 for i in range(4)]
     assert found.negative_log_density == pytest.approx(np.mean(surprise), rel=1e-9)
@@ -93,10 +95,10 @@ def test_a_right_model_is_calibrated_and_a_wrong_one_is_not():
     held_out = (kernel_of(jac_test, m, jac), f0_test)
     blocks = blocks_of(jac_test @ jac_test.T, m)
     assert fit.scale == pytest.approx(sigma**2, rel=0.3)
-    found = calibration(fit, *held_out, y_test, blocks)
+    found = jl.calibration(fit, *held_out, y_test, blocks)
     assert np.all(np.abs(found.coverage - found.levels) < 4 * found.coverage_error)
     assert abs(found.squared_residual - 1) < 4 * found.squared_residual_error + 0.1  # σ² is itself an estimate
-    wrong = calibration(fit, *held_out, 3 * y_test, blocks)
+    wrong = jl.calibration(fit, *held_out, 3 * y_test, blocks)
     assert wrong.coverage[-1] < 0.95 - 4 * wrong.coverage_error[-1]
     assert wrong.negative_log_density > found.negative_log_density
 
@@ -117,8 +119,8 @@ def test_bad_uncertainty():
     with pytest.raises(jl.InputError, match="needs ridge > 0"):
         jl.kernel_regression(kernel, y, f0, 0.0).test(cross, f0_test, kernel_test=kernel_test, return_variance=True)
     with pytest.raises(jl.InputError, match="levels"):
-        calibration(fit, cross, f0_test, f0_test, kernel_test, (0.5, 1.0))
+        jl.calibration(fit, cross, f0_test, f0_test, kernel_test, (0.5, 1.0))
     with pytest.raises(jl.InputError, match=r"y_test has shape \(1, 2\)"):
-        calibration(fit, cross, f0_test[:1], f0_test[:1], kernel_test)
+        jl.calibration(fit, cross, f0_test[:1], f0_test[:1], kernel_test)
     with pytest.raises(jl.InputError, match="fits y exactly"):
-        calibration(jl.kernel_regression(kernel, f0, f0, 0.5), cross, f0_test, f0_test, kernel_test)
+        jl.calibration(jl.kernel_regression(kernel, f0, f0, 0.5), cross, f0_test, f0_test, kernel_test)

@@ -18,18 +18,20 @@ from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
 from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
 from jaxlin.experiments.setting import (
+    STEP_OPTIONS,
     ModelArguments,
     OutputArguments,
     SweepArguments,
     TrainingArguments,
     lam_grid,
-    late_steps,
     prepare,
+    steps_of,
     train_config,
 )
-from jaxlin.experiments.tables import gap_tables, late_table, score_table, spectrum_line
+from jaxlin.experiments.tables import gap_tables, late_table, linearization_table, score_table, spectrum_line
 from jaxlin.experiments.tuned_arguments import FROZEN_A, TunedArguments
 from jaxlin.training.compare import Comparison, check_comparison, compare
+from jaxlin.training.report import LinearizationReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,13 @@ class CompareConfig:
 def _write(folder: RunFolder, resolved: Mapping[str, Any], result: Comparison, title: str, seconds: float) -> None:
     write_csv(folder.path / "table.csv", result.table)
     results = {"summary": {**result.summary, "seconds": seconds}, "table": result.table, "config": resolved}
+    if result.linearization:
+        along = [row for report in result.linearization.values() for row in report.table]
+        write_csv(folder.path / "linearization.csv", along)
+        reports = [{"lam": lam, **dataclasses.asdict(report)} for lam, report in result.linearization.items()]
+        results["linearization"] = reports
+        top = reports[0]["summary"]["top"]
+        plots.save(plots.linearization(along, top, title), folder.path / "figures" / "linearization")
     write_json(folder.path / "all_results.json", results)
     history = {key: value.history for key, value in result.results.items()}
     figures = folder.path / "figures"
@@ -90,7 +99,7 @@ def run(config: CompareConfig) -> Comparison:
     options: dict[str, Any] = {
         "lams": lam_grid(config.sweep),
         "lam_rel": config.sweep.lam_rel or None,
-        "linearize_at": late_steps(config.sweep),
+        **{option: steps_of(config.sweep, option) for option in STEP_OPTIONS},
         "linear_mode": config.sweep.linear_mode,
         "kernel_examples": config.sweep.kernel_examples,
     }
@@ -145,5 +154,16 @@ def _print(result: Comparison, metrics: Sequence[str], path: Path, seconds: floa
             console.print(*gap_tables(result.table, arm))
     if any(row["linearize_at"] for row in result.table):
         console.print(late_table(result.table))
+    if result.linearization:
+        _print_reports(console, list(result.linearization.values()))
     console.print(score_table(result.table, metrics))
     console.print(f"written to {path} in {seconds:.0f} s", highlight=False)
+
+
+def _print_reports(console: Console, reports: Sequence[LinearizationReport]) -> None:
+    rows = [row for report in reports for row in report.table]
+    console.print(linearization_table(rows, reports[0].summary))
+    strength, label = plots.strength(rows)
+    for report in reports:
+        text = f"{label} = {report.table[0][strength]:.3g}: {report.verdict}"
+        console.print(text, highlight=False, soft_wrap=True)

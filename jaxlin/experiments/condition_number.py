@@ -186,7 +186,8 @@ class Cache:
 def _load(config: ConditionNumberConfig, task: str) -> Loaded:
     arguments = DataArguments(task_name=task, data_dir=config.data_dir, max_seq_length=config.max_seq_length)
     sizes = {"train": config.num_train + config.num_tune, "eval": config.num_eval}
-    return load(ModelArguments(config.model_name_or_path, head_init="random"), arguments, sizes, 0, "squared")
+    model = ModelArguments(config.model_name_or_path, head_init="random", new_head=True)
+    return load(model, arguments, sizes, 0, "squared")
 
 
 def _check(config: ConditionNumberConfig) -> None:
@@ -213,6 +214,9 @@ def _drawn(config: ConditionNumberConfig, loaded: Loaded, draw: int) -> _Draw:
     parts = whole.take(order[: config.num_train]), whole.take(order[config.num_train :])
     model = load_model(config.model_name_or_path, 2, head=loaded.model.module.head, new_head=True, rng=draw)
     probed = probe_head(model, parts[0], np.asarray(targets(parts[0]["labels"], 2), np.float64))
+    depth = model.module.config.num_layers
+    if beyond := [choice.name for choice in choices_of(config) if max(choice.layers) >= depth]:
+        raise InputError(f"--layer_sets: {beyond[0]} names a layer that the model has not; it has {depth}, from 0")
     tuns = {way: _tunable(start, config.lora_rank, draw) for way, start in ((PAPER, model), (STABLE, probed))}
     identity = {
         "models": {way: fingerprint(tun, tun.theta0) for way, tun in tuns.items()},
@@ -241,6 +245,9 @@ def _predictors(
     """What K₀ says of every choice, from one pass of block kernels: of the contrasts of logits, as softmax sees them.
 
     With a probe head LoRA's kernel vanishes along the constant direction, so that κ of all of it would be infinite.
+
+    Returns:
+        By name of the choice.
     """
     tun, some = drawn.tuns[way], drawn.train.take(np.arange(min(config.num_kernel, len(drawn.train))))
     kernel, basis = ntk(tun, some).contrasts(), contrast_basis(2)
@@ -489,16 +496,19 @@ def main() -> None:
     """Runs it from the command line."""
     import tyro
 
-    from jaxlin.cli import set_up
+    from jaxlin.cli import one_sentence, set_up
 
     set_up()
-    found = run(tyro.cli(ConditionNumberConfig, config=(tyro.conf.OmitArgPrefixes,)))
-    primary = next(row for row in found if row["primary"])
-    low, high = primary["spearman_interval_low"], primary["spearman_interval_high"]
+    config = tyro.cli(ConditionNumberConfig, config=(tyro.conf.OmitArgPrefixes,))
+    with one_sentence():
+        primary = next(row for row in run(config) if row["primary"])
+    spearman, partial = (
+        f"{primary[name]:.2f} [{primary[f'{name}_interval_low']:.2f}, {primary[f'{name}_interval_high']:.2f}]"
+        for name in ("spearman", "partial")
+    )
     print(
-        f"log κ of LoRA's K₀ against final training loss, pooled over tasks: Spearman {primary['spearman']:.2f} "
-        f"[{low:.2f}, {high:.2f}], p = {primary['p_value']:.3g}; partial {primary['partial']:.2f} "
-        f"[{primary['partial_interval_low']:.2f}, {primary['partial_interval_high']:.2f}], n = {primary['choices']} choices"
+        f"log κ of LoRA's K₀ against final training loss, pooled over tasks: Spearman {spearman}, "
+        f"p = {primary['p_value']:.3g}; partial {partial}; {primary['choices']} choices"
     )
 
 

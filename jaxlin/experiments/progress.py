@@ -11,7 +11,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 PLAIN_INTERVAL_S = 10.0
-UNITS = {"Jacobians": "examples", "training": "steps", "kernel tiles": "tiles", "derivatives": "models"}
+UNITS = {
+    "Jacobians": "examples",
+    "training": "steps",
+    "linearization report": "steps",
+    "kernel tiles": "tiles",
+    "candidates": "candidates",
+    "derivatives": "models",
+}
+"""By what a phase's name begins with."""
 
 
 def _clock(seconds: float) -> str:
@@ -72,7 +80,8 @@ class ProgressReporter:
         speed = ""
         if done > done_then:
             rate = (done - done_then) / (now - start)
-            speed = f"{rate:.1f} {UNITS.get(phase, 'units')}/s, {_clock((total - done) / rate)} left"
+            unit = next((unit for name, unit in UNITS.items() if phase.startswith(name)), "units")
+            speed = f"{rate:.1f} {unit}/s, {_clock((total - done) / rate)} left"
         if self._bar is not None:
             if phase not in self._tasks:
                 self._tasks[phase] = self._bar.add_task(phase, total=total, speed="")

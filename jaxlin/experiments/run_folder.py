@@ -40,6 +40,21 @@ def write_csv(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(table)
 
 
+_FILES = (
+    "all_results.json",
+    "table.csv",
+    "by_criterion.csv",
+    "linearization.csv",
+    "measurements.csv",
+    "spectrum.csv",
+    "adapter_config.json",
+    "report.html",
+    "log.jsonl",
+    "run.log",
+)
+"""What a run may have left."""
+
+
 class RunFolder:
     """Output folder of one run, with its per-step log.
 
@@ -86,14 +101,7 @@ class RunFolder:
         """
         try:
             if not self.resume:
-                for old in (
-                    "all_results.json",
-                    "table.csv",
-                    "spectrum.csv",
-                    "measurements.csv",
-                    "log.jsonl",
-                    "run.log",
-                ):
+                for old in _FILES:
                     (self.path / old).unlink(missing_ok=True)
                 for folder in ("tensorboard", "figures", "kernel.zarr", "kernel_eval.zarr"):
                     if (self.path / folder).is_dir():

@@ -55,6 +55,7 @@ class SweepArguments:
         lam_blocks: Factors of λ by block, as regex=factor for the paths of parameters.
         pull: How the pull acts; see jaxlin.optim.proximal.
         linearize_at: Also linearize after so many steps, such as 0,10,50.
+        track_linearization: Report gaps and kernel drift at these steps, such as 0,10,50: is it lazy?
         with_frozen_A: Train one more arm: full, with LoRA's A frozen.
         linear_mode: Train the linearized arm from Jacobians computed once (cached) or by jvp (streaming).
         kernel_examples: At most so many training examples make the kernel.
@@ -65,6 +66,7 @@ class SweepArguments:
     lam_blocks: tuple[str, ...] = ()
     pull: Literal["coupled", "selective", "decoupled", "prox", "spd"] = "coupled"
     linearize_at: tuple[str, ...] = ()
+    track_linearization: tuple[str, ...] = ()
     with_frozen_A: bool = False
     linear_mode: Literal["auto", "cached", "streaming"] = "auto"
     kernel_examples: int = 1024
@@ -142,15 +144,19 @@ def lam_grid(arguments: SweepArguments) -> Sequence[float] | str:
         raise InputError(f"--lams {' '.join(arguments.lams)}: expected numbers, or auto ({error})") from error
 
 
-def late_steps(arguments: SweepArguments) -> list[int]:
-    """Returns the steps of `--linearize_at`, separated by commas or blanks.
+STEP_OPTIONS = ("linearize_at", "track_linearization")
+
+
+def steps_of(arguments: SweepArguments, option: str) -> list[int]:
+    """Returns the steps of `--linearize_at` or `--track_linearization`, separated by commas or blanks.
 
     Raises:
         InputError: If one is no whole number, or negative.
     """
-    words = [word for given in arguments.linearize_at for word in given.split(",") if word]
+    given = getattr(arguments, option)
+    words = [word for part in given for word in part.split(",") if word]
     if not all(word.isdecimal() for word in words):
-        raise InputError(f"--linearize_at {' '.join(arguments.linearize_at)}: expected steps, such as 0,10,50")
+        raise InputError(f"--{option} {' '.join(given)}: expected steps, such as 0,10,50")
     return [int(word) for word in words]
 
 
@@ -262,6 +268,31 @@ def _in_order_of_checkpoint(
     return task, {name: reorder(split, order) for name, split in splits.items()}, notes
 
 
+def pretrained(model_arguments: ModelArguments, num_labels: int, seed: int) -> Model:
+    """Loads the model alone.
+
+    Args:
+        model_arguments: Which; a head that is to start as a probe starts at random.
+        num_labels: Number of outputs.
+        seed: Of a new head.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: If it cannot be used.
+    """
+    return load_model(
+        model_arguments.model_name_or_path,
+        num_labels,
+        head=model_arguments.head,
+        head_init="random" if model_arguments.head_init == "probe" else model_arguments.head_init,
+        new_head=model_arguments.new_head,
+        rng=seed,
+        revision=model_arguments.model_revision,
+    )
+
+
 def load(
     model_arguments: ModelArguments, arguments: DataArguments, sizes: Mapping[str, int | None], seed: int, loss: str
 ) -> Loaded:
@@ -283,16 +314,7 @@ def load(
     task = load_task(arguments)
     whole = {"train": task.train, "eval": task.validation}
     splits = {name: subsample(split, sizes[name], seed) for name, split in whole.items() if sizes[name] != 0}
-    head_init = "random" if model_arguments.head_init == "probe" else model_arguments.head_init
-    model = load_model(
-        model_arguments.model_name_or_path,
-        task.num_labels,
-        head=model_arguments.head,
-        head_init=head_init,
-        new_head=model_arguments.new_head,
-        rng=seed,
-        revision=model_arguments.model_revision,
-    )
+    model = pretrained(model_arguments, task.num_labels, seed)
     task, splits, notes = _in_order_of_checkpoint(model, task, splits)
     # A checkpoint's own regression head speaks in the units that it was trained in.
     own_head = model.source is not None and not model.source.head_is_new
@@ -343,7 +365,8 @@ def prepare(
     config = train_config(training, sweep)
     config.check()
     check_lams(lam_grid(sweep), sweep.lam_rel or None, sweep.pull)
-    late_steps(sweep)
+    for option in STEP_OPTIONS:
+        steps_of(sweep, option)
     sizes = {"train": arguments.max_train_samples, "eval": arguments.max_eval_samples}
     loaded = load(model_arguments, arguments, sizes, seed, training.loss)
     # For its errors, before the probe's pass over the data.

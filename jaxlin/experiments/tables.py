@@ -66,6 +66,46 @@ def late_table(table: Sequence[Mapping[str, Any]]) -> Table:
     return out
 
 
+_FORMS = {"eigenspace_angle": ".2f", "alignment_kernel0": ".3f"}
+
+
+def linearization_table(table: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Table:
+    """Lays out gaps and kernel drift along the runs, a row a λ and step.
+
+    Args:
+        table: Of `linearization_report`, with the columns `lam` and `lam_over_mu1`.
+        summary: Likewise.
+
+    Returns:
+        The table.
+    """
+    strength, label = plots.strength(table)
+    columns = {
+        "‖θ−θ₀‖": "distance",
+        "‖θ−θ̄‖": "parameter_gap",
+        "same-θ\ngap": "same_theta_gap_relative",
+        "path\ngap": "trajectory_gap_relative",
+        "K\ndrift": "kernel_drift",
+        "turn\nin °": "eigenspace_angle",
+        "cos\nK,K₀": "alignment_kernel0",
+        "cos\nK,yyᵀ": "alignment_targets",
+    }
+    title = (
+        "Along full fine-tuning (θ, f) against linearized (θ̄, f̄), training examples:\n"
+        "gaps over ‖f(θ)−f₀‖ at the same θ and between the paths; ‖K−K₀‖/‖K₀‖;\n"
+        f"largest angle of the top-{summary['top']} eigenspaces (K of {summary['kernel_examples']} examples)"
+    )
+    out = _table(title, [label, "step", *columns])
+    last = None
+    for row in table:
+        if row["lam"] != last:
+            out.add_section()
+        last = row["lam"]
+        cells = [_show(row[key], _FORMS.get(key, ".3g")) for key in columns.values()]
+        out.add_row(_show(row[strength]), str(row["step"]), *cells)
+    return out
+
+
 def score_table(table: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> Table:
     """Lays out loss and metrics of every arm and baseline.
 

@@ -1,4 +1,4 @@
-"""Learning rates and pulls by block in closed form, at any time (theory 7 with 2).
+"""Learning rates and (coupled) pulls by block in closed form, at any time (theory 7 with 2).
 
 With rates `η·η_ℓ` and pulls `λ·w_ℓ` the parameters of block ℓ are `δ_ℓ = η_ℓ J_ℓᵀ q_ℓ`, where under the flow
 

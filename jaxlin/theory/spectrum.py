@@ -13,6 +13,11 @@ from jaxlin.errors import InputError
 from jaxlin.ntk.kernel import Kernel, KernelInfo
 
 
+def jacobian_error(info: KernelInfo) -> float:
+    """Returns ε_J as it was measured; where it was not, ten times the rounding of the Jacobian's dtype (theory 6)."""
+    return max(1e-15, 10 * float(jnp.finfo(info.dtype).eps)) if info.epsilon_J is None else info.epsilon_J
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spectrum:
     """Eigenvalues of a symmetric kernel, with the noise they stand on (theory 6).
@@ -39,8 +44,7 @@ class Spectrum:
             gram: Whether they are those of a Gram matrix, rather than squared singular values of J.
         """
         gram_eps = float(np.finfo(info.gram_dtype).eps) * len(eigenvalues) ** 0.5 if gram else 0.0
-        default = max(1e-15, 10 * float(jnp.finfo(info.dtype).eps))
-        epsilon = info.epsilon_J if info.epsilon_J is not None else default
+        epsilon = jacobian_error(info)
         top = float(eigenvalues[0])
         return cls(
             eigenvalues,

@@ -14,10 +14,12 @@ from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.linearize import linearize
 from jaxlin.ntk.jacobian import MEMORY_BUDGET, jacobian_bytes
+from jaxlin.theory.drift import relative
 from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.cached import cached_linearized
-from jaxlin.training.gaps import distances, relative
+from jaxlin.training.gaps import distances
 from jaxlin.training.losses import targets
+from jaxlin.training.report import KERNEL_EXAMPLES, LinearizationReport, Tracker
 from jaxlin.training.start import PhaseProgress, Start, factor_blocks
 from jaxlin.training.trainer import Row, TrainConfig, TrainResult, TrainState, check_blocks, check_data, predict, train
 from jaxlin.tunable import Tunable, leaf_paths
@@ -40,12 +42,15 @@ class Comparison:
         summary: Once-a-run values: sizes, spectrum of K₀ at θ₀, how the linearized arm was computed.
         results: `(arm, λ)` to the trained parameters and history.
         spectrum: Of K₀ on the training examples.
+        linearization: λ to the report along the runs of `full` and `linearized`, where it was asked for; its rows begin
+            with `lam` and `lam_over_mu1`.
     """
 
     table: list[Row]
     summary: dict[str, Any]
     results: dict[tuple[str, float], TrainResult]
     spectrum: Spectrum
+    linearization: dict[float, LinearizationReport]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,6 +114,7 @@ def check_comparison(
     lams: Lams = "auto",
     lam_rel: Sequence[float] | np.ndarray | None = None,
     linearize_at: Sequence[int] = (),
+    track_linearization: Sequence[int] = (),
     linear_mode: str = "auto",
     kernel_examples: int = 1024,
     memory_budget: int = MEMORY_BUDGET,
@@ -125,9 +131,10 @@ def check_comparison(
     if kernel_examples < 1:
         raise InputError(f"kernel_examples={kernel_examples}; expected at least 1")
     steps = config.total_steps(len(data["train"]))
-    for k in linearize_at:
-        if k != int(k) or not 0 <= k <= steps:
-            raise InputError(f"linearize_at={k} is no step of this run; expected 0 to {steps}")
+    for name, listed in {"linearize_at": linearize_at, "track_linearization": track_linearization}.items():
+        for k in listed:
+            if k != int(k) or not 0 <= k <= steps:
+                raise InputError(f"{name}={k} is no step of this run; expected 0 to {steps}")
     check_blocks(tun, config)
     for part in data.values():
         check_data(tun, part, config.loss)
@@ -177,6 +184,7 @@ def compare(
     lams: Lams = "auto",
     lam_rel: Sequence[float] | np.ndarray | None = None,
     linearize_at: Sequence[int] = (),
+    track_linearization: Sequence[int] = (),
     extra_arms: Mapping[str, Tunable] | None = None,
     baselines: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     linear_mode: str = "auto",
@@ -213,6 +221,7 @@ def compare(
         lams: λ for the summed loss, or `"auto"`: 0, 1e-3, 1e-2, 1e-1, 1 in units of μ₁ (`pull="spd"`: as they are).
         lam_rel: λ in units of μ₁, in place of `lams`. With factors by block (`config.lam_blocks`) these are of λ.
         linearize_at: Steps k of late linearization; 0 is the arm `linearized`, which is always there.
+        track_linearization: Steps of the `linearization_report` of each λ, on the training examples.
         extra_arms: Other Tunables to train alike, by name, such as the same LoRA with A frozen.
         baselines: Outputs of other predictors, name to `{"train": [N, C], "eval": [M, C]}`.
         linear_mode: `"cached"`: the linearized arm trains on Jacobians computed once; `"streaming"`: by jvp at
@@ -223,7 +232,7 @@ def compare(
         progress: Called with a phase's name, units done and in all.
 
     Returns:
-        Table, summary, trained parameters and spectrum.
+        Table, summary, trained parameters, spectrum and reports.
 
     Raises:
         InputError: If an argument is not one of those listed or the data does not fit; before long work.
@@ -232,7 +241,7 @@ def compare(
     config = config or TrainConfig()
     data = {"train": as_dataset(train_data), "eval": as_dataset(eval_data)}
     options: dict[str, Any] = {"lams": lams, "lam_rel": lam_rel, "linear_mode": linear_mode}
-    options["linearize_at"] = linearize_at
+    options |= {"linearize_at": linearize_at, "track_linearization": track_linearization}
     options |= {"kernel_examples": kernel_examples, "memory_budget": memory_budget}
     check_comparison(tun, data, config, **options)
     with jax.default_matmul_precision(config.precision):
@@ -251,6 +260,7 @@ def _compare(
     lams: Lams,
     lam_rel: Sequence[float] | np.ndarray | None,
     linearize_at: Sequence[int],
+    track_linearization: Sequence[int],
     linear_mode: str,
     kernel_examples: int,
     memory_budget: int,
@@ -277,6 +287,12 @@ def _compare(
     results: dict[tuple[str, float], TrainResult] = {}
     total = config.total_steps(n)
     late = sorted({k for k in linearize_at if k})
+    tracked, tracker = sorted({*track_linearization}), None
+    kept = {FULL: {*late, *tracked}, LINEARIZED: tracked}
+    reports: dict[float, LinearizationReport] = {}
+    if tracked:
+        on = data["train"], linear.tun, linear.data["train"]
+        tracker = Tracker.of(tun, *on, min(kernel_examples, KERNEL_EXAMPLES), memory_budget=memory_budget)
     counted = [name for name in arms if not (cached and name == LINEARIZED)]  # the others take no time
     steps_in_all = len(grid) * (len(counted) * total + sum(total - k for k in late))
     steps_done = 0
@@ -301,11 +317,15 @@ def _compare(
 
         options = _without_absent(arm.tun, dataclasses.replace(config, lam=lam))
         held_out = None if config.eval_steps is None else arm.data["eval"]
-        keep = late if name == FULL else ()
+        keep = kept.get(name, ())
         try:
             return train(arm.tun, arm.data["train"], held_out, options, start=begin, keep=keep, log=log_row)
         except TrainingDivergedError as error:
             raise TrainingDivergedError(f"arm {name!r} at λ = {lam:g}: {error}") from error
+
+    def tell(phase: str, done: int, _: int) -> None:
+        if progress is not None:
+            progress(phase, len(reports) * len(tracked) + done, len(grid) * len(tracked))
 
     for lam in grid:
         labels = labels_of(lam)
@@ -313,6 +333,12 @@ def _compare(
         for name, arm in arms.items():
             results[name, lam] = run(name, arm, lam)
             outputs[name] = arm.outputs(results[name, lam])
+        if tracker is not None:
+            pair = results[FULL, lam], results[LINEARIZED, lam]
+            reports[lam] = tracker.report(*pair, tracked, labels, tell)
+            # What is not needed any more: with full fine-tuning the states of a sweep are many times the model.
+            results[FULL, lam] = dataclasses.replace(pair[0], states={k: pair[0].states[k] for k in late})
+            results[LINEARIZED, lam] = dataclasses.replace(pair[1], states={})
         late_arms, step_of = {}, {LINEARIZED: 0}
         for k, state in results[FULL, lam].states.items():
             late_arms[name := f"{LATE}{k}"] = _Arm(linearize(tun, at=state.theta), data)
@@ -339,4 +365,5 @@ def _compare(
         _summary(start, spec, tun, config, mu1, size),
         results,
         spec,
+        reports,
     )

@@ -9,17 +9,13 @@ import jax
 import numpy as np
 from jaxtyping import Float, PyTree
 
+from jaxlin.theory.drift import relative
 from jaxlin.training.losses import evaluate
 from jaxlin.training.metrics import predicted
 from jaxlin.tunable import leaf_paths, parameter_role
 
 ROLES = ("A", "B", "head", "other")
 """Parts that a parameter distance is split into: LoRA's factors, the head, everything else."""
-
-
-def relative(value: float, scale: float) -> float:
-    """Returns `value/scale`, and 0 where both vanish: two arms that have not moved are equal."""
-    return value / scale if scale > 0 else (0.0 if value == 0 else float("inf"))
 
 
 def distances(theta: PyTree, other: PyTree) -> dict[str, float]:

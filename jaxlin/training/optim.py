@@ -24,12 +24,14 @@ class ProximalState(NamedTuple):
         theta0: The point that is pulled to: the parameters given to `init`.
         lam: λ, before the factors of `lam_blocks`, as an array, so that a sweep over it compiles once
             (`state._replace(lam=...)`).
+        rate: Factor of the inner optimizer's step and of η, 1 at first; an array for the same reason.
         steps: Steps taken, for a learning-rate schedule.
         inner: State of the wrapped optimizer.
     """
 
     theta0: PyTree
     lam: Array
+    rate: Array
     steps: Array
     inner: optax.OptState
 
@@ -119,9 +121,11 @@ def proximal(
         for patterns, what in ((lam_blocks, "lam_blocks"), (learning_rate_blocks, "learning_rate_blocks")):
             factors(params, patterns, what)  # for its errors
         theta0 = jax.tree.map(jnp.array, params)  # a copy: params may be donated to a step
+        dtype = jnp.result_type(*jax.tree.leaves(params))
         return ProximalState(
             theta0,
-            jnp.asarray(lam, jnp.result_type(*jax.tree.leaves(params))),
+            jnp.asarray(lam, dtype),
+            jnp.ones((), dtype),
             jnp.zeros((), jnp.int32),
             inner.init(params),
         )
@@ -131,7 +135,9 @@ def proximal(
             raise ValueError("proximal needs the parameters: call update(grads, state, params)")
         delta = jax.tree.map(jnp.subtract, params, state.theta0)
         weights = factors(params, lam_blocks, "lam_blocks")
-        rates = factors(params, learning_rate_blocks, "learning_rate_blocks")
+        rates = jax.tree.map(
+            lambda factor: factor * state.rate, factors(params, learning_rate_blocks, "learning_rate_blocks")
+        )
         lams = jax.tree.map(lambda weight, p: (state.lam * weight).astype(p.dtype), weights, params)
 
         pulled = grads
@@ -145,7 +151,7 @@ def proximal(
                 active = jax.tree.map(lambda _: whole, grads)
             pulled = jax.tree.map(lambda g, lam, d, s: g + jnp.where(s, lam, 0) * d, grads, lams, delta, active)
         moves, inner_state = inner.update(pulled, state.inner, params)
-        moves = jax.tree.map(lambda move, rate: move * jnp.asarray(rate, move.dtype), moves, rates)
+        moves = jax.tree.map(lambda move, rate: move * rate.astype(move.dtype), moves, rates)
         if mode == "spd":
             moves = jax.tree.map(_spd, lams, grads, moves, delta)
         elif mode in ("decoupled", "prox"):
@@ -154,6 +160,6 @@ def proximal(
             moves = jax.tree.map(lambda move, s, d: move - s * d, moves, strengths, delta)
             if mode == "prox":
                 moves = jax.tree.map(lambda move, s: move / (1 + s), moves, strengths)
-        return moves, ProximalState(state.theta0, state.lam, state.steps + 1, inner_state)
+        return moves, state._replace(steps=state.steps + 1, inner=inner_state)
 
     return optax.GradientTransformation(init, update)

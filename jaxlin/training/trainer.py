@@ -186,7 +186,7 @@ def _compiled_step(
     lam_blocks: Factors,
     learning_rate_blocks: Factors,
 ) -> tuple[optax.GradientTransformation, Step]:
-    """Returns the transformation (λ in its state) and the compiled step, one for all λ of a sweep."""
+    """Returns the transformation (λ and the rate in its state) and the compiled step, one for all of a sweep."""
     inner = OPTIMIZERS[optimizer](schedule) if isinstance(optimizer, str) else optimizer
     rates = dict(learning_rate_blocks)
     tx = proximal(inner, 0.0, pull, schedule, lam_blocks=dict(lam_blocks), learning_rate_blocks=rates)
@@ -323,7 +323,9 @@ def train(
     check_blocks(tun, config)
     n = len(data)
     total = config.total_steps(n)
-    schedule = _Schedule(config.learning_rate, config.lr_scheduler_type, int(config.warmup_ratio * total), total)
+    named = isinstance(config.optimizer, str)  # else the rate of its steps is its own
+    peak = 1.0 if named else config.learning_rate
+    schedule = _Schedule(peak, config.lr_scheduler_type, int(config.warmup_ratio * total), total)
     by_block = [tuple((patterns or {}).items()) for patterns in (config.lam_blocks, config.learning_rate_blocks)]
     tx, step = _compiled_step(config.loss, config.optimizer, schedule, config.pull, *by_block)
     if start is None:
@@ -333,7 +335,9 @@ def train(
         raise InputError(f"step {beyond[0]} to start from or keep is none of this run, which has {total}")
     theta, state = copied(start.theta), copied(start.optimizer)  # since the step takes its buffers over
     lam = config.lam if config.pull == "spd" else to_mean(config.lam, n, "lam")
-    state = state._replace(lam=jnp.asarray(lam, jnp.result_type(*jax.tree.leaves(theta))))
+    dtype = jnp.result_type(*jax.tree.leaves(theta))
+    rate = config.learning_rate if named else 1.0
+    state = state._replace(lam=jnp.asarray(lam, dtype), rate=jnp.asarray(rate, dtype))
     history: list[Row] = []
     states = {0: TrainState(copied(theta), copied(state), 0)} if 0 in keep else {}
     for i, indices in enumerate(batches(data, config), start=1):
