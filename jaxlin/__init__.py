@@ -19,6 +19,7 @@ from jaxlin.ntk.lanczos import (
     lanczos_quadrature,
     spectral_density,
 )
+from jaxlin.ntk.lipschitz import LipschitzProfile, lipschitz_profile
 from jaxlin.ntk.products import NTKOperator, ntk_vector_product
 from jaxlin.ntk.sketch import sketch
 from jaxlin.ntk.store import load_kernel
@@ -50,6 +51,7 @@ __all__ = [
     "KernelRegression",
     "LayerSelection",
     "LinearizationReport",
+    "LipschitzProfile",
     "Model",
     "NTKOperator",
     "Spectrum",
@@ -78,6 +80,7 @@ __all__ = [
     "layer_norm_only",
     "linearization_report",
     "linearize",
+    "lipschitz_profile",
     "load_kernel",
     "load_masked_lm",
     "load_model",

@@ -14,6 +14,8 @@ import tyro
 
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.experiments import config_file
+from jaxlin.experiments.bounds import BoundsConfig
+from jaxlin.experiments.bounds import run as run_bounds
 from jaxlin.experiments.compare import CompareConfig
 from jaxlin.experiments.compare import run as run_compare
 from jaxlin.experiments.kernel import KernelConfig
@@ -46,6 +48,11 @@ def compare(config: Annotated[CompareConfig, tyro.conf.arg(name="")]) -> None:
 def ntk(config: Annotated[KernelConfig, tyro.conf.arg(name="")]) -> None:
     """Compute the tangent kernel of what is tuned, with a kernel for every layer, and its spectrum."""
     run_ntk(config)
+
+
+def bounds(config: Annotated[BoundsConfig, tyro.conf.arg(name="")]) -> None:
+    """Run descent, full and linearized, over a sweep of pulls λ, and hold every bound of the theory against it."""
+    run_bounds(config)
 
 
 def select(config: Annotated[SelectConfig, tyro.conf.arg(name="")]) -> None:
@@ -89,14 +96,14 @@ def main() -> None:
     set_up()
     words = sys.argv[1:]
     with one_sentence("--debug" in words):
-        commands = {"compare": CompareConfig, "ntk": KernelConfig, "select": SelectConfig}
+        commands = {"compare": CompareConfig, "ntk": KernelConfig, "select": SelectConfig, "bounds": BoundsConfig}
         configured = commands.get(words[0]) if words else None
         if configured is not None and (file := config_file.find(words)) is not None:
             # Before the others, so that what stands on the command line counts.
             known = set(config_file.flat_options(configured())) - {"config", "debug"}
             words[1:1] = config_file.read(file, known)
         tyro.extras.subcommand_cli_from_dict(
-            {"compare": compare, "ntk": ntk, "select": select, "doctor": doctor},
+            {"compare": compare, "ntk": ntk, "select": select, "bounds": bounds, "doctor": doctor},
             prog="jaxlin",
             description="Linearized fine-tuning of transformer language models.",
             config=(tyro.conf.OmitArgPrefixes,),

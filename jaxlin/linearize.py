@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jaxlin.errors import InputError
 from jaxlin.tunable import Batch, Tunable
 
 
@@ -30,6 +29,28 @@ class Linearized:
     def check_batch(self, batch: Batch) -> None:
         """Checks inputs as the model that is linearized does."""
         Tunable(self.apply, self.at).check_batch(batch)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Remainder:
+    """`f − f̄`, what the first-order Taylor model at `at` leaves out: its Jacobian is `J(theta) − J(at)`."""
+
+    apply: Callable[[PyTree, Batch], Array]
+    at: PyTree
+
+    def __call__(self, theta: PyTree, batch: Batch) -> Array:
+        """Returns `f(theta) − f̄(theta)`, shape `[B, C]`."""
+        return self.apply(theta, batch) - Linearized(self.apply, self.at)(theta, batch)
+
+    def check_batch(self, batch: Batch) -> None:
+        """Checks inputs as the model does."""
+        Tunable(self.apply, self.at).check_batch(batch)
+
+
+def remainder(tun: Tunable) -> Tunable:
+    """Returns `f − f̄` as a Tunable: its outputs are the gap of theory 5(a), its Jacobian is `J(theta) − J₀`."""
+    return dataclasses.replace(tun, apply=Remainder(tun.apply, tun.theta0))
 
 
 def linearize(tun: Tunable, at: PyTree | None = None) -> Tunable:
@@ -61,7 +82,5 @@ def linearize(tun: Tunable, at: PyTree | None = None) -> Tunable:
     if at is None:
         at = tun.theta0
     else:
-        want, got = (jax.tree.map(jnp.shape, tree) for tree in (tun.theta0, at))
-        if want != got:
-            raise InputError(f"at must have the structure and shapes of theta0, {want}; got {got}")
+        tun.check_theta(at, "at")
     return dataclasses.replace(tun, apply=Linearized(tun.apply, at))

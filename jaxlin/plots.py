@@ -37,6 +37,16 @@ NAMES = {
     "mean_score": "mean score",
     "linear_probe": "linear probe",
 }
+MEASURED = {
+    "distance": "‖δ‖",
+    "parameter_gap": "‖θ−θ̄‖",
+    "output_gap": "‖f(θ)−f̄(θ̄)‖",
+    "same_theta_gap": "‖f(θ)−f̄(θ)‖",
+    "kernel_drift": "‖K−K₀‖₂",
+}
+SCALINGS = {"distance": -1, "parameter_gap": -2, "output_gap": -2, "same_theta_gap": -2, "kernel_drift": -1}
+"""Log-log slopes in λ → ∞ of these (theory 5)."""
+
 CRITERIA = {
     "condition_number": "condition number κ",
     "regularized_condition_number": "κ with λ",
@@ -296,6 +306,86 @@ def spectrum(spec: Spectrum, title: str) -> Figure:
             axis.set_ylim(bottom=spec.noise_floor / 10)
         axis.legend()
     return figure
+
+
+_BOUND_PANELS: tuple[tuple[str, tuple[tuple[str, str, tuple[str, ...]], ...]], ...] = (
+    ("(a) How far the parameters move", (("distance", "#000000", ("4(a)", "4(b)", "4(c)")),)),
+    ("(b) Full against linearized: parameters", (("parameter_gap", "#000000", ("5(b)",)),)),
+    (
+        "(c) Full against linearized: outputs",
+        (("output_gap", "#000000", ("5(c)",)), ("same_theta_gap", "#999999", ("5(a)",))),
+    ),
+    ("(d) Change of the kernel", (("kernel_drift", "#000000", ("5(d)",)),)),
+)
+_DOTS = (0, (1, 2))
+_BOUND_STYLES = {
+    "4(a)": ("#0072B2", "s--"),
+    "4(b)": ("#E69F00", "D-."),
+    "4(c)": ("#009E73", "v:"),
+    "5(a)": ("#56B4E9", "v--"),
+    "5(b)": ("#D55E00", "s--"),
+    "5(c)": ("#D55E00", "s--"),
+    "5(d)": ("#D55E00", "s--"),
+}
+
+
+def bounds(table: Sequence[Row], title: str) -> Figure:
+    """Draws bounds and what they bound at the end of each run against λ, with the slopes of theory 5.
+
+    A hollow marker is a bound that does not apply there; a red cross one that fails.
+
+    Args:
+        table: Of a `BoundSweep`.
+        title: What was run, with sample sizes.
+
+    Returns:
+        The figure, for `save`.
+    """
+    import matplotlib.pyplot as plt
+
+    figure, axes = _figure(2, 2, 7.0, 5.4)
+    with plt.rc_context(_STYLE):
+        figure.suptitle(title, fontsize=8)
+        for axis, (heading, lines) in zip(axes.flat, _BOUND_PANELS, strict=True):
+            axis.set_yscale("log")
+            for measured, colour, names in lines:
+                for name in names:
+                    _bound(axis, [row for row in table if row["bound"].startswith(name)], name)
+                rows = [row for row in table if row["bound"].startswith(names[0])]
+                _measured(axis, rows, measured, colour)
+            axis.plot(
+                [], [], color="#000000", lw=0.8, ls=_DOTS, label=f"slope {SCALINGS[lines[0][0]]}".replace("-", "−")
+            )
+            axis.set(title=heading, ylabel="Euclidean norm" if "kernel" not in heading else "spectral norm")
+            axis.legend()
+    return figure
+
+
+def _bound(axis: Axes, rows: Sequence[Row], name: str) -> None:
+    """Draws one bound, its markers by whether it applies and holds."""
+    colour, style = _BOUND_STYLES[name]
+    rows = sorted(rows, key=lambda row: row["lam"])
+    x = _lam_axis(axis, [row["lam_over_mu1"] for row in rows], "λ/μ₁")
+    y = np.array([row["value"] if 0 < row["value"] < np.inf else np.nan for row in rows])
+    label = f"bound {name}" + (", H sampled" if name.startswith("5") else "")
+    axis.plot(x, y, style, color=colour, label=label)
+    hollow = np.array([not row["applies"] for row in rows])
+    axis.plot(x, np.where(hollow, y, np.nan), style[0], color=colour, mfc="white", label="_")
+    failing = np.array([row["holds"] is False for row in rows])
+    if failing.any():
+        axis.plot(x, np.where(failing, y, np.nan), "x", color="#FF0000", ms=9, mew=2, label=f"{name} fails")
+
+
+def _measured(axis: Axes, rows: Sequence[Row], name: str, colour: str) -> None:
+    """Draws what was measured, and the slope that it comes to have as λ grows."""
+    rows = sorted(rows, key=lambda row: row["lam"])
+    x = _lam_axis(axis, [row["lam_over_mu1"] for row in rows], "λ/μ₁")
+    y = np.array([row["measured"] if row["measured"] > 0 else np.nan for row in rows])
+    axis.plot(x, y, "o-", color=colour, label=f"measured {MEASURED[name]}")
+    large = x[x >= 1]
+    if len(large) > 1 and np.isfinite(y[-1]):
+        guide = 0.5 * y[-1] * (large / large[-1]) ** SCALINGS[name]
+        axis.plot(large, guide, color=colour, lw=0.8, ls=_DOTS, label="_")
 
 
 def svg(figure: Figure) -> str:

@@ -213,6 +213,20 @@ class Tunable:
         if check is not None:
             check(batch)
 
+    def check_theta(self, theta: PyTree, what: str = "theta") -> None:
+        """Checks that parameters have the structure and shapes of theta0.
+
+        Args:
+            theta: Parameters.
+            what: They are, for the message.
+
+        Raises:
+            InputError: If they do not.
+        """
+        want, got = (jax.tree.map(np.shape, tree) for tree in (self.theta0, theta))
+        if want != got:
+            raise InputError(f"{what} must have the structure and shapes of theta0, {want}; got {got}")
+
     def grouped(self, blocks: str | Blocks | None) -> dict[str, tuple[str, ...]]:
         """Returns a partition of theta: the Tunable's own (`None`), one of `group_paths`, or the one given."""
         if blocks is None:

@@ -17,6 +17,7 @@ UNITS = {
     "linearization report": "steps",
     "kernel tiles": "tiles",
     "candidates": "candidates",
+    "derivatives": "models",
 }
 """By what a phase's name begins with."""
 

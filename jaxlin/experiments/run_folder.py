@@ -45,6 +45,7 @@ _FILES = (
     "table.csv",
     "by_criterion.csv",
     "linearization.csv",
+    "measurements.csv",
     "spectrum.csv",
     "adapter_config.json",
     "report.html",

@@ -135,6 +135,62 @@ def score_table(table: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> T
     return out
 
 
+def constants_table(constants: Sequence[Mapping[str, Any]]) -> Table:
+    """Lays out the constants that the bounds used, a row a λ."""
+    columns = {"η": "learning_rate", "D": "D", "ρ": "rho", "G": "G", "H*": "H_sampled", "β*": "beta_sampled"}
+    out = _table("Constants of the runs (* the largest of samples: estimates from below)", ["λ/μ₁", *columns], gap=2)
+    for row in constants:
+        out.add_row(_show(row["lam_over_mu1"]), *(_show(row[key]) for key in columns.values()))
+    return out
+
+
+def bound_table(table: Sequence[Mapping[str, Any]]) -> Table:
+    """Lays out how tight every bound is at the end, a row a bound and a column a λ."""
+    shares = list(dict.fromkeys(row["lam_over_mu1"] for row in table))
+    title = "Measured over bound, at the end (1: the bound is reached; n/a: it does not apply); λ/μ₁ ="
+    out = _table(title, ["model", *map(_show, shares)], gap=2)
+    out.columns[0].header = "theory"
+    words = {True: "", False: "FAILS ", None: "n/a "}
+    for name in dict.fromkeys(row["bound"] for row in table):
+        rows = {row["lam_over_mu1"]: row for row in table if row["bound"] == name}
+        star = " *" if any(row["sampled"] for row in rows.values()) else ""
+        cells = [
+            words[row["holds"]] + ("" if row["holds"] is None else _show(row["tightness_end"])) for row in rows.values()
+        ]
+        out.add_row(name + star, *(cell.strip() for cell in cells))
+    return out
+
+
+def bound_lines(table: Sequence[Mapping[str, Any]], slopes: Mapping[str, float | None]) -> list[str]:
+    """Says how many bounds hold, which fail and by how much, which conditions are not met, and how the gaps scale."""
+    applying = [row for row in table if row["applies"]]
+    failing = [row for row in applying if not row["holds"]]
+    lines = [f"{len(applying) - len(failing)} of the {len(applying)} bounds that apply hold, of {len(table)} in all"]
+    for row in failing:
+        why = "; H and β are sampled, so the samples missed the supremum" if row["sampled"] else ""
+        lines.append(
+            f"FAILS: {row['bound']} at λ/μ₁ = {row['lam_over_mu1']:.3g}: at the end the bound is {row['value']:.4g}, "
+            f"measured {row['measured']:.4g}{why}"
+        )
+    unmet: dict[tuple[str, str], list[str]] = {}
+    for row in table:
+        if not row["applies"]:
+            unmet.setdefault((row["bound"], row["failing"]), []).append(f"{row['lam_over_mu1']:.3g}")
+    lines += [f"n/a: {name} at λ/μ₁ = {', '.join(at)}: not {why}" for (name, why), at in unmet.items()]
+    lines.append(
+        "* uses H or β, the largest of samples along the runs and in random directions: estimates from below, so that "
+        "holding is no proof"
+    )
+    known = [
+        f"{plots.MEASURED[name]} {slope:.2f} ({plots.SCALINGS[name]})"
+        for name, slope in slopes.items()
+        if slope is not None
+    ]
+    if known:
+        lines.append(f"log-log slopes between the two largest λ (theory, λ → ∞): {', '.join(known)}")
+    return lines
+
+
 def spectrum_line(summary: Mapping[str, Any]) -> str:
     """Says what the kernel's spectrum is, in one line; `summary` is that of a run."""
     sign = "≥" if summary["condition_number_is_lower_bound"] else "="

@@ -195,6 +195,71 @@ def extreme_eigenvalues(
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Extreme:
+    """The largest |eigenvalue| of a symmetric map, from products with it.
+
+    Attributes:
+        value: |μ|.
+        residual: ‖A v − μ v‖ relative to |μ|: an eigenvalue lies that near. 0 where A vanishes.
+        vector: v, `[m]`, a start for a map nearby.
+    """
+
+    value: float
+    residual: float
+    vector: Float[np.ndarray, " m"]
+
+
+def largest_magnitude(
+    product: Callable[[np.ndarray], np.ndarray],
+    size: int,
+    *,
+    tolerance: float = 1e-3,
+    zero: float = 0.0,
+    start: Float[np.ndarray, " m"] | None = None,
+    width: int = 12,
+    rng: int = 0,
+) -> Extreme:
+    """Computes the largest |eigenvalue| of a symmetric map by implicitly restarted Lanczos (SciPy's `eigsh`).
+
+    Args:
+        product: Maps `[m]` to `A v`, `[m]`, float64.
+        size: m.
+        tolerance: Relative residual at which Lanczos stops; the error of |μ| is of second order in it where μ is apart
+            from others.
+        zero: Norm of A times a unit vector at which it is rounding, and the map counts as 0.
+        start: Start vector, such as that of a map nearby; random by default.
+        width: Vectors held, and products made at least; Lanczos restarts beyond.
+        rng: Seed of a random start.
+
+    Returns:
+        The eigenvalue.
+
+    Raises:
+        FloatingPointError: If Lanczos does not converge, or a product is NaN.
+    """
+    import scipy.sparse.linalg
+
+    start = np.random.default_rng(rng).normal(size=size) if start is None else start
+    start = start / np.linalg.norm(start)
+    first = product(start)
+    if not np.isfinite(first).all():
+        raise FloatingPointError("a product is NaN or infinite: so are the model's outputs or derivatives there")
+    if np.linalg.norm(first) <= zero:  # ARPACK cannot start
+        return Extreme(0.0, 0.0, start)
+    if size == 1:
+        return Extreme(float(abs(first[0])), 0.0, start)
+    operator = scipy.sparse.linalg.LinearOperator((size, size), lambda v: product(v.reshape(-1)), dtype=np.float64)
+    try:
+        (mu,), vectors = scipy.sparse.linalg.eigsh(
+            operator, 1, which="LM", v0=start, ncv=min(size, width), tol=tolerance
+        )
+    except scipy.sparse.linalg.ArpackNoConvergence as error:
+        raise FloatingPointError(f"the largest |eigenvalue| did not converge to tolerance={tolerance}") from error
+    vector = vectors[:, 0]
+    return Extreme(float(abs(mu)), float(np.linalg.norm(product(vector) - mu * vector) / abs(mu)), vector)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Density:
     """Share of the eigenvalues by their size, smoothed.
 

@@ -136,6 +136,23 @@ class NTKOperator:
         swapped = {"data1": self.data2, "data2": self.data1, "stacked": self.stacked[::-1]}
         return _checked(dataclasses.replace(self, **swapped))  # type: ignore[arg-type]
 
+    def at(self, theta: PyTree) -> NTKOperator:
+        """Returns the operator at another theta, checked likewise; inputs and weights stay on the device.
+
+        Args:
+            theta: Where.
+
+        Returns:
+            The operator there.
+
+        Raises:
+            InputError: If theta has another structure or other shapes than theta0.
+        """
+        self.tun.check_theta(theta)
+        with jax.enable_x64(self.dtype == "float64" or jax.config.read("jax_enable_x64")):
+            cast = jax.tree.map(jnp.asarray, to_float64(theta) if self.dtype == "float64" else theta)
+        return _checked(dataclasses.replace(self, theta=theta, _function=(self._function[0], cast)))
+
     def __matmul__(self, vectors: np.ndarray) -> np.ndarray:
         """Returns `K vectors`.
 
@@ -234,9 +251,7 @@ def ntk_vector_product(
     if check_examples < 0:
         raise InputError(f"check_examples={check_examples}; expected 0 (no check) or more")
     theta = tun.theta0 if theta is None else theta
-    want, got = (jax.tree.map(jnp.shape, tree) for tree in (tun.theta0, theta))
-    if want != got:
-        raise InputError(f"theta must have the structure and shapes of theta0, {want}; got {got}")
+    tun.check_theta(theta)
     data1 = as_dataset(x1)
     data2 = data1 if x2 is None else as_dataset(x2)
     for data in (data1, data2):

@@ -146,8 +146,8 @@ class TrainResult:
         theta: The parameters at the end.
         states: By step, those that were asked for by `keep`.
         history: One row a step: `step` (from 1), `epoch`, `loss` (mean data loss of the batch before the
-            step, without the pull), `distance` ‖θ−θ₀‖ after it; where evaluated `eval_loss` and the metrics
-            (`eval_accuracy`, …).
+            step, without the pull), `gradient_norm` of that loss, `distance` ‖θ−θ₀‖ after the step; where
+            evaluated `eval_loss` and the metrics (`eval_accuracy`, …).
     """
 
     theta: PyTree
@@ -201,7 +201,15 @@ def _compiled_step(
         updates, state = tx.update(grads, state, theta)
         theta = jax.tree.map(lambda p, u: p + u.astype(p.dtype), theta, updates)
         delta = jax.tree.map(jnp.subtract, theta, state.theta0)
-        return theta, state, {"loss": value, "distance": optax.tree.norm(delta)}
+        return (
+            theta,
+            state,
+            {
+                "loss": value,
+                "gradient_norm": optax.tree.norm(grads),
+                "distance": optax.tree.norm(delta),
+            },
+        )
 
     return tx, step
 

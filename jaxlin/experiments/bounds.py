@@ -1,0 +1,166 @@
+"""`jaxlin bounds`: which bounds of the theory apply to a fine-tuning on real text, which hold, and how tightly."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from jaxlin import plots
+from jaxlin.errors import InputError, TrainingDivergedError
+from jaxlin.experiments.data_arguments import DataArguments
+from jaxlin.experiments.progress import ProgressReporter
+from jaxlin.experiments.record import options_file, resolved
+from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
+from jaxlin.experiments.setting import ModelArguments, OutputArguments, load, starts_as_probe
+from jaxlin.experiments.tables import bound_lines, bound_table, constants_table
+from jaxlin.experiments.tuned_arguments import TunedArguments, tune
+from jaxlin.training.bound_sweep import LAM_REL, BoundSweep, bound_sweep, check_sweep
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundsArguments:
+    """The bounds.
+
+    Attributes:
+        num_samples: Training examples, stratified.
+        lam_rel: Pull strengths λ in units of μ₁.
+        steps: Full-batch steps of descent at each λ; enough for the smallest.
+        selective_steps: Steps with the selective pull.
+        share: The step η as a share of the largest that the bounds allow at θ₀, 1/(max(β, σ²)+λ).
+        directions: Random directions at the radius of each run, in which H is sampled beside the run's own points.
+        method: Hold Jacobians (dense), or use products with them only; auto: dense where they fit.
+        memory_budget: GiB for Jacobians.
+        seed: Of head, A, subset and directions.
+    """
+
+    num_samples: int = 32
+    lam_rel: tuple[float, ...] = LAM_REL
+    steps: int = 24
+    selective_steps: int = 6
+    share: float = 0.5
+    directions: int = 2
+    method: Literal["auto", "dense", "products"] = "auto"
+    memory_budget: float = 4.0
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class BoundsConfig:
+    """Run descent, full and linearized, over a sweep of pulls λ, and hold every bound of the theory against it.
+
+    Attributes:
+        bounds: The bounds.
+        model: The model.
+        data: The data.
+        tuned: What is tuned.
+        output: Where results go.
+    """
+
+    bounds: BoundsArguments = dataclasses.field(default_factory=BoundsArguments)
+    model: ModelArguments = dataclasses.field(default_factory=ModelArguments)
+    data: DataArguments = dataclasses.field(default_factory=lambda: DataArguments(max_seq_length=32))
+    tuned: TunedArguments = dataclasses.field(default_factory=TunedArguments)
+    output: OutputArguments = dataclasses.field(default_factory=OutputArguments)
+
+
+def _check(config: BoundsConfig) -> None:
+    """Refuses what cannot be meant.
+
+    Raises:
+        InputError: If something is.
+    """
+    arguments = config.bounds
+    if arguments.num_samples < 1:
+        raise InputError(f"--num_samples {arguments.num_samples}: expected at least 1")
+    if not arguments.memory_budget > 0:
+        raise InputError(f"--memory_budget {arguments.memory_budget}: expected GiB above 0")
+    if config.data.max_train_samples or config.data.max_eval_samples:
+        raise InputError("--max_train_samples and --max_eval_samples are of compare; give --num_samples")
+
+
+def run(config: BoundsConfig) -> BoundSweep:
+    """Runs the sweep and writes its folder.
+
+    Args:
+        config: What to run.
+
+    Returns:
+        The sweep.
+
+    Raises:
+        InputError: If anything given cannot be used; nothing has been written then.
+        TrainingDivergedError: If a run diverges.
+        KeyboardInterrupt: If interrupted; the log is kept.
+    """
+    begin, arguments = time.monotonic(), config.bounds
+    _check(config)
+    default = Path("runs") / time.strftime("bounds-%Y%m%d-%H%M%S")
+    folder = RunFolder(config.output.output_dir or default, config.output.overwrite_output_dir)
+    loaded = load(config.model, config.data, {"train": arguments.num_samples, "eval": 0}, arguments.seed, "squared")
+    train = loaded.data["train"]
+    options: dict[str, Any] = {
+        name: getattr(arguments, name)
+        for name in ("lam_rel", "steps", "selective_steps", "share", "directions", "method")
+    }
+    check_sweep(tune(loaded.model, config.tuned, arguments.seed, False)[0], train, **options)
+    if starts_as_probe(loaded.model, config.model):
+        loaded = dataclasses.replace(loaded, model=loaded.probed())
+    tun, _ = tune(loaded.model, config.tuned, arguments.seed, False)
+    record = resolved("bounds", config, loaded)
+    folder.open(record, options_file(config, loaded))
+    source = loaded.model.source
+    assert source is not None  # loaded by name
+    try:
+        with ProgressReporter(folder.line, config.output.quiet) as progress:
+            for line in loaded.lines(config.tuned.peft, tun.num_params, config.model.head_init):
+                progress.say(line)
+            result = bound_sweep(
+                tun,
+                train,
+                **options,
+                seed=arguments.seed,
+                memory_budget=int(arguments.memory_budget * 2**30),
+                progress=progress.update,
+            )
+        title = f"{source.name}, {loaded.task.name}: {len(train)} training examples, {arguments.steps} steps of descent"
+        _write(folder.path, record, result, f"{title}, seed {arguments.seed}", time.monotonic() - begin)
+    except (TrainingDivergedError, KeyboardInterrupt) as error:
+        folder.line(f"stopped: {str(error) or 'interrupted'}")
+        raise
+    finally:
+        folder.close()
+    _print(result, folder.path, time.monotonic() - begin)
+    return result
+
+
+def _write(path: Path, record: Mapping[str, Any], result: BoundSweep, title: str, seconds: float) -> None:
+    write_csv(path / "table.csv", result.table)
+    write_csv(path / "measurements.csv", result.measurements)
+    summary = {**result.summary, "seconds": seconds}
+    results = {"summary": summary, "table": result.table, "measurements": result.measurements, "config": record}
+    write_json(path / "all_results.json", results)
+    plots.save(plots.bounds(result.table, title), path / "figures" / "bounds")
+
+
+def _print(result: BoundSweep, path: Path, seconds: float) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=100)
+    summary = result.summary
+    console.print(
+        f"at θ₀ ({summary['train_examples']} training examples × {summary['outputs']} outputs): σ = ‖J₀‖₂ = "
+        f"{summary['sigma']:.4g}, μ₁ = σ² = {summary['mu_1']:.4g}, β = {summary['beta_start']:.4g}, "
+        f"R = {summary['risk_start']:.3g}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(constants_table(summary["constants"]))
+    console.print(bound_table(result.table))
+    for line in bound_lines(result.table, summary["slopes"]):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"written to {path} in {seconds:.0f} s", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,316 @@
+"""Every bound of theory 3 to 6 on a model and its training examples, over a sweep of λ: which hold, how tightly."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlin import bounds
+from jaxlin.data.dataset import Dataset, as_dataset
+from jaxlin.errors import InputError
+from jaxlin.ntk.change import METHODS, STACKED
+from jaxlin.ntk.jacobian import MEMORY_BUDGET
+from jaxlin.ntk.lipschitz import moved, random_direction
+from jaxlin.theory.bound import Bound
+from jaxlin.training.bound_run import Descent, Origin, SelectiveDescent, descend, descend_selectively
+from jaxlin.training.compare import check_lams
+from jaxlin.training.gaps import relative
+from jaxlin.training.smoothness import smoothness
+from jaxlin.training.start import PhaseProgress
+from jaxlin.training.trainer import Row, check_data
+from jaxlin.tunable import Tunable
+
+LAM_REL = (0.1, 1.0, 10.0, 100.0)
+"""Default grid of λ, in units of μ₁."""
+
+_SCALING = ("distance", "parameter_gap", "output_gap", "same_theta_gap", "kernel_drift")
+"""What falls as a power of λ as λ → ∞ (theory 5): the first and last as 1/λ, the gaps as 1/λ²."""
+
+
+_BETA_TOLERANCE = 1e-2
+"""Relative residual of β away from θ₀, where Lanczos starts from θ₀'s vector."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BoundSweep:
+    """What `bound_sweep` gives.
+
+    Attributes:
+        table: Tidy: a row a bound and λ; see `rows`.
+        measurements: Tidy: a row a λ and step, with what was measured there, for the summed loss.
+        summary: Sizes, σ, β at θ₀; by λ the constants that the bounds used; slopes of what was measured.
+        bounds: The bounds themselves, by λ.
+    """
+
+    table: list[Row]
+    measurements: list[Row]
+    summary: dict[str, Any]
+    bounds: Mapping[float, list[Bound]]
+
+
+def rows(found: Sequence[Bound], labels: Mapping[str, Any]) -> list[Row]:
+    """Returns bounds as rows of a table; so those of other sections can stand beside them.
+
+    Args:
+        found: The bounds; arrays have an entry a step, the last of which is the end.
+        labels: Columns that go before: which λ they are of.
+
+    Returns:
+        For each: `bound`, `applies`, `holds` (`None` where it does not apply), `tightness` (measured over bound, or the
+        inverse of a lower one, where they are nearest), `value` and `measured` at the end, `tightness_end`, `sampled`,
+        and `failing`, the conditions that are not met.
+    """
+    return [
+        {
+            "bound": one.name,
+            **labels,
+            "applies": one.applies,
+            "holds": one.holds,
+            "tightness": one.tightness,
+            "value": float(np.atleast_1d(one.value)[-1]),
+            "measured": float(np.atleast_1d(one.measured)[-1]),
+            "tightness_end": dataclasses.replace(
+                one, value=np.atleast_1d(one.value)[-1:], measured=np.atleast_1d(one.measured)[-1:]
+            ).tightness,
+            "sampled": one.sampled,
+            "failing": "; ".join(name for name, met in one.conditions.items() if not met) or None,
+        }
+        for one in found
+    ]
+
+
+def check_sweep(
+    tun: Tunable,
+    data: Dataset,
+    *,
+    lam_rel: Sequence[float] | np.ndarray = LAM_REL,
+    steps: int = 24,
+    selective_steps: int = 6,
+    share: float = 0.5,
+    directions: int = 2,
+    method: str = "auto",
+) -> None:
+    """Checks all that `bound_sweep` is given, without computing anything; arguments as there.
+
+    Raises:
+        InputError: Naming the first that cannot be used.
+    """
+    check_lams("auto", lam_rel, "coupled")
+    for name, value in (("steps", steps), ("selective_steps", selective_steps), ("directions", directions)):
+        if value < 1:
+            raise InputError(f"{name}={value}; expected at least 1")
+    if not 0 < share <= 1:
+        raise InputError(f"share={share}; expected above 0 and at most 1, of the largest step that the bounds allow")
+    if method not in METHODS:
+        raise InputError(f"method={method!r} is unknown; expected one of {', '.join(METHODS)}")
+    check_data(tun, data, "squared")
+
+
+def measured_steps(steps: int) -> list[int]:
+    """Returns where a run is measured: at 1, 2, 4, … and at its end."""
+    return sorted({steps, *(1 << k for k in range(steps.bit_length()) if 1 << k <= steps)})
+
+
+def bound_sweep(
+    tun: Tunable,
+    data: Dataset | Mapping[str, Any],
+    *,
+    lam_rel: Sequence[float] | np.ndarray = LAM_REL,
+    steps: int = 24,
+    selective_steps: int = 6,
+    share: float = 0.5,
+    directions: int = 2,
+    method: str = "auto",
+    seed: int = 0,
+    memory_budget: int = MEMORY_BUDGET,
+    progress: PhaseProgress | None = None,
+) -> BoundSweep:
+    """Runs what the bounds of theory 3 to 6 are of, over a sweep of λ, and evaluates every one.
+
+    For each λ full-batch descent with the coupled pull and a constant step, of the model and of its linearization
+    (sections 4, 5, 6), and of the model with the selective pull (section 3); squared loss; all in float64, since the
+    gaps shrink as 1/λ². H and β are the largest of samples within the run's own radius: along the trajectories,
+    halfway to their ends, in random directions. Such suprema are estimates from below, and what uses them is marked
+    `sampled`: where it fails, the samples missed the supremum.
+
+    Args:
+        tun: The model.
+        data: Training examples with `labels`.
+        lam_rel: λ of the summed loss, in units of μ₁.
+        steps: Of descent at each λ; enough for the smallest.
+        selective_steps: Of descent with the selective pull.
+        share: c of the step `η = c/(max(β, σ²) + λ)`, with β at θ₀.
+        directions: Random directions in which H is sampled at the radius of each λ's run; β in the first of them.
+        method: `"dense"`, `"products"` or `"auto"`; see `jaxlin.ntk.change.change`.
+        seed: Of directions.
+        memory_budget: Bytes for Jacobians.
+        progress: Called with a phase's name, units done and in all.
+
+    Returns:
+        Tables, constants and bounds.
+
+    Raises:
+        InputError: If an argument is out of range, the data do not fit, or the kernel at θ₀ vanishes.
+        TrainingDivergedError: If a run diverges.
+        FloatingPointError: If a norm does not converge.
+    """
+    data = as_dataset(data)
+    options: dict[str, Any] = {"steps": steps, "selective_steps": selective_steps, "directions": directions}
+    check_sweep(tun, data, lam_rel=lam_rel, share=share, method=method, **options)
+    shares = np.atleast_1d(np.asarray(lam_rel, float)).tolist()
+    where = measured_steps(steps)
+    ticks = _Ticks(progress, {"training": len(shares) * (steps + selective_steps)})
+    ticks.total["derivatives"] = len(shares) * (len(where) + 1 + directions + 2)
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        origin = Origin.compute(tun, data, method, seed, memory_budget)
+        mu1 = origin.sigma**2
+        runs, selective = [], []
+        for lam in (rel * mu1 for rel in shares):
+            eta = share / (max(origin.beta.value, mu1) + lam)
+            runs.append(descend(origin, lam, eta, where, ticks.of("training"), ticks.of("derivatives")))
+            selective.append(descend_selectively(origin, lam, eta, selective_steps, ticks.of("training")))
+        samples = _sample(origin, runs, directions, seed, ticks.of("derivatives"))
+    found = {run.lam: _bounds(origin, run, part, samples) for run, part in zip(runs, selective, strict=True)}
+    labels = {
+        run.lam: {"lam": run.lam, "lam_over_mu1": rel, "learning_rate": run.learning_rate}
+        for run, rel in zip(runs, shares, strict=True)
+    }
+    table = [row for lam, listed in found.items() for row in rows(listed, labels[lam])]
+    measurements = [row for run in runs for row in _measurements(run, labels[run.lam])]
+    constants = [{**labels[run.lam], **_constants(run, samples)} for run in runs]
+    summary = {
+        "train_examples": len(data),
+        "outputs": origin.y.shape[1],
+        "trainable_parameters": tun.num_params,
+        "steps": steps,
+        "share": share,
+        "directions": directions,
+        "seed": seed,
+        "derivatives": type(origin.measure).__name__.removesuffix("Change").lower(),
+        "sigma": origin.sigma,
+        "mu_1": mu1,
+        "beta_start": origin.beta.value,
+        "beta_start_residual": origin.beta.residual,
+        "beta_residual_at_most": _BETA_TOLERANCE,
+        "risk_start": origin.risk,
+        "constants": constants,
+        "slopes": slopes(runs),
+    }
+    return BoundSweep(table, measurements, summary, found)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ticks:
+    """Counts units of phases."""
+
+    progress: PhaseProgress | None
+    total: dict[str, int]
+    done: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def of(self, phase: str) -> Callable[[int], None]:
+        """Returns what counts a phase on."""
+        return functools.partial(self._tick, phase)
+
+    def _tick(self, phase: str, units: int) -> None:
+        self.done[phase] = self.done.get(phase, 0) + units
+        if self.progress is not None and units:
+            self.progress(phase, self.done[phase], self.total[phase])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Samples:
+    """Radius and value of every sample of H and β."""
+
+    lipschitz: list[tuple[float, float]]
+    beta: list[tuple[float, float]]
+
+    def within(self, what: str, radius: float) -> float:
+        """Returns the largest value in the ball."""
+        return max(value for r, value in getattr(self, what) if r <= radius * (1 + 1e-9))
+
+
+def _sample(
+    origin: Origin, runs: Sequence[Descent], directions: int, seed: int, tick: Callable[[int], None]
+) -> _Samples:
+    lipschitz, beta = [(0.0, 0.0)], [(0.0, origin.beta.value)]
+    near = functools.partial(smoothness, start=origin.beta.vector, tolerance=_BETA_TOLERANCE, width=4)
+    for run in runs:
+        lipschitz += zip(run.distance.tolist(), run.ratio.tolist(), strict=True)
+        lipschitz.append((float(run.distance[-1]) / 2, run.middle_ratio))
+        beta.append((float(run.distance[-1]), near(origin.operator.at(run.last)).value))
+        tick(1)
+        radius = run.largest_distance
+        for k in range(directions if radius > 0 else 0):
+            theta = moved(origin.tun.theta0, random_direction(origin.tun.theta0, seed, k), radius)
+            lipschitz.append((radius, origin.measure.norms(theta, (STACKED,))[STACKED].value / radius))
+            tick(1)
+            if k == 0:
+                beta.append((radius, near(origin.operator.at(theta)).value))
+                tick(1)
+    return _Samples(lipschitz, beta)
+
+
+def _bounds(origin: Origin, run: Descent, selective: SelectiveDescent, samples: _Samples) -> list[Bound]:
+    lam, eta, sigma, largest = run.lam, run.learning_rate, origin.sigma, run.largest_distance
+    h, beta = samples.within("lipschitz", largest), samples.within("beta", largest)
+    on_steps = (selective.risk, selective.risk_next, selective.inner, selective.update)
+    of_steps = samples.within("beta", selective.largest_distance)
+    mu = origin.regression.eigenvalues
+    resolved = float(mu[mu > origin.regression.noise_floor].min())
+    limit = bounds.contraction(run.limit_gap, np.concatenate([[0], run.steps]), float(mu[-1]), resolved, lam, eta)
+    return [
+        bounds.selective_direction(selective.inner, selective.gradient),
+        bounds.descent_step(*on_steps, eta, of_steps),
+        bounds.monotone_descent(*on_steps, eta, of_steps),
+        bounds.distance_a_posteriori(run.distance, origin.risk, run.risk, lam, eta, beta),
+        bounds.distance_a_priori(run.distance, origin.risk, lam, eta, beta),
+        bounds.distance_by_recursion(run.distance, run.steps, run.largest_gradient, lam, eta),
+        bounds.same_theta_gap(run.same_theta_gap, run.distance, h),
+        bounds.parameter_gap(run.parameter_gap, run.steps, h, largest, run.largest_residual, sigma, lam, eta),
+        bounds.output_gap(run.output_gap, run.parameter_gap, h, largest, sigma),
+        bounds.kernel_drift(run.kernel_drift, run.distance, h, sigma),
+        dataclasses.replace(limit, value=limit.value[1:], measured=limit.measured[1:]),  # it starts as an equality
+    ]
+
+
+def _constants(run: Descent, samples: _Samples) -> Row:
+    """The constants of the bounds at one λ."""
+    return {
+        "D": run.largest_distance,
+        "rho": run.largest_residual,
+        "G": run.largest_gradient,
+        "H_sampled": samples.within("lipschitz", run.largest_distance),
+        "beta_sampled": samples.within("beta", run.largest_distance),
+    }
+
+
+def _measurements(run: Descent, labels: Row) -> list[Row]:
+    names = ("distance", "risk", "same_theta_gap", "parameter_gap", "output_gap", "kernel_drift", "ratio")
+    columns = {name: getattr(run, name) for name in names} | {"limit_gap": run.limit_gap[1:]}
+    return [
+        {**labels, "step": int(t), **{name: float(values[i]) for name, values in columns.items()}}
+        for i, t in enumerate(run.steps)
+    ]
+
+
+def slopes(runs: Sequence[Descent]) -> dict[str, float | None]:
+    """Returns the log-log slope in λ of what was measured at the end, between the two largest λ (theory 5).
+
+    Args:
+        runs: Of the sweep.
+
+    Returns:
+        By name; `None` where there are not two λ above 0, or something vanishes.
+    """
+    two = sorted((run for run in runs if run.lam > 0), key=lambda run: run.lam)[-2:]
+    found: dict[str, float | None] = {}
+    for name in _SCALING:
+        ends = [float(getattr(run, name)[-1]) for run in two]
+        known = len(ends) == 2 and min(ends) > 0
+        found[name] = float(np.log(relative(ends[1], ends[0])) / np.log(two[1].lam / two[0].lam)) if known else None
+    return found
