@@ -31,7 +31,7 @@ def test_examples_run(capsys, tmp_path, monkeypatch):
     np.testing.assert_allclose(names["top"].values, np.linalg.eigvalsh(whole)[:-3:-1], rtol=1e-5)
     sketched = names["R"].kernel_matrix()
     assert np.linalg.norm(sketched - whole) < 4 * names["R"].relative_error * np.linalg.norm(whole)
-    assert names["gap"].holds is True
+    assert names["found"].holds is True
     assert names["report"].num_params <= 40_000
 
 
