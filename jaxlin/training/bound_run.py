@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Float, Int, PyTree
 
 from jaxlin.data.dataset import Dataset
@@ -22,9 +21,8 @@ from jaxlin.ntk.products import NTKOperator, ntk_vector_product
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.training.cached import cached_linearized
 from jaxlin.training.losses import targets, to_mean
-from jaxlin.training.optim import proximal
 from jaxlin.training.smoothness import smoothness
-from jaxlin.training.trainer import TrainConfig, TrainResult, TrainState, predict, train
+from jaxlin.training.trainer import TrainConfig, TrainResult, predict, train
 from jaxlin.tunable import Tunable
 
 Tick = Callable[[int], None]
@@ -176,26 +174,16 @@ class SelectiveDescent:
     largest_distance: float
 
 
-_DESCENT = optax.GradientTransformation(
-    lambda _: jnp.zeros(()), lambda grads, rate, _=None: (jax.tree.map(lambda g: -rate * g, grads), rate)
-)
-"""Gradient descent whose rate is its state: a sweep over it compiles once."""
-
-
 def _train(
     origin: Origin, what: str, lam: float, learning_rate: float, pull: str, keep: Sequence[int], tick: Tick
 ) -> TrainResult:
     """Runs descent of one arm up to the last step to be kept."""
     tun, data = (origin.linear, origin.linear_data) if what == "linearized" else (origin.tun, origin.data)
     n = len(data)
-    config = TrainConfig(
-        optimizer=_DESCENT, learning_rate=1.0, batch_size=n, max_steps=max(keep), lam=lam, pull=pull
-    )  # the rate is the state's
-    state = proximal(_DESCENT, 0.0, pull).init(tun.theta0)
-    state = state._replace(inner=jnp.asarray(to_mean(learning_rate, n, "learning_rate")))
-    start = TrainState(tun.theta0, state, 0)
+    rate = to_mean(learning_rate, n, "learning_rate")
+    config = TrainConfig(optimizer="sgd", learning_rate=rate, batch_size=n, max_steps=max(keep), lam=lam, pull=pull)
     try:
-        return train(tun, data, None, config, start=start, keep=keep, log=lambda _: tick(int(what != "linearized")))
+        return train(tun, data, None, config, keep=keep, log=lambda _: tick(int(what != "linearized")))
     except TrainingDivergedError as error:
         raise TrainingDivergedError(f"{what} at λ = {lam:g}: {error}") from error
 
