@@ -323,6 +323,10 @@ class Study:
             self._drawn[task, draw] = _drawn(self.config, self._loaded[task], draw)
         return self._drawn[task, draw]
 
+    def data_hashes(self) -> dict[str, str]:
+        """Returns the SHA-256 of each task's data."""
+        return {task: loaded.task.sha256() for task, loaded in self._loaded.items()}
+
     def predictors(self, task: str, draw: int, way: str) -> dict[str, Any]:
         """What K₀ says of every choice."""
         drawn, config = self.drawn(task, draw), self.config
@@ -474,7 +478,8 @@ def run(config: ConditionNumberConfig) -> list[dict[str, Any]]:
     _check(config)
     folder = RunFolder(config.output_dir, overwrite=False, resume=True)
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(config).items()}
-    folder.open({"command": "condition_number", "arguments": arguments, "versions": versions()}, "")
+    record = {"command": "condition_number", "arguments": arguments, "versions": versions()}
+    folder.open(record, "")
     table: list[dict[str, Any]] = []
     try:
         with ProgressReporter(folder.line) as progress:
@@ -484,12 +489,17 @@ def run(config: ConditionNumberConfig) -> list[dict[str, Any]]:
     finally:
         folder.close()
         if whole := _whole_draws(table, config):
-            write_csv(config.output_dir / "table.csv", whole)
+            write_csv(config.output_dir / "table.csv", [_rounded(row) for row in whole])
     found = correlations(table, config.resamples)
-    write_csv(config.output_dir / "correlations.csv", found)
+    write_csv(config.output_dir / "correlations.csv", [_rounded(row) for row in found])
     primary = next(row for row in found if row["primary"])
-    write_json(config.output_dir / "all_results.json", {"primary": primary, "config": arguments, "table": table})
+    write_json(config.output_dir / "all_results.json", {**record, "primary": primary, "data": study.data_hashes()})
     return found
+
+
+def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Six digits: the tables are to be kept."""
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
 def main() -> None:
