@@ -33,6 +33,8 @@ def test_examples_run(capsys, tmp_path, monkeypatch):
     assert np.linalg.norm(sketched - whole) < 4 * names["R"].relative_error * np.linalg.norm(whole)
     assert names["found"].holds is True
     assert names["report"].num_params <= 40_000
+    _, lower, eigenvalue, upper, _ = capsys.readouterr().out.splitlines()[-len(whole)].split()
+    assert float(lower) <= float(eigenvalue) <= float(upper)
 
 
 def test_figure_exists():
