@@ -17,6 +17,7 @@ from jaxlin.theory.inequalities import (
 )
 from jaxlin.theory.perturbation import (
     Perturbation,
+    chain_bounds,
     condition,
     perturbation,
     perturbation_table,
@@ -29,6 +30,7 @@ from jaxlin.theory.perturbation import (
 __all__ = [
     "Bound",
     "Perturbation",
+    "chain_bounds",
     "condition",
     "contraction",
     "descent_step",

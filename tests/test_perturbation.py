@@ -148,6 +148,26 @@ def test_a_transformer_chain(kernel):
     assert rows[0]["set"].split()[0].startswith("encoder/layer_1/")
 
 
+@pytest.mark.parametrize("ridge", [0.0, 0.7])
+def test_bounds_along_a_chain_are_those_of_its_steps(kernel, ridge):
+    chain = [["classifier"], ["classifier", "encoder/layer_1"], ["classifier", "encoder"]]
+    found = jl.bounds.chain_bounds(kernel, chain, ridge)
+    steps = [
+        jl.bounds.perturbation(kernel, ["classifier"], ["encoder/layer_1"], ridge),
+        jl.bounds.perturbation(kernel, ["classifier", "encoder/layer_1"], ["encoder/layer_0"], ridge),
+    ]
+    expected = [all_bounds(p)[:8] for p in steps]
+    for one, *parts in zip(found, *expected, strict=True):
+        assert one.holds in (True, None)
+        assert one.name == parts[0].name
+        np.testing.assert_array_equal(one.value, np.concatenate([np.atleast_1d(part.value) for part in parts]))
+    mu = np.linalg.eigvalsh(kernel.matrix())[::-1] + ridge
+    np.testing.assert_allclose(found[0].measured[-len(mu) :], mu, atol=1e-12 * mu[0])
+    assert float(found[-1].measured[-1]) == pytest.approx(mu[0] / mu[-1], rel=1e-6) or ridge == 0
+    with pytest.raises(jl.InputError, match="ridge=-1"):
+        jl.bounds.perturbation(kernel, ["classifier"], ["encoder"], -1.0)
+
+
 def test_bad_sets(kernel):
     for base, added, message in (
         (["encoder/layer_0"], ["encoder"], "is in both sets"),

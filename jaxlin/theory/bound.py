@@ -62,6 +62,7 @@ class Bound:
         value, measured = np.abs(np.atleast_1d(self.value)), np.abs(np.atleast_1d(self.measured))
         large = np.maximum(value, measured)
         ratio = np.divide(np.minimum(value, measured), large, out=np.ones_like(large), where=large > 0)
+        ratio[np.isinf(value) & np.isinf(measured)] = 1
         return float(ratio.max())
 
 

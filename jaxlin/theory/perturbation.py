@@ -48,26 +48,30 @@ class Perturbation:
     resolution: float
 
 
-def perturbation(kernel: Kernel, base: Iterable[str], added: Iterable[str]) -> Perturbation:
+def perturbation(kernel: Kernel, base: Iterable[str], added: Iterable[str], ridge: float = 0.0) -> Perturbation:
     """Computes the eigenvalues of K_S, E and K_{S∪T}, and those of E relative to K_S.
 
     Args:
         kernel: A kernel of examples with themselves, with blocks.
         base: Names of the blocks of S, or prefixes as in `Kernel.subset`.
         added: Those of T.
+        ridge: λ of the summed loss: then all is of `K_S + λI` and `K_{S∪T} + λI`, and κ is κ_λ (theory 6).
 
     Returns:
         The eigenvalues, for `weyl`, `weyl_all_pairs`, `relative`, `condition` and `tightest`.
 
     Raises:
-        InputError: If a name is no block, S and T share one, or the kernel is not symmetric or holds NaN.
+        InputError: If a name is no block, S and T share one, the kernel is not symmetric or holds NaN, or the ridge is
+            negative.
     """
+    if not ridge >= 0:
+        raise InputError(f"ridge={ridge}; expected at least 0")
     kernel = kernel.require_symmetric("a perturbation bound")
     first, second = kernel.subset(base), kernel.subset(added)
     shared = sorted(set(first.parts) & set(second.parts))
     if shared:
         raise InputError(f"the block {shared[0]!r} is in both sets; theory 7 needs disjoint ones")
-    k_s, e = first.matrix(), second.matrix()
+    k_s, e = first.matrix() + ridge * np.eye(len(first.matrix())), second.matrix()
     if not (np.isfinite(k_s).all() and np.isfinite(e).all()):
         raise InputError("the kernel holds NaN or infinity; check the model's weights and inputs")
     mu_s, mu_e, mu = (np.linalg.eigvalsh(matrix)[::-1] for matrix in (k_s, e, k_s + e))
@@ -193,16 +197,53 @@ def perturbation_table(kernel: Kernel, chain: Sequence[Sequence[str]]) -> list[d
         InputError: If there are fewer than two sets, one does not hold the one before and more, or as for
             `perturbation`.
     """
+    rows: list[dict[str, Any]] = []
+    for step, (base, added) in enumerate(_steps(kernel, chain), start=1):
+        rows += _rows(perturbation(kernel, base, added), step, " ".join(added))
+    return rows
+
+
+def _steps(kernel: Kernel, chain: Sequence[Sequence[str]]) -> list[tuple[tuple[str, ...], list[str]]]:
+    """Each set of a chain but the last, and what the next adds to it."""
     sets = [tuple(kernel.subset(names).parts) for names in chain]
     if len(sets) < 2:
         raise InputError(f"a chain of {len(sets)} set(s) of blocks; expected at least two, each within the next")
-    rows: list[dict[str, Any]] = []
+    found = []
     for step, (base, whole) in enumerate(itertools.pairwise(sets), start=1):
         added = [name for name in whole if name not in base]
         if not added or set(base) - set(whole):
             raise InputError(f"set {step + 1} of the chain does not hold set {step} and more: {', '.join(chain[step])}")
-        rows += _rows(perturbation(kernel, base, added), step, " ".join(added))
-    return rows
+        found.append((base, added))
+    return found
+
+
+def chain_bounds(kernel: Kernel, chain: Sequence[Sequence[str]], ridge: float = 0.0) -> list[Bound]:
+    """Returns (a) to (d) along a growing set of blocks, each as one bound of all its steps and eigenvalues (theory 7).
+
+    Args:
+        kernel: As for `perturbation_table`.
+        chain: Likewise.
+        ridge: As for `perturbation`.
+
+    Returns:
+        For each of (a) to (d) that from below and that from above.
+
+    Raises:
+        InputError: As for `perturbation_table`, or if the ridge is negative.
+    """
+    steps = [perturbation(kernel, base, added, ridge) for base, added in _steps(kernel, chain)]
+    pairs = [[side for function in (*_OF_EIGENVALUES.values(), condition) for side in function(p)] for p in steps]
+    return [
+        bound(
+            first.name,
+            np.concatenate([np.atleast_1d(one.value) for one in (first, *others)]),
+            np.concatenate([np.atleast_1d(one.measured) for one in (first, *others)]),
+            {name: all(one.conditions[name] for one in (first, *others)) for name in first.conditions},
+            lower=first.lower,
+            rounding=max(one.rounding for one in (first, *others)),
+        )
+        for first, *others in zip(*pairs, strict=True)
+    ]
 
 
 def _rows(p: Perturbation, step: int, added: str) -> list[dict[str, Any]]:

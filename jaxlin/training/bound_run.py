@@ -16,6 +16,7 @@ from jaxlin.linearize import linearize
 from jaxlin.ntk.change import DRIFT, STACKED, DenseChange, ProductChange, change, distance
 from jaxlin.ntk.engine import kernel_from_jacobian, ntk
 from jaxlin.ntk.jacobian import to_float64
+from jaxlin.ntk.kernel import Kernel
 from jaxlin.ntk.lanczos import Extreme
 from jaxlin.ntk.products import NTKOperator, ntk_vector_product
 from jaxlin.theory.regression import KernelRegression, kernel_regression
@@ -40,6 +41,7 @@ class Origin:
         linear_data: The same for `linear`.
         measure: Norms of `J(θ) − J₀` and `K_θ − K₀`.
         operator: K₀ as products.
+        kernel: K₀, a block a layer.
         regression: Of the linearized model, at λ = 0.
         y: Targets `[N, C]`.
         sigma: σ = ‖J₀‖₂.
@@ -52,6 +54,7 @@ class Origin:
     linear_data: Dataset
     measure: DenseChange | ProductChange
     operator: NTKOperator
+    kernel: Kernel
     regression: KernelRegression
     y: Float[np.ndarray, "N C"]
     sigma: float
@@ -83,15 +86,15 @@ class Origin:
         linear, linear_data = linearize(exact), data
         if isinstance(measure, DenseChange):
             linear, (linear_data,) = cached_linearized(exact, [data], [measure.start])
-            kernel = kernel_from_jacobian(measure.start, measure.start, exact.grouped(None), "highest", None, False)
+            kernel = kernel_from_jacobian(measure.start, measure.start, exact.grouped("layer"), "highest", None, False)
         else:
-            kernel = ntk(exact, data, dtype="float64", memory_budget=memory_budget, check_examples=0)
+            kernel = ntk(exact, data, blocks="layer", dtype="float64", memory_budget=memory_budget, check_examples=0)
         f0 = predict(exact, exact.theta0, data)
         y = np.asarray(targets(data["labels"], f0.shape[1]), np.float64)
         operator = ntk_vector_product(exact, data, dtype="float64", check_examples=0)
         beta = smoothness(operator, rng=seed)
         regression = kernel_regression(kernel, y, f0, 0.0)
-        return cls(exact, linear, data, linear_data, measure, operator, regression, y, sigma, beta)
+        return cls(exact, linear, data, linear_data, measure, operator, kernel, regression, y, sigma, beta)
 
     @property
     def risk(self) -> float:

@@ -1,4 +1,4 @@
-"""Every bound of theory 3 to 6 on a model and its training examples, over a sweep of λ: which hold, how tightly."""
+"""Every bound of theory 3 to 7 on a model and its training examples, over a sweep of λ: which hold, how tightly."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError
 from jaxlin.ntk.change import METHODS, STACKED
 from jaxlin.ntk.jacobian import MEMORY_BUDGET
+from jaxlin.ntk.kernel import Kernel
 from jaxlin.ntk.lipschitz import moved, random_direction
 from jaxlin.theory.bound import Bound
 from jaxlin.training.bound_run import Descent, Origin, SelectiveDescent, descend, descend_selectively
@@ -23,7 +24,7 @@ from jaxlin.training.gaps import relative
 from jaxlin.training.smoothness import smoothness
 from jaxlin.training.start import PhaseProgress
 from jaxlin.training.trainer import Row, check_data
-from jaxlin.tunable import Tunable
+from jaxlin.tunable import Tunable, layer_index
 
 LAM_REL = (0.1, 1.0, 10.0, 100.0)
 """Default grid of λ, in units of μ₁."""
@@ -57,7 +58,7 @@ def rows(found: Sequence[Bound], labels: Mapping[str, Any]) -> list[Row]:
     """Returns bounds as rows of a table; so those of other sections can stand beside them.
 
     Args:
-        found: The bounds; arrays have an entry a step, the last of which is the end.
+        found: The bounds; arrays have an entry a step (or an eigenvalue), the last of which is the end.
         labels: Columns that go before: which λ they are of.
 
     Returns:
@@ -130,13 +131,14 @@ def bound_sweep(
     memory_budget: int = MEMORY_BUDGET,
     progress: PhaseProgress | None = None,
 ) -> BoundSweep:
-    """Runs what the bounds of theory 3 to 6 are of, over a sweep of λ, and evaluates every one.
+    """Runs what the bounds of theory 3 to 7 are of, over a sweep of λ, and evaluates every one.
 
     For each λ full-batch descent with the coupled pull and a constant step, of the model and of its linearization
     (sections 4, 5, 6), and of the model with the selective pull (section 3); squared loss; all in float64, since the
     gaps shrink as 1/λ². H and β are the largest of samples within the run's own radius: along the trajectories,
     halfway to their ends, in random directions. Such suprema are estimates from below, and what uses them is marked
-    `sampled`: where it fails, the samples missed the supremum.
+    `sampled`: where it fails, the samples missed the supremum. Section 7 is of `K₀ + λI` as layers are added, the
+    head first and then from the top; it needs no run.
 
     Args:
         tun: The model.
@@ -275,7 +277,16 @@ def _bounds(origin: Origin, run: Descent, selective: SelectiveDescent, samples: 
         bounds.output_gap(run.output_gap, run.parameter_gap, h, largest, sigma),
         bounds.kernel_drift(run.kernel_drift, run.distance, h, sigma),
         dataclasses.replace(limit, value=limit.value[1:], measured=limit.measured[1:]),  # it starts as an equality
+        *_as_layers_are_added(origin.kernel, lam),
     ]
+
+
+def _as_layers_are_added(kernel: Kernel, lam: float) -> list[Bound]:
+    """Theory 7 along the layers; nothing where there is one group of blocks only."""
+    groups = {name.split("/")[0]: layer_index(name) for name in kernel.parts}
+    order = sorted(groups, key=lambda name: (groups[name] is not None, -(groups[name] or 0)))
+    chain = [order[:k] for k in range(1, len(order) + 1)]
+    return bounds.chain_bounds(kernel, chain, lam) if len(chain) > 1 else []
 
 
 def _constants(run: Descent, samples: _Samples) -> Row:
