@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError
@@ -19,9 +19,11 @@ from jaxlin.ntk.engine import ntk
 from jaxlin.ntk.jacobian import MEMORY_BUDGET, num_outputs
 from jaxlin.ntk.kernel import Kernel
 from jaxlin.ntk.kinds import contrast_basis
+from jaxlin.ntk.lipschitz import lipschitz_profile
 from jaxlin.ntk.products import ntk_vector_product
 from jaxlin.ntk.work import Progress
 from jaxlin.peft.function import PeftFunction
+from jaxlin.peft.part import part_of
 from jaxlin.selection_report import LayerSelection, Row, Trust
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.theory.selection import (
@@ -78,6 +80,7 @@ def select_layers(
     lam_by: str = "leave_one_out",
     contrasts: bool = False,
     lipschitz: float | None = None,
+    lipschitz_directions: int = 0,
     exhaustive_limit: int = 512,
     memory_budget: int = MEMORY_BUDGET,
     check_examples: int = 2,
@@ -109,6 +112,8 @@ def select_layers(
             λ and rate are then those of fitting the contrasts of y. A head whose columns sum to 0, such as a probe that
             stays frozen, has a singular kernel else.
         lipschitz: H of the stacked Jacobian (theory 5 and 8) on these examples, of all that `tun` tunes.
+        lipschitz_directions: Where it is not given: sample H of what is chosen, in the first draw, at the ridge
+            solution and in so many random directions at its distance, a float64 Jacobian each; 0: go without.
         exhaustive_limit: Up to so many candidates are all computed; more are searched (forward selection, exchange).
         memory_budget: Bytes; see `ntk`.
         check_examples: See `ntk`; of the first draw.
@@ -126,6 +131,8 @@ def select_layers(
         raise InputError(f"lam_by={lam_by!r} is unknown; expected one of {', '.join(LAM_BY)}")
     if lipschitz is not None and not 0 <= lipschitz < math.inf:
         raise InputError(f"lipschitz={lipschitz}; expected H, at least 0 and finite")
+    if lipschitz_directions < 0:
+        raise InputError(f"lipschitz_directions={lipschitz_directions}; expected at least 0")
     if (x_eval is None) != (y_eval is None):
         raise InputError("x_eval and y_eval belong together; only one of them is given")
     tunables = _draws(tun, draws)
@@ -172,7 +179,8 @@ def select_layers(
         progress=None if progress is None else functools.partial(progress, "candidates"),
     )
     settled = {"budget": budget, "criteria_lam": lam, "criteria_lam_rel": rel, "lam_by": lam_by, "contrasts": contrasts}
-    return _report_of(found, measured, grid, tunables, data, settled, _Outputs(basis, _are_classes(y)), lipschitz, seed)
+    steepness = _Steepness(lipschitz, lipschitz_directions, memory_budget, seed)
+    return _report_of(found, measured, grid, tunables, data, settled, _Outputs(basis, _are_classes(y)), steepness, seed)
 
 
 def _seen(kernel: Kernel, contrasts: bool) -> Kernel:
@@ -331,16 +339,30 @@ def _lora(tun: Tunable) -> tuple[int | None, float | None]:
     return found.pop() if len(found) == 1 else (None, None)
 
 
-def _gap_at(
-    tun: Tunable,
-    data: Dataset,
-    blocks: Sequence[str],
-    basis: np.ndarray,
-    fit: KernelRegression,
-    alpha: Float[np.ndarray, "N K"],
-) -> float:
-    """‖f − f̄‖/‖f̄ − f₀‖ at the ridge solution θ₀ + J_Sᵀα."""
-    moved = (fit.matrix @ alpha.reshape(-1)).reshape(alpha.shape)
+@dataclasses.dataclass(frozen=True)
+class _Steepness:
+    """H of theory 5: as given, or how to sample it."""
+
+    given: float | None
+    directions: int
+    memory_budget: int
+    seed: int
+
+    def at(self, tun: Tunable, data: Dataset, blocks: Sequence[str], theta: PyTree, distance: float) -> float | None:
+        """Returns H of what is chosen within the distance of the ridge solution; `None` where none is wanted."""
+        if self.given is not None or not self.directions or not distance > 0:
+            return self.given
+        part = part_of(dataclasses.replace(tun, blocks=tun.grouped("module")), blocks)
+        own = dict(zip(leaf_paths(theta), jax.tree.leaves(theta), strict=True))
+        options: dict[str, Any] = {"directions": self.directions, "memory_budget": self.memory_budget}
+        along = [{path: own[path] for path in part.theta0}]
+        return lipschitz_profile(part, data, [distance], along=along, seed=self.seed, **options).largest()
+
+
+def _ridge_theta(
+    tun: Tunable, data: Dataset, blocks: Sequence[str], basis: np.ndarray, alpha: Float[np.ndarray, "N K"]
+) -> PyTree:
+    """θ₀ + J_Sᵀα."""
     delta = ntk_vector_product(tun, data, check_examples=0).pull(alpha @ basis.T)
     chosen = {path for block in blocks for path in tun.grouped("module")[block]}
     leaves = [
@@ -349,10 +371,7 @@ def _gap_at(
             leaf_paths(tun.theta0), jax.tree.leaves(tun.theta0), jax.tree.leaves(delta), strict=True
         )
     ]
-    theta = jax.tree.unflatten(jax.tree.structure(tun.theta0), leaves)
-    size = float(np.linalg.norm(moved))
-    gap = float(np.linalg.norm(predict(tun, theta, data) @ basis - fit.f0 - moved))
-    return gap / size if size > 0 else math.nan
+    return jax.tree.unflatten(jax.tree.structure(tun.theta0), leaves)
 
 
 def _trust(
@@ -361,19 +380,23 @@ def _trust(
     data: Dataset,
     blocks: Sequence[str],
     basis: np.ndarray,
-    lipschitz: float | None,
+    steepness: _Steepness,
 ) -> Trust:
-    distances, movements, gaps, bounds = [], [], [], []
-    for fit, tun in zip(fits, tunables, strict=True):
+    distances, movements, gaps, h = [], [], [], None
+    for at, (fit, tun) in enumerate(zip(fits, tunables, strict=True)):
         alpha = fit.coefficients()
         along = fit.matrix @ alpha.reshape(-1)
         distances.append(math.sqrt(max(float(alpha.reshape(-1) @ along), 0.0)))
         movements.append(float(np.linalg.norm(along)))
-        gaps.append(_gap_at(tun, data, blocks, basis, fit, alpha))
-        if lipschitz is not None and movements[-1] > 0:
-            bounds.append(lipschitz / 2 * distances[-1] ** 2 / movements[-1])
-    largest = max(bounds) if len(bounds) == len(fits) else None
-    return Trust(float(np.mean(distances)), float(np.mean(movements)), float(np.max(gaps)), largest)
+        theta = _ridge_theta(tun, data, blocks, basis, alpha)
+        gap = np.linalg.norm(predict(tun, theta, data) @ basis - fit.f0 - along.reshape(alpha.shape))
+        gaps.append(float(gap) / movements[-1] if movements[-1] > 0 else math.nan)
+        if at == 0:
+            h = steepness.at(tun, data, blocks, theta, distances[-1])
+    moved = all(movement > 0 for movement in movements)
+    bounds = [] if h is None or not moved else [h / 2 * d**2 / m for d, m in zip(distances, movements, strict=True)]
+    largest = max(bounds) if bounds else None
+    return Trust(float(np.mean(distances)), float(np.mean(movements)), float(np.max(gaps)), h, largest)
 
 
 def _report_of(
@@ -384,7 +407,7 @@ def _report_of(
     data: Dataset,
     settled: Mapping[str, Any],
     outputs: _Outputs,
-    lipschitz: float | None,
+    steepness: _Steepness,
     seed: int,
 ) -> LayerSelection:
     """Predicts what training the best candidate will do; `settled` are fields of the report that are known."""
@@ -428,7 +451,7 @@ def _report_of(
         lam_curve=curve,
         learning_rate=rate,
         learning_rate_mean=to_mean(rate, len(y), "learning_rate"),
-        trust=_trust(fits, tunables, data, blocks, outputs.basis, lipschitz),
+        trust=_trust(fits, tunables, data, blocks, outputs.basis, steepness),
         spectra={name: spectrum(draws[0].kernel.subset(members)) for name, members in sets.items()},
         rank=rank,
         alpha=alpha,

@@ -23,13 +23,14 @@ class Trust:
         distance: ‖δ‖ of the ridge solution, `√(αᵀKα)`; the mean over draws.
         movement: ‖f̄ − f₀‖ there, over all examples and outputs; the mean over draws.
         measured_gap: ‖f − f̄‖ at that very θ, relative to ‖f̄ − f₀‖; the largest over draws.
-        gap_bound: Its bound by `(H/2)‖δ‖²` (theory 5(a)), the largest over draws; `None` where H is not given. H is
-            a sampled supremum (theory 8), so that this is an estimate.
+        lipschitz: H, as given or sampled (then an estimate from below, theory 8); `None` where neither.
+        gap_bound: The gap's bound by `(H/2)‖δ‖²` (theory 5(a)), the largest over draws; an estimate where H is one.
     """
 
     distance: float
     movement: float
     measured_gap: float
+    lipschitz: float | None
     gap_bound: float | None
 
     @property

@@ -49,7 +49,13 @@ def test_a_run_and_going_on(config, monkeypatch):
     assert len(table) == 2 * 2 * 6 * 2
     assert {row["way"] for row in table} == {"paper", "stable"}
     assert sum(row["primary"] for row in found) == 1
-    assert len(found) == 2 * (2 * len(experiment.CRITERIA) + 1) * 3 * 3
+    # Two tasks, pooled, and pooled among choices of equal size (four of one module).
+    assert len(found) == 2 * (2 * len(experiment.CRITERIA) + 1) * 3 * 4
+    equal = [row for row in found if row["task"] == "pooled, equal size"]
+    assert {row["choices"] for row in equal} == {8}
+    assert np.isnan(
+        [row["spearman"] for row in equal if row["predictor"] == "num_params" and row["way"] == "stable"]
+    ).all()
     assert rows_of(config.output_dir / "correlations.csv")[0]["predictor"] == "condition_number"
 
     def never(*_, **__):

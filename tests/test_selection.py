@@ -227,6 +227,24 @@ def test_block_sums_equal_kernels_of_the_smaller_tunable(batch):
     assert layer_grid(tunable(train_head=False)).always == ()
 
 
+def test_h_is_sampled_of_what_is_chosen(batch, y, report):
+    options = {"criterion": "leave_one_out_error", "budget": 900, "draws": 1, "lipschitz_directions": 2}
+    found = jl.select_layers(tunable, batch, y, **options)
+    small = chosen(found.choice)
+    jac, _ = cases.reference_jacobian(small, batch)
+    f0 = jl.predict(small, small.theta0, batch)
+    fit = jl.kernel_regression(jl.ntk(small, batch, check_examples=0), y, f0, found.lam)
+    flat, unravel = ravel_pytree(small.theta0)
+    theta = unravel(flat + (jac.T @ fit.coefficients().reshape(-1)).astype(np.float32))
+    at_ridge = np.linalg.norm(cases.reference_jacobian(small, batch, theta)[0] - jac, 2) / found.trust.distance
+    assert found.trust.lipschitz >= at_ridge * (1 - 1e-3)
+    h, distance, movement = found.trust.lipschitz, found.trust.distance, found.trust.movement
+    assert found.trust.gap_bound == pytest.approx(h / 2 * distance**2 / movement)
+    assert found.trust.measured_gap <= found.trust.gap_bound
+    profile = jl.lipschitz_profile(small, batch, [found.trust.distance], directions=2, along=[theta])
+    assert h == pytest.approx(profile.largest(), rel=1e-3)
+
+
 def test_the_report(report, batch, y):
     assert report.num_params <= 900
     assert (report.draws, report.examples) == (2, 24)
@@ -257,6 +275,7 @@ def test_the_report(report, batch, y):
     assert report.learning_rate_mean == pytest.approx(24 * report.learning_rate)
     assert report.trust.distance == pytest.approx(np.mean(distances), rel=1e-3)
     assert report.trust.measured_gap == pytest.approx(max(gaps), rel=2e-2)
+    assert report.trust.lipschitz == 2.0
     assert report.trust.gap_bound == pytest.approx(max(bounds), rel=1e-3)
     assert [row["tuned"] for row in report.references] == ["chosen", "runner-up", "everything", "always tuned only"]
     assert all(row["low"] <= row["loss_minus_choice"] <= row["high"] for row in report.references)
@@ -346,6 +365,7 @@ def test_a_choice_made_on_one_half_serves_on_the_other():
         ({"lam": 0.0}, "lam=0.0; expected above 0"),
         ({"lam_by": "luck"}, "lam_by='luck' is unknown"),
         ({"lipschitz": -1.0}, "lipschitz=-1.0"),
+        ({"lipschitz_directions": -1}, "lipschitz_directions=-1"),
         ({"exhaustive_limit": 0}, "exhaustive_limit=0"),
         ({"y_eval": np.ones((3, 2))}, "belong together"),
         ({"tun": tunable, "draws": 0}, "draws=0"),

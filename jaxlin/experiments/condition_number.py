@@ -41,7 +41,7 @@ from jaxlin.ntk.engine import ntk
 from jaxlin.ntk.kinds import contrast_basis
 from jaxlin.ntk.store import fingerprint
 from jaxlin.peft.lora import lora
-from jaxlin.peft.mask import only
+from jaxlin.peft.part import only
 from jaxlin.theory.correlation import Correlation, rank_correlation
 from jaxlin.theory.criteria import CRITERIA, criteria
 from jaxlin.training.losses import evaluate, targets, to_mean
@@ -418,7 +418,8 @@ def _values(table: Sequence[Mapping[str, Any]], task: str, way: str, column: str
 def correlations(table: Sequence[Mapping[str, Any]], resamples: int) -> list[dict[str, Any]]:
     """Correlates every predictor with every outcome, by task and pooled.
 
-    Partial correlations hold the ranks of log trace and of the number of parameters constant.
+    Partial correlations hold the ranks of log trace and of the number of parameters constant; `"pooled, equal size"`
+    ranks only choices of equally many modules among each other.
 
     Args:
         table: Rows of a `Study`; whole draws only.
@@ -432,17 +433,31 @@ def correlations(table: Sequence[Mapping[str, Any]], resamples: int) -> list[dic
     out = []
     for way in (PAPER, STABLE):
         columns = {
-            name: [_values(table, task, way, name) for task in tasks] for name in {*predictors, *OUTCOMES, "trace"}
+            name: [_values(table, task, way, name) for task in tasks]
+            for name in {*predictors, *OUTCOMES, "trace", "num_modules"}
         }
         for predictor in predictors:
             for outcome in OUTCOMES:
+                names = (predictor, outcome, "trace", "num_params")
                 for k, task in enumerate([*tasks, "pooled"]):
                     part = slice(None) if task == "pooled" else slice(k, k + 1)
-                    x, y, trace, size = (columns[name][part] for name in (predictor, outcome, "trace", "num_params"))
-                    found = rank_correlation(x, y, [trace, size], resamples=resamples)
+                    x, y, *controls = (columns[name][part] for name in names)
+                    found = rank_correlation(x, y, controls, resamples=resamples)
                     primary = (predictor, way, outcome) == PRIMARY and task == "pooled"
                     out.append({**_flat(predictor, way, outcome, task, found), "primary": primary})
+                x, y, trace, _ = (_of_equal_size(columns[name], columns["num_modules"]) for name in names)
+                if x:
+                    found = rank_correlation(x, y, [trace], resamples=resamples)
+                    out.append({**_flat(predictor, way, outcome, "pooled, equal size", found), "primary": False})
     return out
+
+
+def _of_equal_size(values: Sequence[np.ndarray], sizes: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Parts each task's choices by their number of modules; what has fewer than three of a size is left out."""
+    groups = [
+        (part, size[0] == count) for part, size in zip(values, sizes, strict=True) for count in np.unique(size[0])
+    ]
+    return [part[:, members] for part, members in groups if members.sum() >= 3]
 
 
 def _flat(predictor: str, way: str, outcome: str, task: str, found: Correlation) -> dict[str, Any]:

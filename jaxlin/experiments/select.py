@@ -50,6 +50,8 @@ class SelectArguments:
             given.
         lam_by: What the pull is suggested by.
         contrasts: Take contrasts of the outputs, as softmax sees them; for a frozen head whose columns sum to 0.
+        lipschitz_directions: Random directions in which H is sampled for the bound of the linearization's gap, beside
+            the ridge solution; 0: no bound.
         exhaustive_limit: Up to so many candidates are all computed; more are searched.
         memory_budget: GiB held at a time, beside the model.
         seed: Of head, A, subsets and bootstrap.
@@ -76,6 +78,7 @@ class SelectArguments:
     lam_rel: float | None = None
     lam_by: Literal["leave_one_out", "marginal_likelihood"] = "leave_one_out"
     contrasts: bool = False
+    lipschitz_directions: int = 1
     exhaustive_limit: int = 512
     memory_budget: float = 4.0
     seed: int = 0
@@ -115,7 +118,14 @@ def _check(config: SelectConfig) -> None:
         InputError: If something is.
     """
     arguments = config.choice
-    for name, least in (("num_samples", 2), ("probe_samples", 2), ("num_eval_samples", 0), ("draws", 1), ("seed", 0)):
+    for name, least in (
+        ("num_samples", 2),
+        ("probe_samples", 2),
+        ("num_eval_samples", 0),
+        ("draws", 1),
+        ("seed", 0),
+        ("lipschitz_directions", 0),
+    ):
         if getattr(arguments, name) < least:
             raise InputError(f"--{name} {getattr(arguments, name)}: expected at least {least}")
     if not arguments.memory_budget > 0:
@@ -230,6 +240,7 @@ def _select(
         lam_rel=arguments.lam_rel,
         lam_by=arguments.lam_by,
         contrasts=arguments.contrasts,
+        lipschitz_directions=arguments.lipschitz_directions,
         exhaustive_limit=arguments.exhaustive_limit,
         memory_budget=int(arguments.memory_budget * 2**30),
         seed=arguments.seed,
