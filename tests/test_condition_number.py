@@ -8,6 +8,8 @@ import pytest
 
 import jaxlin as jl
 from jaxlin.experiments import condition_number as experiment
+from jaxlin.experiments import correlations as analysis
+from jaxlin.theory.criteria import CRITERIA
 from tests import cases
 
 
@@ -50,7 +52,7 @@ def test_a_run_and_going_on(config, monkeypatch):
     assert {row["way"] for row in table} == {"paper", "stable"}
     assert sum(row["primary"] for row in found) == 1
     # Two tasks, pooled, and pooled among choices of equal size (four of one module).
-    assert len(found) == 2 * (2 * len(experiment.CRITERIA) + 1) * 3 * 4
+    assert len(found) == 2 * (2 * len(CRITERIA) + 1) * 3 * 4
     equal = [row for row in found if row["task"] == "pooled, equal size"]
     assert {row["choices"] for row in equal} == {8}
     assert np.isnan(
@@ -99,8 +101,8 @@ def test_what_diverged_is_the_worst():
         {"task": "a", "way": "paper", "draw": 0, "choice": str(i), "train_loss": value, "metric": metric}
         for i, (value, metric) in enumerate([(0.1, 0.9), (None, None), (0.5, 0.2)])
     ]
-    np.testing.assert_array_equal(experiment._values(rows, "a", "paper", "train_loss"), [[0.1, 0.5, 0.5]])
-    np.testing.assert_array_equal(experiment._values(rows, "a", "paper", "metric"), [[0.9, 0.2, 0.2]])
+    np.testing.assert_array_equal(analysis._values(rows, "a", "paper", "train_loss"), [[0.1, 0.5, 0.5]])
+    np.testing.assert_array_equal(analysis._values(rows, "a", "paper", "metric"), [[0.9, 0.2, 0.2]])
 
 
 @pytest.mark.parametrize(
