@@ -14,6 +14,7 @@ from jaxlin.theory.inequalities import (
     pull_sum,
     same_theta_gap,
     selective_direction,
+    smallest_distance,
 )
 from jaxlin.theory.perturbation import (
     Perturbation,
@@ -47,6 +48,7 @@ __all__ = [
     "relative",
     "same_theta_gap",
     "selective_direction",
+    "smallest_distance",
     "tightest",
     "weyl",
     "weyl_all_pairs",

@@ -25,7 +25,7 @@ def sweep():
 
 
 def test_every_bound_holds_on_a_tuned_transformer(sweep):
-    assert len(sweep.table) == 19 * len(LAM_REL)
+    assert len(sweep.table) == 20 * len(LAM_REL)
     for row in sweep.table:
         assert row["holds"] is (True if row["applies"] else None), row
         assert (row["failing"] is None) == row["applies"]
@@ -152,10 +152,14 @@ def test_rows_of_any_bounds():
         "value": 4.0,
         "measured": 1.0,
         "tightness_end": 0.25,
+        "entry": 2,
+        "entries": 2,
         "sampled": True,
         "failing": "κ known",
     }
     assert rows([dataclasses.replace(one, conditions={})], {})[0]["holds"]
+    (row,) = rows([bound("x", np.array([1.0, 1.0, 1.0]), np.array([0.5, 3.0, 0.9]))], {})
+    assert (row["holds"], row["entry"], row["entries"], row["measured"]) == (False, 2, 3, 3.0)
 
 
 def test_a_model_that_fits_already_does_not_move():

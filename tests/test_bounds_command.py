@@ -30,7 +30,7 @@ def test_it_writes_tables_and_a_figure_and_says_what_holds(run, options, tmp_pat
     assert code == 0, err
     folder = tmp_path / "out"
     table, results = read(folder / "table.csv"), json.loads((folder / "all_results.json").read_text())
-    assert len(table) == 57 == len(results["table"])
+    assert len(table) == 60 == len(results["table"])
     assert {row["lam_over_mu1"] for row in table} == {"0.0", "1.0", "10.0"}
     assert all(row["holds"] == ("True" if row["applies"] == "True" else "") for row in table)
     assert len(read(folder / "measurements.csv")) == 3 * 3
@@ -38,7 +38,7 @@ def test_it_writes_tables_and_a_figure_and_says_what_holds(run, options, tmp_pat
     assert results["config"]["command"] == "bounds"
     assert (folder / "figures" / "bounds.png").read_bytes()[:4] == b"\x89PNG"
     assert ET.parse(folder / "figures" / "bounds.svg").getroot().tag.endswith("svg")
-    assert "bounds that apply hold, of 57 in all" in out
+    assert "bounds that apply hold, of 60 in all" in out
     assert "n/a: 4(a) ‖δ_t‖ at λ/μ₁ = 0: not λ > 0" in out
     assert "estimates from below, so that holding is no proof" in out
     assert "FAILS" not in out
@@ -49,14 +49,15 @@ def test_it_writes_tables_and_a_figure_and_says_what_holds(run, options, tmp_pat
     again = ["--config", folder / "config.yaml", "--output_dir", tmp_path / "again", "--quiet"]
     code, out, err = run("bounds", *again)
     assert (code, err) == (0, "")
-    assert "FAILS: 5(b) ‖θ_t−θ̄_t‖ at λ/μ₁ = 10: at the end the bound is" in out
+    assert "FAILS: 5(b) ‖θ_t−θ̄_t‖ at λ/μ₁ = 10: at entry" in out
     assert "H and β are sampled, so the samples missed the supremum" in out
     failing = {row["bound"][:4] for row in read(tmp_path / "again" / "table.csv") if row["holds"] == "False"}
     assert "5(b)" in failing
     for before, after in zip(
         results["table"], json.loads((tmp_path / "again" / "all_results.json").read_text())["table"], strict=True
     ):
-        assert after["measured"] == pytest.approx(before["measured"], rel=1e-6)
+        if after["holds"] is not False:  # then it is shown where it fails most
+            assert after["measured"] == pytest.approx(before["measured"], rel=1e-6)
 
 
 BAD = {

@@ -54,7 +54,7 @@ def test_a_run_and_going_on(config, monkeypatch):
     # Two tasks, pooled, and pooled among choices of equal size (four of one module).
     assert len(found) == 2 * (2 * len(CRITERIA) + 1) * 3 * 4
     equal = [row for row in found if row["task"] == "pooled, equal size"]
-    assert {row["choices"] for row in equal} == {8}
+    assert {row["choices"] for row in equal} == {4}
     assert np.isnan(
         [row["spearman"] for row in equal if row["predictor"] == "num_params" and row["way"] == "stable"]
     ).all()
@@ -101,8 +101,21 @@ def test_what_diverged_is_the_worst():
         {"task": "a", "way": "paper", "draw": 0, "choice": str(i), "train_loss": value, "metric": metric}
         for i, (value, metric) in enumerate([(0.1, 0.9), (None, None), (0.5, 0.2)])
     ]
-    np.testing.assert_array_equal(analysis._values(rows, "a", "paper", "train_loss"), [[0.1, 0.5, 0.5]])
-    np.testing.assert_array_equal(analysis._values(rows, "a", "paper", "metric"), [[0.9, 0.2, 0.2]])
+    np.testing.assert_allclose(analysis._values(rows, "a", "paper", "train_loss"), [[0.1, 0.9, 0.5]])
+    np.testing.assert_allclose(analysis._values(rows, "a", "paper", "metric"), [[0.9, -0.5, 0.2]])
+    nothing = [{**row, "train_loss": None} for row in rows]
+    assert analysis._values(nothing, "a", "paper", "train_loss") is None
+
+
+def test_what_is_kept_reads_as_it_was(tmp_path):
+    cache = experiment.Cache(tmp_path / "runs")
+    for _ in range(2):
+        found = cache.get(
+            {"a": 1}, lambda: {"loss": float("inf"), "metric": float("nan"), "name": "x", "rows": {"y": 2.0}}
+        )
+        assert found["loss"] == np.inf
+        assert np.isnan(found["metric"])
+        assert (found["name"], found["rows"]) == ("x", {"y": 2.0})
 
 
 @pytest.mark.parametrize(

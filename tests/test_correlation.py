@@ -45,8 +45,43 @@ def test_differences_between_problems_do_not_count():
     found = rank_correlation(x, y, resamples=400)
     each = [rank_correlation([a], [b], resamples=1).spearman for a, b in zip(x, y, strict=True)]
     assert found.spearman == pytest.approx(np.mean(each))
+    assert (found.choices, found.problems) == (12, 4)
     assert found.spearman_interval[0] < 0 < found.spearman_interval[1]
     assert found.p_value > 0.05
+
+
+def test_what_choices_share_in_all_problems_counts_once():
+    """Under the null, choices with effects common to five tasks: the test rejects about as often as it says."""
+    rejected = covered = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        effects = rng.normal(size=(2, 20))
+        x, y = ([effect + 0.2 * rng.normal(size=(2, 20)) for _ in range(5)] for effect in effects)
+        found = rank_correlation(x, y, resamples=200)
+        rejected += found.p_value < 0.05
+        covered += found.spearman_interval[0] <= 0 <= found.spearman_interval[1]
+    assert rejected <= 9  # of 60: 5 % and two standard errors
+    assert covered >= 50
+
+
+def test_problems_in_which_a_side_is_constant_do_not_count():
+    x, y, _ = problem(3)
+    alone = rank_correlation([x], [y], resamples=50)
+    found = rank_correlation([x, np.ones_like(x)], [y, y], resamples=50)
+    assert (found.spearman, found.kendall, found.problems) == (alone.spearman, alone.kendall, 1)
+    assert np.isfinite(found.kendall_interval).all()
+
+
+def test_groups_are_other_choices():
+    (a, b, _), (c, d, _) = problem(4, choices=5), problem(5, choices=9)
+    found = rank_correlation([a, c], [b, d], groups=[0, 1], resamples=50)
+    parts = [rank_correlation([x], [y], resamples=1).spearman for x, y in ((a, b), (c, d))]
+    assert found.spearman == pytest.approx((5 * parts[0] + 9 * parts[1]) / 14)
+    assert found.choices == 14
+    with pytest.raises(jl.InputError, match="name them apart by groups"):
+        rank_correlation([a, c], [b, d])
+    with pytest.raises(jl.InputError, match="expected one each"):
+        rank_correlation([a, c], [b, d], groups=[0])
 
 
 def test_interval_covers_what_was_put_in():

@@ -100,6 +100,8 @@ def test_every_bound_holds_along_descent(seed, lam):
         jl.bounds.output_gap(t["outputs"], t["parameters"], lipschitz, largest, sigma),
         jl.bounds.kernel_drift(t["drift"], t["distance"], lipschitz, sigma),
     ]
+    found.append(jl.bounds.smallest_distance(found[1], found[2]))
+    np.testing.assert_array_equal(found[-1].value, np.minimum(found[1].value, found[2].value))
     for one in found:
         assert one.holds is True, (one.name, one.slack.min())
         assert one.slack.shape == (41,)
@@ -156,6 +158,18 @@ def test_where_a_condition_fails_nothing_is_claimed(change, condition):
         assert [name for name, met in found.conditions.items() if not met] == [condition]
 
 
+def test_the_smaller_bound_is_of_those_that_apply():
+    options = {"lam": 1.0, "learning_rate": 0.5}
+    priori = jl.bounds.distance_a_priori(np.array([1.0]), 3.0, beta=5.0, **options)
+    recursion = jl.bounds.distance_by_recursion(np.array([1.0]), np.array([9]), 40.0, **options)
+    assert (priori.holds, recursion.holds) == (None, True)
+    found = jl.bounds.smallest_distance(priori, recursion)
+    assert found.holds is True
+    assert found.value == recursion.value > priori.value
+    neither = jl.bounds.distance_by_recursion(np.array([1.0]), np.array([9]), 40.0, descent=False, **options)
+    assert jl.bounds.smallest_distance(priori, neither).holds is None
+
+
 def test_pull_sum_against_the_sum():
     for lam, eta in ((0.0, 0.3), (2.0, 0.1), (1e-9, 0.5), (2.0, 0.5)):
         expected = [sum(eta * (1 - eta * lam) ** k for k in range(t)) for t in range(6)]
@@ -167,5 +181,9 @@ def test_a_bound_that_fails_says_so():
     assert found.holds is False
     np.testing.assert_allclose(found.slack, [0.5, -0.1])
     assert bound("x", 1.0, float("nan")).holds is False
+    assert bound("x", np.array([1.0, 1.0]), np.array([0.5, np.inf])).holds is False
+    assert bound("x", np.inf, 1.0, lower=True).holds is False
+    assert bound("x", np.inf, np.inf).holds is True  # nothing is claimed
+    assert bound("x", np.inf, 1.0).tightness == 0
     assert bound("x", 1.0, 1.0 + 1e-12).holds is True
     assert bound("x", 2.0, 1.0, lower=True).holds is False

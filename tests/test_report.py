@@ -323,3 +323,12 @@ def test_bad_runs(small):
     nan = TrainState(broken, full.states[6].optimizer, 6)
     with pytest.warns(RuntimeWarning, match="deviates by nan"), pytest.raises(jl.InputError, match="NaN or infinity"):
         jl.linearization_report(tun, dataclasses.replace(full, states={6: nan}), None, data)
+
+
+def test_movement_below_rounding_tells_nothing():
+    tun, data = cases.mlp(), cases.vectors(6)
+    config = jl.TrainConfig(optimizer="sgd", learning_rate=1e-7, max_steps=2, batch_size=6)
+    run = jl.train(tun, data, config=config, keep=[1, 2])
+    report = jl.linearization_report(tun, run, None, data)
+    assert [row["same_theta_gap_relative"] for row in report.table] == [None, None]
+    assert report.verdict.startswith("lazy, steps 1 to 2: relative kernel drift")

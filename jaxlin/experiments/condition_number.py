@@ -13,6 +13,9 @@ differs between choices (as in the paper's script), the outcome final training l
 else is secondary, and with this many correlations some of it will look significant by chance. Under (i) the kernel of
 all that is tuned is nearly that of the head alone: a new head's weights are small, LoRA's kernel of their square.
 
+Under (ii) the probe is fitted on the training examples, as what is then trained starts from it: leave-one-out error,
+marginal likelihood and alignment there are of labels that the head has seen.
+
 Every run is kept in `runs/` by a hash of all that it depends on: killed, it goes on where it was.
 """
 
@@ -167,11 +170,15 @@ class Cache:
         """Returns the result of `key`, computed if it is not there."""
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
         path = self.folder / f"{name}.json"
-        if path.exists():
-            return dict(json.loads(path.read_text())["result"])
-        result = compute()
-        write_json(path, {"key": key, "result": result})
-        return result
+        if not path.exists():
+            write_json(path, {"key": key, "result": compute()})
+        return dict(json.loads(path.read_text(), object_hook=_numbers)["result"])
+
+
+def _numbers(content: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: `write_json` makes words of them."""
+    words = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
+    return {key: words.get(value, value) if isinstance(value, str) else value for key, value in content.items()}
 
 
 def _load(config: ConditionNumberConfig, task: str) -> Loaded:
@@ -353,7 +360,10 @@ class Study:
             losses = {}
             for value in values:
                 rows = [self.run(task, 0, choice, way, value, tuning=True) for choice in some]
-                losses[value] = np.mean([np.inf if row["diverged"] else row["eval_loss"] for row in rows])
+                each = [np.inf if row["diverged"] else row["eval_loss"] for row in rows]
+                losses[value] = float(np.mean(each)) if np.isfinite(each).all() else np.inf
+            if not np.isfinite(min(losses.values())):
+                raise InputError(f"task {task}: every strength {list(values)} of {way!r} diverges; give smaller ones")
             chosen[way] = min(values, key=losses.__getitem__)
             shown = ", ".join(f"{value:g}: {loss:.4f}" for value, loss in losses.items())
             self.say(f"{task}, {way}: held-out loss by strength {shown}; chosen {chosen[way]:g}")
@@ -457,7 +467,8 @@ def main() -> None:
     )
     print(
         f"log κ of LoRA's K₀ against final training loss, pooled over tasks: Spearman {spearman}, "
-        f"p = {primary['p_value']:.3g}; partial {partial}; {primary['choices']} choices"
+        f"p = {primary['p_value']:.3g}; partial {partial}; {primary['choices']} choices, {primary['problems']} tasks, "
+        f"{primary['draws']} draws"
     )
 
 

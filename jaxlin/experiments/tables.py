@@ -169,8 +169,8 @@ def bound_lines(table: Sequence[Mapping[str, Any]], slopes: Mapping[str, float |
     for row in failing:
         why = "; H and β are sampled, so the samples missed the supremum" if row["sampled"] else ""
         lines.append(
-            f"FAILS: {row['bound']} at λ/μ₁ = {row['lam_over_mu1']:.3g}: at the end the bound is {row['value']:.4g}, "
-            f"measured {row['measured']:.4g}{why}"
+            f"FAILS: {row['bound']} at λ/μ₁ = {row['lam_over_mu1']:.3g}: at entry {row['entry']} of {row['entries']} "
+            f"the bound is {row['value']:.4g}, measured {row['measured']:.4g}{why}"
         )
     unmet: dict[tuple[str, str], list[str]] = {}
     for row in table:

@@ -53,8 +53,10 @@ class Bound:
         """
         if not self.applies:
             return None
-        room = self.rounding + _ROUNDING * np.maximum(np.abs(self.value), np.abs(self.measured))
-        return bool(np.all(self.slack >= -room))
+        size = np.maximum(np.abs(self.value), np.abs(self.measured))
+        room = self.rounding + _ROUNDING * np.where(np.isfinite(size), size, 0)
+        satisfied = self.measured >= self.value - room if self.lower else self.measured <= self.value + room
+        return bool(np.all(satisfied))
 
     @property
     def tightness(self) -> float:

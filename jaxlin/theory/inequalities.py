@@ -104,7 +104,9 @@ def distance_a_posteriori(
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         value = (
-            np.sqrt(np.maximum(2 * (risk0 - np.asarray(risk)) / lam, 0)) if lam > 0 else np.full_like(distance, np.inf)
+            np.sqrt(np.maximum(2 * (risk0 - np.asarray(risk)) / lam, 0))
+            if lam > 0
+            else np.full(np.shape(distance), np.inf)
         )
     return bound("4(a) ‖δ_t‖", value, distance, _short_steps(learning_rate, beta, lam, descent), sampled=sampled)
 
@@ -120,7 +122,7 @@ def distance_a_priori(
     sampled: bool = True,
 ) -> Bound:
     """Returns the bound of ‖δ_t‖ by `√(2R(θ₀)/λ)`, known before a step is taken (theory 4(b)); arguments as for (a)."""
-    value = np.full_like(np.asarray(distance, float), (2 * risk0 / lam) ** 0.5 if lam > 0 else np.inf)
+    value = np.full(np.shape(distance), (2 * risk0 / lam) ** 0.5 if lam > 0 else np.inf)
     return bound("4(b) ‖δ_t‖", value, distance, _short_steps(learning_rate, beta, lam, descent), sampled=sampled)
 
 
@@ -149,6 +151,15 @@ def distance_by_recursion(
     """
     conditions = {_DESCENT: descent, "ηλ ≤ 1": learning_rate * lam <= 1}
     return bound("4(c) ‖δ_t‖", largest_gradient * pull_sum(steps, lam, learning_rate), distance, conditions)
+
+
+def smallest_distance(a_priori: Bound, by_recursion: Bound) -> Bound:
+    """Returns the smaller of 4(b) and 4(c) at every step, of those that apply (theory 4)."""
+    both = [a_priori, by_recursion]
+    used = [one for one in both if one.applies] or both
+    conditions = {name: met for one in used for name, met in one.conditions.items()}
+    value, sampled = np.min([one.value for one in used], axis=0), any(one.sampled for one in used)
+    return bound("4 ‖δ_t‖, smaller", value, a_priori.measured, conditions, sampled=sampled)
 
 
 def same_theta_gap(gap: Values, distance: Values, lipschitz: float, *, sampled: bool = True) -> Bound:
@@ -243,6 +254,7 @@ def contraction(
     learning_rate: float,
     *,
     linear: bool = True,
+    descent: bool = True,
 ) -> Bound:
     """Returns the bound of the distance to the minimiser after t steps, `q^t` times the first entry (theory 6).
 
@@ -257,11 +269,12 @@ def contraction(
         lam: λ.
         learning_rate: η.
         linear: Whether it is the linearized model that was run.
+        descent: Whether what was run is descent as the module says.
     """
     edges = 1 - learning_rate * (np.array([largest, smallest]) + lam)
     rate = float(np.abs(edges).max())
     value = distance_to_limit[0] * rate ** (np.asarray(steps) - steps[0])
-    conditions = {"the linearized model": linear, _DESCENT: True, "q < 1": rate < 1}
+    conditions = {"the linearized model": linear, _DESCENT: descent, "q < 1": rate < 1}
     # Steps of rounding size are taken around the limit for ever.
     return bound(
         "6 ‖δ̄_t−δ̄*‖", value, distance_to_limit, conditions, rounding=1e-12 * float(np.max(distance_to_limit, initial=0))

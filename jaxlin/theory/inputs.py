@@ -22,7 +22,7 @@ def training_matrix(kernel: Kernel, what: str, **outputs: Float[np.ndarray, "N C
     """
     matrix = kernel.require_symmetric(what).matrix()
     first, *others = outputs.values()
-    fits = first.ndim == 2 and len(matrix) == (len(first) if kernel.array.ndim == 2 else first.size)
+    fits = first.ndim == 2 and first.size > 0 and len(matrix) == (len(first) if kernel.array.ndim == 2 else first.size)
     if not fits or any(other.shape != first.shape for other in others):
         raise InputError(
             f"expected the kernel of the training examples and {', '.join(outputs)} of shape [N, C]; got a matrix of "

@@ -226,24 +226,29 @@ def chain_bounds(kernel: Kernel, chain: Sequence[Sequence[str]], ridge: float = 
         ridge: As for `perturbation`.
 
     Returns:
-        For each of (a) to (d) that from below and that from above.
+        For each of (a) to (d) that from below and that from above; of the steps in which its conditions are met, if
+            there are some, and then the conditions say of how many of them.
 
     Raises:
         InputError: As for `perturbation_table`, or if the ridge is negative.
     """
     steps = [perturbation(kernel, base, added, ridge) for base, added in _steps(kernel, chain)]
     pairs = [[side for function in (*_OF_EIGENVALUES.values(), condition) for side in function(p)] for p in steps]
-    return [
-        bound(
-            first.name,
-            np.concatenate([np.atleast_1d(one.value) for one in (first, *others)]),
-            np.concatenate([np.atleast_1d(one.measured) for one in (first, *others)]),
-            {name: all(one.conditions[name] for one in (first, *others)) for name in first.conditions},
-            lower=first.lower,
-            rounding=max(one.rounding for one in (first, *others)),
-        )
-        for first, *others in zip(*pairs, strict=True)
-    ]
+    return [_of_steps(parts) for parts in zip(*pairs, strict=True)]
+
+
+def _of_steps(parts: Sequence[Bound]) -> Bound:
+    """One bound of all the steps in which it applies; of all of them, not applicable, where it applies in none."""
+    applying = [one for one in parts if one.applies]
+    used, share = applying or parts, f" (in {len(applying)} of {len(parts)} steps)"
+    return bound(
+        parts[0].name,
+        np.concatenate([np.atleast_1d(one.value) for one in used]),
+        np.concatenate([np.atleast_1d(one.measured) for one in used]),
+        {name + share * (len(applying) < len(parts)): bool(applying) for name in parts[0].conditions},
+        lower=parts[0].lower,
+        rounding=max(one.rounding for one in used),
+    )
 
 
 def _rows(p: Perturbation, step: int, added: str) -> list[dict[str, Any]]:

@@ -63,26 +63,31 @@ def rows(found: Sequence[Bound], labels: Mapping[str, Any]) -> list[Row]:
 
     Returns:
         For each: `bound`, `applies`, `holds` (`None` where it does not apply), `tightness` (measured over bound, or the
-        inverse of a lower one, where they are nearest), `value` and `measured` at the end, `tightness_end`, `sampled`,
-        and `failing`, the conditions that are not met.
+        inverse of a lower one, where they are nearest); `value`, `measured` and `tightness_end` at the end, or where a
+        bound that fails is missed by most, which is `entry` of `entries`; `sampled`, and `failing`, the conditions that
+        are not met.
     """
-    return [
-        {
-            "bound": one.name,
-            **labels,
-            "applies": one.applies,
-            "holds": one.holds,
-            "tightness": one.tightness,
-            "value": float(np.atleast_1d(one.value)[-1]),
-            "measured": float(np.atleast_1d(one.measured)[-1]),
-            "tightness_end": dataclasses.replace(
-                one, value=np.atleast_1d(one.value)[-1:], measured=np.atleast_1d(one.measured)[-1:]
-            ).tightness,
-            "sampled": one.sampled,
-            "failing": "; ".join(name for name, met in one.conditions.items() if not met) or None,
-        }
-        for one in found
-    ]
+    return [_row(one, labels) for one in found]
+
+
+def _row(one: Bound, labels: Mapping[str, Any]) -> Row:
+    value, measured = np.atleast_1d(one.value), np.atleast_1d(one.measured)
+    shown = int(np.argmin(np.nan_to_num(np.atleast_1d(one.slack), nan=-np.inf))) if one.holds is False else -1
+    there = dataclasses.replace(one, value=value[[shown]], measured=measured[[shown]])
+    return {
+        "bound": one.name,
+        **labels,
+        "applies": one.applies,
+        "holds": one.holds,
+        "tightness": one.tightness,
+        "value": float(value[shown]),
+        "measured": float(measured[shown]),
+        "tightness_end": there.tightness,
+        "entry": shown % len(value) + 1,
+        "entries": len(value),
+        "sampled": one.sampled,
+        "failing": "; ".join(name for name, met in one.conditions.items() if not met) or None,
+    }
 
 
 def check_sweep(
@@ -135,10 +140,10 @@ def bound_sweep(
 
     For each λ full-batch descent with the coupled pull and a constant step, of the model and of its linearization
     (sections 4, 5, 6), and of the model with the selective pull (section 3); squared loss; all in float64, since the
-    gaps shrink as 1/λ². H and β are the largest of samples within the run's own radius: along the trajectories,
-    halfway to their ends, in random directions. Such suprema are estimates from below, and what uses them is marked
-    `sampled`: where it fails, the samples missed the supremum. Section 7 is of `K₀ + λI` as layers are added, the
-    head first and then from the top; it needs no run.
+    gaps shrink as 1/λ². H and β are the largest of samples within the run's own radius: H at the measured steps,
+    halfway to the end and in random directions, β at θ₀, at the end and in one random direction. Such suprema are
+    estimates from below, and what uses them is marked `sampled`: where it fails, the samples missed the supremum.
+    Section 7 is of `K₀ + λI` as layers are added, the head first and then from the top; it needs no run.
 
     Args:
         tun: The model.
@@ -265,13 +270,16 @@ def _bounds(origin: Origin, run: Descent, selective: SelectiveDescent, samples: 
     mu = origin.regression.eigenvalues
     resolved = float(mu[mu > origin.regression.noise_floor].min())
     limit = bounds.contraction(run.limit_gap, np.concatenate([[0], run.steps]), float(mu[-1]), resolved, lam, eta)
+    a_priori = bounds.distance_a_priori(run.distance, origin.risk, lam, eta, beta)
+    by_recursion = bounds.distance_by_recursion(run.distance, run.steps, run.largest_gradient, lam, eta)
     return [
         bounds.selective_direction(selective.inner, selective.gradient),
         bounds.descent_step(*on_steps, eta, of_steps),
         bounds.monotone_descent(*on_steps, eta, of_steps),
         bounds.distance_a_posteriori(run.distance, origin.risk, run.risk, lam, eta, beta),
-        bounds.distance_a_priori(run.distance, origin.risk, lam, eta, beta),
-        bounds.distance_by_recursion(run.distance, run.steps, run.largest_gradient, lam, eta),
+        a_priori,
+        by_recursion,
+        bounds.smallest_distance(a_priori, by_recursion),
         bounds.same_theta_gap(run.same_theta_gap, run.distance, h),
         bounds.parameter_gap(run.parameter_gap, run.steps, h, largest, run.largest_residual, sigma, lam, eta),
         bounds.output_gap(run.output_gap, run.parameter_gap, h, largest, sigma),

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -30,6 +31,9 @@ KERNEL_EXAMPLES = 256
 LAZY, NOT_LAZY = 0.1, 0.5
 """What the verdict stands on: every relative number at most the first, or one above the second. Both are this report's
 own convention."""
+
+_ROUNDING = 100
+"""Relative movement of the outputs, in units of their dtype's eps, below which gaps relative to it tell nothing."""
 
 _JUDGED = {
     "same-θ gap": "same_theta_gap_relative",
@@ -59,7 +63,8 @@ def verdict(table: list[Row]) -> str:
     moved = [row for row in table if row["distance"] > 0]
     if not moved:
         return "lazy or not cannot be told: θ is at θ₀ at every step of the report"
-    worst = {name: max(row[key] for row in moved) for name, key in _JUDGED.items() if moved[0][key] is not None}
+    known = {name: [row[key] for row in moved if row[key] is not None] for name, key in _JUDGED.items()}
+    worst = {name: max(values) for name, values in known.items() if values}
     largest = max(worst.values())
     word = "lazy" if largest <= LAZY else "not lazy" if largest > NOT_LAZY else "neither lazy nor far from it"
     numbers = ", ".join(f"{name} {value:.2g}" for name, value in worst.items())
@@ -139,13 +144,15 @@ class Tracker:
         """
         outputs = predict(self.tun, theta, self.data)
         moved = float(np.linalg.norm(outputs - self.f0))
+        rounding = _ROUNDING * float(jnp.finfo(jnp.result_type(*jax.tree.leaves(theta))).eps)
+        told = not 0 < moved < rounding * float(np.linalg.norm(outputs))
         same = float(np.linalg.norm(outputs - self._linear_outputs(theta)))
         row: Row = {
             "distance": distances(theta, self.tun.theta0)[""],
             "distance_linearized": None,
             "parameter_gap": None,
             "same_theta_gap": same,
-            "same_theta_gap_relative": relative(same, moved),
+            "same_theta_gap_relative": relative(same, moved) if told else None,
             "trajectory_gap": None,
             "trajectory_gap_relative": None,
         }
@@ -153,7 +160,7 @@ class Tracker:
             gap = float(np.linalg.norm(outputs - self._linear_outputs(other)))
             row["distance_linearized"] = distances(other, self.tun.theta0)[""]
             row["parameter_gap"] = distances(theta, other)[""]
-            row |= {"trajectory_gap": gap, "trajectory_gap_relative": relative(gap, moved)}
+            row |= {"trajectory_gap": gap, "trajectory_gap_relative": relative(gap, moved) if told else None}
         kernel = _kernel(self.tun, theta, self.data, self.chosen, self.memory_budget)
         angles = principal_angles(kernel, self.kernel0, self.top)
         y = np.asarray(targets(self.data["labels"], outputs.shape[1]), np.float64)
@@ -245,7 +252,8 @@ def linearization_report(
 
     - `distance` ‖θ_t−θ₀‖, `distance_linearized` ‖θ̄_t−θ₀‖, `parameter_gap` ‖θ_t−θ̄_t‖;
     - `same_theta_gap` ‖f(θ_t)−f̄(θ_t)‖ (5(a)) and `trajectory_gap` ‖f(θ_t)−f̄(θ̄_t)‖ (5(c)), and each `_relative` to
-      ‖f(θ_t)−f₀‖ (0 where neither has moved);
+      ‖f(θ_t)−f₀‖ (0 where neither has moved, `None` where the outputs have moved by less than 100 times their
+      rounding: their gap is rounding then);
     - `kernel_drift` ‖K_t−K₀‖/‖K₀‖ in the Frobenius norm, `kernel_drift_spectral` in the spectral one (5(d));
     - `eigenspace_angle`, the largest principal angle between the top-k eigenspaces of K_t and K₀, in degrees, and
       `eigenspace_overlap`, the mean of cos² of all k: where μ_k and μ_{k+1} are near one another (see the summary's
