@@ -26,7 +26,7 @@ def check(tun, data, theta=None, tolerance=5e-6, **options):
 
 
 # By default each kind of module is met once, at theta0 or elsewhere; the rest is slow.
-FAST = {("lora", False), ("dora", True), ("ia3", True), ("bias", False), ("full", True)}
+FAST = {("lora", False), ("ia3", True), ("full", True)}
 POINTS = [(name, away, (name, away) in FAST) for name in cases.PEFT for away in (False, True)]
 
 
@@ -56,6 +56,7 @@ def test_other_encoders(family, peft):
     check(cases.PEFT[peft](cases.encoder(family)), batch, check_examples=0)
 
 
+@pytest.mark.slow
 def test_float64_and_the_columns_of_other_examples(model, batch):
     tun, other = jl.full(model), cases.text_batch(4, seed=9, longest=12)
     kernel = check(tun, batch, dtype="float64", tolerance=1e-12)
@@ -87,6 +88,7 @@ def test_invariance_to_chunks_tiles_and_slabs(model, batch, memory_budget):
         jl.ntk(tun, batch, **{**options, "memory_budget": 10_000})
 
 
+@pytest.mark.slow
 def test_half_precision_is_summed_in_float32(batch):
     model = cases.tiny_model(dtype=jnp.bfloat16)
     for pattern in ("layer_1/mlp/up", "word"):

@@ -43,7 +43,7 @@ def dense(jac, n, kind, columns, tau, other=None):
     return np.einsum("icp,jdp->ijcd", left, signs(j2))
 
 
-FAST = [("bert", "lora", "jacobian"), ("bert", "full", "factored")]
+FAST = [("bert", "lora", "jacobian")]
 REST = [("bert", peft, "jacobian" if i % 2 else "factored") for i, peft in enumerate(cases.PEFT)]
 REST += [(family, "lora-all-modules", "factored") for family in cases.FAMILIES if family != "bert"]
 

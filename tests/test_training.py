@@ -239,7 +239,7 @@ def test_going_on_from_a_kept_state_is_the_same_run(model):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_cached_equals_streaming(model, loss, optimizer):
     batch = cases.text_batch(10, longest=30)
     tun, data = jl.lora(model, rank=3), Dataset.from_columns(batch)
