@@ -245,7 +245,8 @@ class _Scorer:
     def _of_draw(self, candidate: Candidate, at: int) -> tuple[dict[str, float], bool]:
         draw, evaluation, kernel = self.draws[at], self.sums_eval[at], self.sums[at].of(candidate)
         if not kernel.array.any():
-            return dict.fromkeys(SELECTION_CRITERIA, math.nan), False
+            names = SELECTION_CRITERIA if evaluation is not None else CRITERIA
+            return dict.fromkeys(names, math.nan), False
         found: Criteria = criteria(kernel, draw.y, draw.f0, self.lam, self.lam_rel)
         values = dict(found.values)
         if evaluation is not None and draw.f0_eval is not None and draw.y_eval is not None:
