@@ -108,9 +108,10 @@ def select_layers(
         lam: λ of the summed loss that criteria are at; `None` for `lam_rel` times each kernel's own μ₁.
         lam_rel: λ in units of μ₁; `None` for what `lam_by` suggests for everything that may be tuned.
         lam_by: What λ is suggested by, on a grid relative to μ₁: `"leave_one_out"` or `"marginal_likelihood"`.
-        contrasts: Take the C − 1 contrasts of the outputs, as softmax sees them, in place of all C: kernels, losses,
-            λ and rate are then those of fitting the contrasts of y. A head whose columns sum to 0, such as a probe that
-            stays frozen, has a singular kernel else.
+        contrasts: Take the C − 1 contrasts of the outputs, as softmax sees them, in place of all C: kernels, losses
+            and λ are then those of fitting the contrasts of y; the learning rate stays that of the squared loss of all
+            C outputs, as it is trained. A head whose columns sum to 0, such as a probe that stays frozen, has a
+            singular kernel else.
         lipschitz: H of the stacked Jacobian (theory 5 and 8) on these examples, of all that `tun` tunes.
         lipschitz_directions: Where it is not given: sample H of what is chosen, in the first draw, at the ridge
             solution and in so many random directions at its distance, a float64 Jacobian each; 0: go without.
@@ -146,11 +147,12 @@ def select_layers(
     rel = 1.0 if lam_rel is None else lam_rel
     check_search(grid, criterion, budget, lam, rel, exhaustive_limit, held is not None)
     basis = contrast_basis(c) if contrasts else np.eye(c)
-    measured = []
+    measured, kernels = [], []
     for at, one in enumerate(tunables):
         options: dict[str, Any] = {"blocks": "module", "memory_budget": memory_budget}
         options["progress"] = None if progress is None else functools.partial(_report, progress, at, len(tunables))
         kernel = ntk(one, data, **options, check_examples=check_examples if at == 0 else 0)
+        kernels.append(kernel)
         draw = Draw(_seen(kernel, contrasts), y @ basis, predict(one, one.theta0, data) @ basis)
         if data_eval is not None and held is not None:
             across = _seen(ntk(one, data_eval, data, **options, check_examples=0), contrasts)
@@ -180,7 +182,8 @@ def select_layers(
     )
     settled = {"budget": budget, "criteria_lam": lam, "criteria_lam_rel": rel, "lam_by": lam_by, "contrasts": contrasts}
     steepness = _Steepness(lipschitz, lipschitz_directions, memory_budget, seed)
-    return _report_of(found, measured, grid, tunables, data, settled, _Outputs(basis, _are_classes(y)), steepness, seed)
+    outputs = _Outputs(basis, _are_classes(y))
+    return _report_of(found, measured, kernels, grid, tunables, data, settled, outputs, steepness, seed)
 
 
 def _seen(kernel: Kernel, contrasts: bool) -> Kernel:
@@ -300,9 +303,13 @@ def _reference_rows(
     outputs: _Outputs,
     seed: int,
 ) -> list[Row]:
-    """Leave-one-out loss and accuracy of sets of blocks, the choice first, each at the λ that suits it."""
+    """Leave-one-out loss and accuracy of sets of blocks, each once, the choice first, at the λ that suits it."""
     y, rows, losses = draws[0].y, [], []
-    for name, members in {**sets, "always tuned only": grid.always}.items():
+    names: dict[frozenset[str], str] = {}  # a set is compared once: as the choice, else as everything
+    for name in sorted(sets, key=("chosen", "everything", "runner-up").index):
+        names.setdefault(frozenset(sets[name]), name)
+    once = {name: members for name, members in sets.items() if name in names.values()}
+    for name, members in {**once, "always tuned only": grid.always}.items():
         fits = _fits(draws, members) if members else []
         if not fits or not all(top > 0 for top in _top(fits)):
             continue
@@ -396,12 +403,14 @@ def _trust(
     moved = all(movement > 0 for movement in movements)
     bounds = [] if h is None or not moved else [h / 2 * d**2 / m for d, m in zip(distances, movements, strict=True)]
     largest = max(bounds) if bounds else None
-    return Trust(float(np.mean(distances)), float(np.mean(movements)), float(np.max(gaps)), h, largest)
+    sampled = h is not None and steepness.given is None
+    return Trust(float(np.mean(distances)), float(np.mean(movements)), float(np.max(gaps)), h, sampled, largest)
 
 
 def _report_of(
     found: Search,
     draws: Sequence[Draw],
+    kernels: Sequence[Kernel],
     grid: Grid,
     tunables: Sequence[Tunable],
     data: Dataset,
@@ -410,7 +419,7 @@ def _report_of(
     steepness: _Steepness,
     seed: int,
 ) -> LayerSelection:
-    """Predicts what training the best candidate will do; `settled` are fields of the report that are known."""
+    """Predicts what training the best will do; `kernels`: of all C outputs, `settled`: fields that are known."""
     best, lam_by = found.ranked[0], settled["lam_by"]
     blocks, y = grid.blocks(best.candidate), draws[0].y
     fits = _fits(draws, blocks)
@@ -430,7 +439,9 @@ def _report_of(
         sets["runner-up"] = grid.blocks(found.ranked[1].candidate)
     sets["everything"] = tuple(grid.sizes)
     rank, alpha = _lora(tunables[0])
-    rate = 2 / (max(top) + lam)
+    # The loss that is trained is of all outputs, whose kernel may be steeper than that of contrasts.
+    steepest = max(float(spectrum(kernel.subset(blocks)).eigenvalues[0]) for kernel in kernels)
+    rate = 2 / (steepest + lam)
     return LayerSelection(
         choice=best.candidate,
         blocks=blocks,

@@ -24,6 +24,7 @@ class Trust:
         movement: ‖f̄ − f₀‖ there, over all examples and outputs; the mean over draws.
         measured_gap: ‖f − f̄‖ at that very θ, relative to ‖f̄ − f₀‖; the largest over draws.
         lipschitz: H, as given or sampled (then an estimate from below, theory 8); `None` where neither.
+        lipschitz_is_sampled: Whether it was sampled.
         gap_bound: The gap's bound by `(H/2)‖δ‖²` (theory 5(a)), the largest over draws; an estimate where H is one.
     """
 
@@ -31,6 +32,7 @@ class Trust:
     movement: float
     measured_gap: float
     lipschitz: float | None
+    lipschitz_is_sampled: bool
     gap_bound: float | None
 
     @property
@@ -57,16 +59,17 @@ class LayerSelection:
             every criterion (its mean over draws; λ-dependent ones at `criteria_lam` or `criteria_lam_rel`),
             `condition_number_is_bound`, and `score_min`, `score_max` of the criterion over draws.
         by_criterion: What each criterion would choose of the same candidates; `is_bound`: its value is κ as "≥".
-        references: The choice, the runner-up, everything, and what every candidate tunes (the head): leave-one-out
-            `loss` and `accuracy`, each at its own best λ, and `loss_minus_choice` with the interval `low`, `high` of
-            a bootstrap over examples, the same ones for both.
+        references: The choice, the runner-up, everything, and what every candidate tunes (the head), each set of
+            blocks once: leave-one-out `loss` and `accuracy`, each at its own best λ, and `loss_minus_choice` with the
+            interval `low`, `high` of a bootstrap over examples and draws, the same ones for both.
         always_share: Share of the trace of the chosen kernel that every candidate holds (the head's); the mean over
             draws. Near 1 the layers hardly matter to the kernel.
         search: How the ranking was found.
         criteria_lam: λ that criteria are at, where one was given.
         criteria_lam_rel: Else λ in units of each candidate's own μ₁.
         contrasts: Whether all is of the contrasts of the outputs.
-        loss: Predicted ½‖f − y‖² an example, leave-one-out at the suggested λ.
+        loss: Predicted ½‖f − y‖² an example, leave-one-out at the suggested λ; its interval, as those below, is of
+            both examples and draws.
         accuracy: Predicted accuracy, likewise; `None` for scores.
         eval_loss: On the held-out examples, where there are any.
         eval_accuracy: Likewise.
@@ -75,7 +78,8 @@ class LayerSelection:
         lam_by: What it was suggested by.
         lam_at_edge: Whether it is an end of the grid: a better one may lie beyond.
         lam_curve: Leave-one-out error and log marginal likelihood against λ.
-        learning_rate: Largest stable η of descent on the summed loss, `2/(μ₁ + λ)`, μ₁ the largest over draws.
+        learning_rate: Largest stable η of descent on the summed squared loss of all C outputs, `2/(μ₁ + λ)`, μ₁ of
+            their kernel, that of contrasts or not, and the largest over draws.
         learning_rate_mean: The same for the trainer's mean loss, which changes little with the number of examples.
         trust: Whether the linearization can be trusted.
         spectra: Of the first draw: `"chosen"`, `"everything"`, `"runner-up"` where there is one.

@@ -73,18 +73,17 @@ def test_share_of_the_residual_in_the_top_eigenspace(seed, k, p):
 
 
 def test_outputs_alike_are_that_many_kernels():
-    jac, *_ = problem(0, c=1)
     rng = np.random.default_rng(0)
-    f0, y = rng.normal(size=(6, 3)), rng.normal(size=(6, 3))
-    small = criteria(alike(jac @ jac.T), y, f0, 0.4).values
-    full = criteria(kernel_of(np.kron(jac, np.eye(3)), 6), y, f0, 0.4).values
-    for name in ("condition_number", "regularized_condition_number", "mu_max", "mu_min", "leave_one_out_error"):
-        assert small[name] == pytest.approx(full[name], rel=1e-6)
-    assert small["log_marginal_likelihood"] == pytest.approx(full["log_marginal_likelihood"])
-    residual = f0 - y
-    expected = np.sum((jac @ jac.T) * (residual @ residual.T))
-    expected /= np.linalg.norm(jac @ jac.T) * np.linalg.norm(residual @ residual.T)
-    assert small["alignment"] == pytest.approx(expected)
+    jac = rng.normal(size=(20, 30))
+    f0, y = rng.normal(size=(20, 2)), rng.normal(size=(20, 2))
+    small, full = (
+        criteria(kernel, y, f0, 0.4) for kernel in (alike(jac @ jac.T), kernel_of(np.kron(jac, np.eye(2)), 20))
+    )
+    for name in CRITERIA:  # of 40 eigenvalues the top tenth are two eigenspaces
+        assert small.values[name] == pytest.approx(full.values[name], rel=1e-6), name
+    shares = [residual_share(small.fit, k) for k in (2, 3, 4, 40)]
+    assert shares[1] == pytest.approx((shares[0] + shares[2]) / 2)
+    assert shares[3] == pytest.approx(1)
 
 
 def test_where_alignment_is_largest_and_where_it_is_not_defined():
@@ -112,8 +111,11 @@ def test_degenerate_kernels_and_bad_input():
     ):
         with pytest.raises(jl.InputError, match=message):
             criteria(kernel, y, f0, **options)
-    with pytest.raises(jl.InputError, match="fits y exactly"):
-        criteria(kernel_of(jac, 6), y, y)
+    fitted, other = criteria(kernel_of(jac, 6), y, y).values, criteria(kernel_of(jac, 6), y, f0).values
+    of_the_residual = {"alignment", "residual_share", "log_marginal_likelihood"}
+    assert {name for name, value in fitted.items() if np.isnan(value)} == of_the_residual
+    assert fitted.pop("leave_one_out_error") == pytest.approx(0)
+    assert all(fitted[name] == other[name] for name in fitted.keys() - of_the_residual)
 
 
 # --- without the direction that softmax ignores -------------------------------------------------------

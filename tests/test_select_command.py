@@ -10,7 +10,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from jaxlin.experiments.select import SelectArguments
+from jaxlin.data.dataset import Dataset
+from jaxlin.experiments.select import SelectArguments, _parts
 from jaxlin.theory.selection import SELECTION_CRITERIA
 from tests import cases
 
@@ -112,6 +113,22 @@ def test_a_random_head_is_drawn_anew(run, options, tmp_path):
     assert summary["method"] == "greedy"
     assert summary["optimum_bound"] >= 0
     assert np.ptp(summary["loss"]["by_draw"]) > 1e-3  # another head each
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kernels_and_probe_have_the_classes_in_their_shares(seed):
+    labels = np.random.default_rng(seed).permutation(np.repeat([0, 1, 2], [60, 36, 4]))
+    data = Dataset.from_columns({"labels": labels, "at": np.arange(100)})
+    train, others = _parts(data, SelectArguments(num_samples=50, probe_samples=50, seed=seed), True)
+    assert sorted([*train["at"], *others["at"]]) == list(range(100))
+    assert (len(train), len(others)) == (50, 50)
+    for part in (train, others):
+        np.testing.assert_array_equal(np.bincount(part["labels"]), [30, 18, 2])
+    few, _ = _parts(data, SelectArguments(num_samples=3, probe_samples=50, seed=seed), True)
+    assert sorted(few["labels"]) == [0, 1, 2]
+    scores = Dataset.from_columns({"labels": np.linspace(0, 1, 20), "at": np.arange(20)})
+    train, others = _parts(scores, SelectArguments(num_samples=8, probe_samples=50, seed=seed), True)
+    assert sorted([*train["at"], *others["at"]]) == list(range(20))
 
 
 def test_choices_of_the_command_are_those_of_the_library():

@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import jaxlin as jl
 from jaxlin.data.dataset import as_dataset
+from jaxlin.experiments.select_page import caveats, doubts
 from jaxlin.ntk.kernel import Kernel, KernelInfo
 from jaxlin.peft.config import peft_lora_config
 from jaxlin.selection import layer_grid
@@ -159,15 +160,28 @@ def test_labels_of_candidates():
     assert Candidate((7,), ("attention/value",)).label == "layer 7: value"
 
 
-def test_an_interval_covers_as_often_as_it_says():
+@pytest.mark.parametrize(("draws", "spread"), [(1, 0.0), (10, 0.1)])
+def test_an_interval_covers_as_often_as_it_says(draws, spread):
     rng = np.random.default_rng(0)
     covered = 0
     for seed in range(200):
-        found = Estimate.of((rng.uniform(size=(3, 80)) < 0.7).astype(float), resamples=400, seed=seed)
+        of_draw = 0.7 + spread * rng.uniform(-1, 1, size=(draws, 1))
+        found = Estimate.of((rng.uniform(size=(draws, 80)) < of_draw).astype(float), resamples=400, seed=seed)
         covered += found.low <= 0.7 <= found.high
         assert found.low <= found.value <= found.high
         assert found.value == pytest.approx(np.mean(found.by_draw))
-    assert 0.9 <= covered / 200 <= 0.99
+    assert 0.9 <= covered / 200 <= 0.995
+
+
+def test_an_interval_holds_the_spread_over_draws():
+    draws = np.random.default_rng(0).normal(size=40)
+    found = Estimate.of(np.repeat(draws[:, None], 7, axis=1))  # examples are alike: only draws vary
+    half = 1.96 * draws.std() / 40**0.5
+    assert (found.value - found.low, found.high - found.value) == pytest.approx((half, half), rel=0.1)
+    values = np.random.default_rng(1).normal(size=(1, 50))
+    found = Estimate.of(values, seed=3)
+    means = values[0][np.random.default_rng(3).integers(50, size=(2000, 50))].mean(axis=1)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
 
 
 def test_curve_of_lambda_is_that_of_the_regressions():
@@ -241,6 +255,7 @@ def test_h_is_sampled_of_what_is_chosen(batch, y, report):
     h, distance, movement = found.trust.lipschitz, found.trust.distance, found.trust.movement
     assert found.trust.gap_bound == pytest.approx(h / 2 * distance**2 / movement)
     assert found.trust.measured_gap <= found.trust.gap_bound
+    assert found.trust.lipschitz_is_sampled
     profile = jl.lipschitz_profile(small, batch, [found.trust.distance], directions=2, along=[theta])
     assert h == pytest.approx(profile.largest(), rel=1e-3)
 
@@ -276,6 +291,8 @@ def test_the_report(report, batch, y):
     assert report.trust.distance == pytest.approx(np.mean(distances), rel=1e-3)
     assert report.trust.measured_gap == pytest.approx(max(gaps), rel=2e-2)
     assert report.trust.lipschitz == 2.0
+    sampled = dataclasses.replace(report, trust=dataclasses.replace(report.trust, lipschitz_is_sampled=True))
+    assert ["sampled supremum" in " ".join(caveats(one, 0)) for one in (report, sampled)] == [False, True]
     assert report.trust.gap_bound == pytest.approx(max(bounds), rel=1e-3)
     assert [row["tuned"] for row in report.references] == ["chosen", "runner-up", "everything", "always tuned only"]
     assert all(row["low"] <= row["loss_minus_choice"] <= row["high"] for row in report.references)
@@ -325,6 +342,38 @@ def test_contrasts_of_a_frozen_head_whose_columns_sum_to_zero(batch, y):
     assert seen.trust.measured_gap == pytest.approx(
         np.linalg.norm(outputs - f0 @ q - moved) / np.linalg.norm(moved), rel=2e-2
     )
+
+
+def test_the_rate_is_that_of_all_outputs():
+    """A layer that moves both outputs alike is no contrast's, but makes training steeper."""
+    x, y = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32), np.eye(2)[np.arange(10) % 2]
+    theta = {"layer_0": {"w": np.zeros((3, 2), np.float32), "v": np.zeros((3, 1), np.float32)}}
+    tun = jl.Tunable(lambda t, b: b["x"] @ t["layer_0"]["w"] + np.float32(3) * (b["x"] @ t["layer_0"]["v"]), theta)
+    found = jl.select_layers(tun, {"x": x}, y, criterion="mu_max", contrasts=True)
+    top = np.linalg.eigvalsh(x.astype(float) @ x.T)[-1]
+    assert found.lam == pytest.approx(found.lam_rel * top, rel=1e-4)  # of contrasts
+    assert found.learning_rate == pytest.approx(2 / ((1 + 2 * 9) * top + found.lam), rel=1e-4)
+
+
+def test_a_candidate_that_vanishes_comes_last():
+    """Without held-out examples too; everything is here what the runner-up is, or the choice."""
+    x, y = np.random.default_rng(0).normal(size=(10, 3)).astype(np.float32), np.eye(2)[np.arange(10) % 2]
+    theta = {f"layer_{i}": {"w": np.full((3, 2), 0.1, np.float32)} for i in range(2)}
+    tun = jl.Tunable(lambda t, b: b["x"] @ t["layer_0"]["w"] + 0 * b["x"] @ t["layer_1"]["w"], theta)
+    for options in ({}, {"x_eval": {"x": x}, "y_eval": y}):
+        found = jl.select_layers(tun, {"x": x}, y, **options)
+        assert [row["layers"] for row in found.table] == ["0", "0 1", "1"]
+        assert np.isnan(found.table[-1]["trace"])
+        assert len({frozenset(row) for row in found.table}) == 1
+        assert ("validation_error" in found.table[0]) == bool(options)
+        assert [row["tuned"] for row in found.references] == ["chosen", "everything"]
+    singles = jl.select_layers(tun, {"x": x}, y, budget=6)
+    assert [row["layers"] for row in singles.table] == ["0", "1"]
+    alone = jl.select_layers(
+        jl.Tunable(lambda t, b: b["x"] @ t["layer_0"]["w"], {"layer_0": theta["layer_0"]}), {"x": x}, y
+    )
+    assert [row["tuned"] for row in alone.references] == ["chosen"]
+    assert "everything" not in " ".join(doubts(alone))
 
 
 def test_a_choice_made_on_one_half_serves_on_the_other():

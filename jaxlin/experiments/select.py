@@ -142,13 +142,25 @@ def _parts(data: Dataset, arguments: SelectArguments, probed: bool) -> tuple[Dat
     size = min(n, arguments.num_samples)
     if probed and n < wanted:
         size = max(2, n * arguments.num_samples // wanted)
-    order = np.random.default_rng(arguments.seed).permutation(n)
+    order = _stratified_order(data["labels"], arguments.seed)
     train, others = data.take(np.sort(order[:size])), np.sort(order[size:])
     if not probed:
         return train, None
     if len(others) < 2:
         raise InputError(f"{n} training examples are too few for kernels and a probe head; expected at least 4")
     return train, data.take(others)
+
+
+def _stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
+    """A permutation that begins with an example of each class, and any beginning of which has the shares of all."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    if labels.dtype.kind == "f":  # scores
+        return order
+    quantile = np.zeros(len(labels))
+    for value in np.unique(labels):
+        members = order[labels[order] == value]
+        quantile[members] = np.arange(len(members)) / len(members)
+    return order[np.argsort(quantile[order], kind="stable")]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -112,7 +112,7 @@ def caveats(report: LayerSelection, probe_examples: int) -> list[str]:
             f"The head is a probe, fitted on {probe_examples} other training examples, so that leaving an example out "
             "leaves out all of it."
         )
-    if report.trust.gap_bound is not None:
+    if report.trust.gap_bound is not None and report.trust.lipschitz_is_sampled:
         said.append("H is a sampled supremum, hence an estimate from below; so is the bound that it gives.")
     return said
 
@@ -237,7 +237,7 @@ def page(
         ),
         f"<p>Criteria that depend on λ are at {_at(report)}.</p>",
         "<h2>Against the runner-up, tuning everything, and the head alone</h2>",
-        "<p>Each at the λ that suits it; the difference is over the same examples.</p>",
+        "<p>Each at the λ that suits it; the difference is over the same examples and draws.</p>",
         _table(report.references, references, chosen=0),
         "<h2>What other criteria would choose</h2>",
         _table(named, by_criterion),

@@ -31,10 +31,10 @@ def alignment(matrix: Float[np.ndarray, "m m"], target: Float[np.ndarray, "m k"]
     """Returns the kernel-target alignment `⟨K, yyᵀ⟩/(‖K‖‖yyᵀ‖)` in Frobenius norms (theory 6); NaN where one vanishes.
 
     Args:
-        matrix: K.
-        target: y, or r₀, in columns; `yyᵀ` is the sum over them.
+        matrix: K; with k columns of y it stands for K ⊗ I_k (theory 9).
+        target: y, or r₀; k columns are one vector, stacked.
     """
-    scale = np.linalg.norm(matrix) * np.linalg.norm(target.T @ target)
+    scale = target.shape[1] ** 0.5 * np.linalg.norm(matrix) * np.sum(target**2)
     return float(np.sum((matrix @ target) * target) / scale) if scale > 0 else float("nan")
 
 
@@ -43,16 +43,19 @@ def residual_share(fit: KernelRegression, k: int) -> float:
 
     Args:
         fit: The regression of f₀ on y.
-        k: Number of eigenvalues, from 1 to m.
+        k: Number of eigenvalues, from 1 to N·C. Those of K ⊗ I_C (theory 9) are C-fold: of an eigenspace that is
+            counted in part, that part of its share.
 
     Raises:
         InputError: If k is out of range.
     """
-    if not 1 <= k <= len(fit.matrix):
-        raise InputError(f"k={k}; expected from 1 to the kernel's {len(fit.matrix)} eigenvalues")
+    if not 1 <= k <= fit.y.size:
+        raise InputError(f"k={k}; expected from 1 to the kernel's {fit.y.size} eigenvalues")
     residual = (fit.f0 - fit.y).reshape(len(fit.matrix), -1)
-    whole = float(np.sum(residual**2))
-    return float(np.sum((fit.eigenvectors[:, -k:].T @ residual) ** 2)) / whole if whole > 0 else float("nan")
+    whole, fold = float(np.sum(residual**2)), residual.shape[1]
+    along = np.sum((fit.eigenvectors.T @ residual) ** 2, axis=1)[::-1]
+    counted = np.clip(k / fold - np.arange(len(along)), 0, 1)
+    return float(counted @ along) / whole if whole > 0 else float("nan")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,7 +65,8 @@ class Criteria:
     Attributes:
         values: By name. `regularized_condition_number`, `effective_dimension`, `leave_one_out_error` (mean over
             examples of ½‖f₋ᵢ(xᵢ) − yᵢ‖²) and `log_marginal_likelihood` are at λ; `alignment` is of r₀ = f₀ − y;
-            `residual_share` is of the top tenth of the eigenvalues.
+            `residual_share` is of the top tenth of the eigenvalues. Those two and `log_marginal_likelihood` are NaN
+            where f₀ fits y exactly. Of a kernel that stands for K ⊗ I_C (theory 9) all are those of K ⊗ I_C.
         lam: λ of the summed loss.
         condition_number_is_bound: Whether κ is "≥": its smallest eigenvalue is not resolved.
         fit: The kernel regression that they come from.
@@ -104,8 +108,9 @@ def criteria(
     if not lam > 0:
         raise InputError(f"lam={lam}; expected above 0")
     fit = dataclasses.replace(fit, ridge=lam)
-    spec = Spectrum.of_eigenvalues(mu, kernel.info)
     residual = (fit.f0 - fit.y).reshape(len(fit.matrix), -1)
+    mu = np.repeat(mu, residual.shape[1])  # of K ⊗ I_C, where it stands for that
+    spec = Spectrum.of_eigenvalues(mu, kernel.info)
     held_out = fit.leave_one_out()
     return Criteria(
         {
@@ -118,7 +123,7 @@ def criteria(
             "alignment": alignment(fit.matrix, residual),
             "residual_share": residual_share(fit, max(1, len(mu) // 10)),
             "leave_one_out_error": float(np.mean(0.5 * np.sum((held_out - fit.y) ** 2, axis=1))),
-            "log_marginal_likelihood": fit.log_marginal_likelihood(),
+            "log_marginal_likelihood": fit.log_marginal_likelihood() if fit.scale > 0 else float("nan"),
         },
         lam,
         spec.condition_number_is_bound,

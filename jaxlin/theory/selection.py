@@ -245,7 +245,8 @@ class _Scorer:
     def _of_draw(self, candidate: Candidate, at: int) -> tuple[dict[str, float], bool]:
         draw, evaluation, kernel = self.draws[at], self.sums_eval[at], self.sums[at].of(candidate)
         if not kernel.array.any():
-            return dict.fromkeys(SELECTION_CRITERIA, math.nan), False
+            names = SELECTION_CRITERIA if evaluation is not None else CRITERIA
+            return dict.fromkeys(names, math.nan), False
         found: Criteria = criteria(kernel, draw.y, draw.f0, self.lam, self.lam_rel)
         values = dict(found.values)
         if evaluation is not None and draw.f0_eval is not None and draw.y_eval is not None:
@@ -465,7 +466,7 @@ class Estimate:
 
     Attributes:
         value: The mean.
-        low: Lower end of the bootstrap interval over examples.
+        low: Lower end of the bootstrap interval over examples, and over draws where there are several.
         high: Upper end.
         confidence: Its confidence.
         by_draw: The mean over examples for each draw.
@@ -483,11 +484,22 @@ class Estimate:
     def of(
         cls, values: Float[np.ndarray, "D N"], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
     ) -> Estimate:
-        """Averages a quantity known for every draw and example; examples are resampled, with all draws of each."""
-        per_example = values.mean(axis=0)
-        n = len(per_example)
-        drawn = np.random.default_rng(seed).integers(n, size=(resamples, n))
+        """Averages a quantity known for every draw and example; draws and examples are resampled, each by themselves.
+
+        Args:
+            values: By draw and example.
+            confidence: Of the interval.
+            resamples: How many.
+            seed: Of the bootstrap.
+
+        Returns:
+            The mean. Of few draws, D, the bootstrap sees (D − 1)/D of their variance; of one, none.
+        """
+        (d, n), rng = values.shape, np.random.default_rng(seed)
+        examples = rng.integers(n, size=(resamples, n))
+        shares = rng.multinomial(d, np.full(d, 1 / d), size=resamples) / d  # of the draws; 1 where there is one
+        means = np.take_along_axis(shares @ values, examples, axis=1).mean(axis=1)
         tail = (1 - confidence) / 2
-        low, high = np.quantile(per_example[drawn].mean(axis=1), [tail, 1 - tail])
+        low, high = np.quantile(means, [tail, 1 - tail])
         by_draw = tuple(float(value) for value in values.mean(axis=1))
-        return cls(float(per_example.mean()), float(low), float(high), confidence, by_draw, n)
+        return cls(float(values.mean()), float(low), float(high), confidence, by_draw, n)
