@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxlin.data.dataset import Dataset
@@ -398,8 +399,6 @@ class Study:
 
 
 def _num_params(tun: Tunable, blocks: Sequence[str]) -> int:
-    import jax
-
     sizes = dict(zip(leaf_paths(tun.theta0), (leaf.size for leaf in jax.tree.leaves(tun.theta0)), strict=True))
     return sum(sizes[path] for block in blocks for path in tun.blocks[block])
 
