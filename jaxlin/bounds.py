@@ -15,6 +15,7 @@ from jaxlin.theory.inequalities import (
     same_theta_gap,
     selective_direction,
     smallest_distance,
+    stationary_distance,
 )
 from jaxlin.theory.perturbation import (
     Perturbation,
@@ -49,6 +50,7 @@ __all__ = [
     "same_theta_gap",
     "selective_direction",
     "smallest_distance",
+    "stationary_distance",
     "tightest",
     "weyl",
     "weyl_all_pairs",

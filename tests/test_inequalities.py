@@ -170,6 +170,15 @@ def test_the_smaller_bound_is_of_those_that_apply():
     assert jl.bounds.smallest_distance(priori, neither).holds is None
 
 
+def test_distance_at_a_stationary_point():
+    net, lam = Network(0), 5.0
+    t = run(net, lam, 0.02, 4000)
+    assert t["gradient"][-1] > 0.1
+    assert jl.bounds.stationary_distance(t["gradient"][-1], lam) == pytest.approx(t["distance"][-1], rel=1e-6)
+    with pytest.raises(jl.InputError, match="lam=0"):
+        jl.bounds.stationary_distance(1.0, 0.0)
+
+
 def test_pull_sum_against_the_sum():
     for lam, eta in ((0.0, 0.3), (2.0, 0.1), (1e-9, 0.5), (2.0, 0.5)):
         expected = [sum(eta * (1 - eta * lam) ** k for k in range(t)) for t in range(6)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Real
 
+from jaxlin.errors import InputError
 from jaxlin.theory.bound import Bound, bound
 
 Values = float | Real[np.ndarray, "..."]
@@ -160,6 +161,21 @@ def smallest_distance(a_priori: Bound, by_recursion: Bound) -> Bound:
     conditions = {name: met for one in used for name, met in one.conditions.items()}
     value, sampled = np.min([one.value for one in used], axis=0), any(one.sampled for one in used)
     return bound("4 ‖δ_t‖, smaller", value, a_priori.measured, conditions, sampled=sampled)
+
+
+def stationary_distance(gradient_norm: Values, lam: float) -> Float[np.ndarray, "..."]:
+    """Returns ‖δ*‖ at a stationary point of the objective with the coupled pull, `‖J(θ*)ᵀ r(θ*)‖/λ` (theory 4).
+
+    Args:
+        gradient_norm: ‖J(θ*)ᵀ r(θ*)‖, of the summed data loss alone.
+        lam: λ, above 0.
+
+    Raises:
+        InputError: If λ is not positive.
+    """
+    if not lam > 0:
+        raise InputError(f"lam={lam}; expected above 0: without a pull a stationary point may lie anywhere")
+    return np.asarray(gradient_norm, np.float64) / lam
 
 
 def same_theta_gap(gap: Values, distance: Values, lipschitz: float, *, sampled: bool = True) -> Bound:
