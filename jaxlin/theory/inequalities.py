@@ -163,7 +163,7 @@ def smallest_distance(a_priori: Bound, by_recursion: Bound) -> Bound:
     return bound("4 ‖δ_t‖, smaller", value, a_priori.measured, conditions, sampled=sampled)
 
 
-def stationary_distance(gradient_norm: Values, lam: float) -> Float[np.ndarray, "..."]:
+def stationary_distance(gradient_norm: Values, lam: float) -> Float[np.ndarray, ...]:
     """Returns ‖δ*‖ at a stationary point of the objective with the coupled pull, `‖J(θ*)ᵀ r(θ*)‖/λ` (theory 4).
 
     Args:
@@ -175,7 +175,7 @@ def stationary_distance(gradient_norm: Values, lam: float) -> Float[np.ndarray, 
     """
     if not lam > 0:
         raise InputError(f"lam={lam}; expected above 0: without a pull a stationary point may lie anywhere")
-    return np.asarray(gradient_norm, np.float64) / lam
+    return np.asarray(np.asarray(gradient_norm, np.float64) / lam)
 
 
 def same_theta_gap(gap: Values, distance: Values, lipschitz: float, *, sampled: bool = True) -> Bound:
