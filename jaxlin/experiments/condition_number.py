@@ -457,7 +457,8 @@ def main() -> None:
     from jaxlin.cli import one_sentence, set_up
 
     set_up()
-    config = tyro.cli(ConditionNumberConfig, config=(tyro.conf.OmitArgPrefixes,))
+    prog = "python -m jaxlin.experiments.condition_number"
+    config = tyro.cli(ConditionNumberConfig, prog=prog, config=(tyro.conf.OmitArgPrefixes,))
     with one_sentence():
         primary = next(row for row in run(config) if row["primary"])
     spearman, partial = (
