@@ -8,10 +8,11 @@ that is tuned too, Adam at a fixed rate, cross-entropy, no pull; and (ii) in the
 on squared loss at η = c/(μ₁ + λ), with a pull. The fixed rate and c are chosen on held-out rows of the training file,
 once a task.
 
-The primary predictor, named before anything was run: log κ of the kernel of the LoRA factors at θ₀, which is what
-differs between choices (as in the paper's script), the outcome final training loss under (i), pooled over tasks. All
-else is secondary, and with this many correlations some of it will look significant by chance. Under (i) the kernel of
-all that is tuned is nearly that of the head alone: a new head's weights are small, LoRA's kernel of their square.
+The primary predictor, named before the runs that are kept (a trial of 16 came first): log κ of the kernel of the LoRA
+factors at θ₀, which is what differs between choices (as in the paper's script), the outcome final training loss under
+(i), pooled over tasks. All else is secondary, and with this many correlations some of it will look significant by
+chance. Under (i) the kernel of all that is tuned is nearly that of the head alone: a new head's weights are small,
+LoRA's kernel of their square.
 
 Under (ii) the probe is fitted on the training examples, as what is then trained starts from it: leave-one-out error,
 marginal likelihood and alignment there are of labels that the head has seen.
