@@ -35,8 +35,9 @@ from jaxlin.theory.logistic import KernelLogisticRegression, kernel_logistic_reg
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.compare import Comparison, compare
+from jaxlin.training.config import TrainConfig
 from jaxlin.training.report import LinearizationReport, linearization_report
-from jaxlin.training.trainer import TrainConfig, TrainResult, predict, train
+from jaxlin.training.trainer import TrainResult, predict, train
 from jaxlin.tunable import Tunable
 
 __all__ = [

@@ -12,11 +12,13 @@ import jaxlin as jl
 from jaxlin.data.dataset import Dataset
 from jaxlin.ntk.jacobian import jacobian
 from jaxlin.training.cached import cached_linearized
+from jaxlin.training.config import OPTIMIZERS, SCHEDULES
 from jaxlin.training.gaps import distances
+from jaxlin.training.input import epoch_order
 from jaxlin.training.losses import LOSSES, targets, to_mean
 from jaxlin.training.metrics import metrics
 from jaxlin.training.optim import proximal
-from jaxlin.training.trainer import OPTIMIZERS, SCHEDULES, _compiled_step, epoch_order
+from jaxlin.training.step import Schedule, compiled_step
 from tests import cases
 
 
@@ -345,11 +347,9 @@ def test_a_sweep_compiles_once(model):
 
 def _step(config, n):
     """The compiled step of a configuration, whatever its λ and rate."""
-    from jaxlin.training.trainer import _Schedule
-
     total = config.total_steps(n)
-    schedule = _Schedule(1.0, config.lr_scheduler_type, int(config.warmup_ratio * total), total)
-    return _compiled_step(config.loss, config.optimizer, schedule, config.pull, (), ())[1]
+    schedule = Schedule(1.0, config.lr_scheduler_type, int(config.warmup_ratio * total), total)
+    return compiled_step(config.loss, config.optimizer, schedule, config.pull, (), ())[1]
 
 
 def test_at_most_four_shapes(model):
@@ -415,9 +415,7 @@ def test_the_last_partial_batch_is_weighted_right():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules(schedule):
-    from jaxlin.training.trainer import _Schedule
-
-    rates = [float(_Schedule(2.0, schedule, 4, 20)(i)) for i in range(20)]
+    rates = [float(Schedule(2.0, schedule, 4, 20)(i)) for i in range(20)]
     np.testing.assert_allclose(rates[:4], [0.5, 1.0, 1.5, 2.0])
     assert rates[-1] == (2.0 if schedule == "constant" else pytest.approx(0, abs=0.3))
 

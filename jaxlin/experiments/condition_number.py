@@ -49,8 +49,9 @@ from jaxlin.ntk.store import fingerprint
 from jaxlin.peft.lora import lora
 from jaxlin.peft.part import only
 from jaxlin.theory.criteria import criteria
+from jaxlin.training.config import TrainConfig
 from jaxlin.training.losses import evaluate, targets, to_mean
-from jaxlin.training.trainer import TrainConfig, predict, train
+from jaxlin.training.trainer import predict, train
 from jaxlin.tunable import Tunable, layer_index, leaf_paths
 from jaxlin.versions import versions
 

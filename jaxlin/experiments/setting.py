@@ -21,8 +21,9 @@ from jaxlin.models.probe import probe_head
 from jaxlin.models.resolve import EMBEDDED_MODEL
 from jaxlin.peft.select import full, head_only
 from jaxlin.training.compare import check_lams
+from jaxlin.training.config import TrainConfig
 from jaxlin.training.losses import targets
-from jaxlin.training.trainer import TrainConfig, check_blocks, check_data, predict
+from jaxlin.training.trainer import check_blocks, check_data, predict
 from jaxlin.tunable import Tunable
 
 

@@ -21,9 +21,10 @@ from jaxlin.ntk.lanczos import Extreme
 from jaxlin.ntk.products import NTKOperator, ntk_vector_product
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.training.cached import cached_linearized
+from jaxlin.training.config import TrainConfig
 from jaxlin.training.losses import targets, to_mean
 from jaxlin.training.smoothness import smoothness
-from jaxlin.training.trainer import TrainConfig, TrainResult, predict, train
+from jaxlin.training.trainer import TrainResult, predict, train
 from jaxlin.tunable import Tunable
 
 Tick = Callable[[int], None]

@@ -17,11 +17,12 @@ from jaxlin.ntk.jacobian import MEMORY_BUDGET, jacobian_bytes
 from jaxlin.theory.drift import relative
 from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.cached import cached_linearized
+from jaxlin.training.config import TrainConfig
 from jaxlin.training.gaps import distances
 from jaxlin.training.losses import targets
 from jaxlin.training.report import KERNEL_EXAMPLES, LinearizationReport, Tracker
 from jaxlin.training.start import PhaseProgress, Start, factor_blocks
-from jaxlin.training.trainer import Row, TrainConfig, TrainResult, TrainState, check_blocks, check_data, predict, train
+from jaxlin.training.trainer import Row, TrainResult, TrainState, check_blocks, check_data, predict, train
 from jaxlin.tunable import Tunable, leaf_paths
 
 AUTO_LAMS = (0.0, 1e-3, 1e-2, 1e-1, 1.0)

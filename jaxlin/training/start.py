@@ -12,9 +12,10 @@ from jaxlin.ntk.engine import kernel_from_jacobian
 from jaxlin.ntk.jacobian import Jacobian, jacobian, jacobian_bytes, measure_epsilon
 from jaxlin.ntk.kernel import Kernel
 from jaxlin.theory.regression import KernelRegression, kernel_regression
+from jaxlin.training.config import TrainConfig
 from jaxlin.training.gaps import by_split, gaps, scores
 from jaxlin.training.losses import targets
-from jaxlin.training.trainer import Row, TrainConfig, predict
+from jaxlin.training.trainer import Row, predict
 from jaxlin.tunable import Blocks, Tunable, block_factors, leaf_paths
 
 _PRECISION = "highest"
