@@ -43,6 +43,7 @@ def write_csv(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
 _FILES = (
     "all_results.json",
     "table.csv",
+    "history.csv",
     "by_criterion.csv",
     "linearization.csv",
     "measurements.csv",
@@ -103,7 +104,7 @@ class RunFolder:
             if not self.resume:
                 for old in _FILES:
                     (self.path / old).unlink(missing_ok=True)
-                for folder in ("tensorboard", "figures", "kernel.zarr", "kernel_eval.zarr"):
+                for folder in ("tensorboard", "figures", "profile", "kernel.zarr", "kernel_eval.zarr"):
                     if (self.path / folder).is_dir():
                         shutil.rmtree(self.path / folder)
             (self.path / "figures").mkdir(parents=True, exist_ok=True)

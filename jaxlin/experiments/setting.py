@@ -92,6 +92,7 @@ class TrainingArguments:
         eval_steps: Evaluate every so many steps; else at the end only.
         seed: Of head, A, subsets and data order.
         precision: Of matrix products on the device; highest is true float32.
+        profile: Write a JAX trace of a few steps of every arm, for Perfetto or TensorBoard.
     """
 
     loss: Literal["squared", "cross_entropy"] = "squared"
@@ -108,6 +109,7 @@ class TrainingArguments:
     eval_steps: int | None = None
     seed: int = 0
     precision: Literal["highest", "high", "default"] = "highest"
+    profile: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
