@@ -1,0 +1,123 @@
+"""Checkpoints: an interrupted run that goes on is the run without interruption, to the bit, whatever happens to it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxlin as jl
+from jaxlin.data.dataset import Dataset
+from jaxlin.training.input import StepSource, epoch_order, step_input
+from tests import cases
+
+CONFIG = jl.TrainConfig(batch_size=4, max_steps=9, learning_rate=0.01, lam=0.5)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(step):
+    def log(row):
+        if row["step"] == step:
+            raise Stopped
+
+    return log
+
+
+def assert_same(found, expected):
+    """Equal to the bit, in all that a run gives."""
+    assert found.history == expected.history
+    assert sorted(found.states) == sorted(expected.states)
+    for a, b in [(found, expected), *((found.states[k], expected.states[k]) for k in expected.states)]:
+        assert jax.tree.structure(a.theta) == jax.tree.structure(b.theta)
+        jax.tree.map(np.testing.assert_array_equal, a.theta, b.theta)
+        assert jax.tree.map(lambda x: x.dtype, a.theta) == jax.tree.map(lambda x: x.dtype, b.theta)
+
+
+# --- input -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("group", [False, True])
+def test_the_shards_of_the_processes_are_the_batch(group, count):
+    data = Dataset.from_columns(cases.text_batch(11, longest=40))
+    config = jl.TrainConfig(batch_size=4, max_steps=7, group_by_length=group)
+    shards = [StepSource(data, config, index, count) for index in range(count)]
+    assert [len(shard) for shard in shards] == [7] * count
+    for step in range(7):
+        parts = [shard[step] for shard in shards]
+        epoch, within = divmod(step, 3)
+        order = epoch_order(data, config, epoch)[4 * within : 4 * within + 4]
+        rows = -(-4 // count) * count
+        whole = data.batch(order, rows)
+        for indices, part in parts:
+            np.testing.assert_array_equal(indices, order)
+            assert {len(value) for value in part.values()} == {rows // count}
+        for name, value in whole.items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for _, part in parts]), value)
+        assert whole["weight"].sum() == len(order)
+
+
+def test_the_input_goes_on_where_it_was():
+    data = Dataset.from_columns(cases.vectors(10))
+    whole = list(step_input(data, CONFIG))
+    assert len(whole) == 9
+    first = step_input(data, CONFIG)
+    for _ in range(4):
+        next(first)
+    state = first.get_state()
+    other = step_input(data, CONFIG)
+    other.set_state(state)
+    for found, expected in zip(other, whole[4:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    for found, expected in zip(step_input(data, CONFIG, 7), whole[7:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+    first.close()
+
+
+# --- resume --------------------------------------------------------------------------------------------
+
+RUNS = {
+    "adam": {},
+    "momentum": {"optimizer": "momentum", "pull": "prox", "lr_scheduler_type": "cosine", "warmup_ratio": 0.3},
+    "lion": {"optimizer": "lion", "pull": "spd", "lam": 0.1},
+    "noise": {"optimizer": optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), optax.sgd(0.01))},
+    "blocks": {"lam_blocks": {"bias": 0.0}, "learning_rate_blocks": {"out": 2.0}, "pull": "selective"},
+    "full batch": {"batch_size": 10, "loss": "cross_entropy"},
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_an_interrupted_run_is_the_whole_run(tmp_path, case, evaluated):
+    tun, data = cases.mlp(), cases.vectors(10)
+    held_out = cases.vectors(5, seed=1) if evaluated else None
+    config = dataclasses.replace(CONFIG, eval_steps=2 if evaluated else None, **RUNS[case])
+    options = {"keep": [0, 3, 9]} if evaluated else {}
+    whole = jl.train(tun, data, held_out, config, **options)
+    saving = jl.Checkpoints(tmp_path / "run", every=2)
+    for step in (1, 5, 8):
+        with pytest.raises(Stopped):
+            jl.train(tun, data, held_out, config, **options, checkpoints=saving, resume=True, log=stop_after(step))
+    logged, replayed = [], []
+    options |= {"log": logged.append, "replay": replayed.append}
+    result = jl.train(tun, data, held_out, config, **options, checkpoints=saving, resume=True)
+    assert_same(result, whole)
+    assert replayed + logged == whole.history
+    assert len(replayed) == 6
+    again = jl.train(tun, data, held_out, config, **options, checkpoints=saving, resume=True)
+    assert len(logged) == 3  # nothing was run again
+    assert_same(again, whole)
+
+
+def test_float64_stays_float64(tmp_path, x64):
+    tun, data = cases.mlp(dtype=jnp.float64 if x64 else jnp.float32), cases.vectors(10)
+    whole = jl.train(tun, data, config=CONFIG)
+    saving = jl.Checkpoints(tmp_path / "run", every=2)
+    with pytest.raises(Stopped):
+        jl.train(tun, data, config=CONFIG, checkpoints=saving, log=stop_after(5))
+    assert_same(jl.train(tun, data, config=CONFIG, checkpoints=saving, resume=True), whole)
