@@ -121,3 +121,56 @@ def test_float64_stays_float64(tmp_path, x64):
     with pytest.raises(Stopped):
         jl.train(tun, data, config=CONFIG, checkpoints=saving, log=stop_after(5))
     assert_same(jl.train(tun, data, config=CONFIG, checkpoints=saving, resume=True), whole)
+
+
+# --- sweeps --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sweep():
+    """A sweep over arms and λ that is interrupted nowhere; late and tracked, so that states on the way count."""
+    tun, other = cases.mlp(), cases.mlp(seed=1)
+    arguments = tun, cases.vectors(10), cases.vectors(6, seed=1), dataclasses.replace(CONFIG, max_steps=6, eval_steps=3)
+    options = {
+        "lam_rel": [0.0, 0.1],
+        "linearize_at": [2, 6],
+        "track_linearization": [0, 3, 6],
+        "extra_arms": {"other": other},
+    }
+    rows = []
+    return arguments, options, jl.compare(*arguments, **options, log=rows.append), rows
+
+
+@pytest.mark.parametrize("mode", ["cached", pytest.param("streaming", marks=pytest.mark.slow)])
+def test_a_sweep_goes_on_in_the_middle(sweep, tmp_path, mode):
+    arguments, options, whole, rows = sweep
+    options = {**options, "linear_mode": mode}
+    if mode == "streaming":
+        rows = []
+        whole = jl.compare(*arguments, **options, log=rows.append)
+    saving = jl.Checkpoints(tmp_path / "sweep", every=4)
+    for last in (3, 20, 41):  # rows, in all: in several arms, at both λ
+        seen = []
+
+        def stop(row, seen=seen, last=last):
+            seen.append(row)
+            if len(seen) == last:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            jl.compare(*arguments, **options, checkpoints=saving, resume=True, log=stop, replay=seen.append)
+        assert seen == rows[:last]
+    replayed, new = [], []
+    logs = {"log": new.append, "replay": replayed.append}
+    result = jl.compare(*arguments, **options, checkpoints=saving, resume=True, **logs)
+    assert result.table == whole.table
+    assert len(replayed) == 40
+    assert new == rows[40:]
+    assert list(result.results) == list(whole.results)
+    for key, run in whole.results.items():
+        assert_same(result.results[key], run)
+    for lam, report in whole.linearization.items():
+        assert result.linearization[lam].table == report.table
+        assert result.linearization[lam].summary == report.summary
+    again = jl.compare(*arguments, **options, checkpoints=saving, resume=True, log=lambda row: pytest.fail(str(row)))
+    assert again.table == whole.table
