@@ -1,6 +1,13 @@
 """Checkpoints: an interrupted run that goes on is the run without interruption, to the bit, whatever happens to it."""
 
 import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -174,3 +181,102 @@ def test_a_sweep_goes_on_in_the_middle(sweep, tmp_path, mode):
         assert result.linearization[lam].summary == report.summary
     again = jl.compare(*arguments, **options, checkpoints=saving, resume=True, log=lambda row: pytest.fail(str(row)))
     assert again.table == whole.table
+
+
+# --- the command line ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def long_run(arguments):
+    """Two λ of 120 steps, saved every 50."""
+    return {**arguments, "max_steps": 120, "lam_rel": [0, 0.1], "save_steps": 50, "linearize_at": "60"}
+
+
+def results(folder):
+    """All that a run wrote but for times."""
+    found = json.loads((folder / "all_results.json").read_text())
+    times = ("seconds", "compile_seconds", "step_seconds", "peak_memory_bytes")
+    summary = {name: value for name, value in found["summary"].items() if name not in times}
+    tables = {name: (folder / name).read_text() for name in ("table.csv", "history.csv", "log.jsonl")}
+    return {"summary": summary, "table": found["table"], **tables}
+
+
+def start_of(arguments):
+    command = [sys.executable, "-m", "jaxlin", *map(str, cases.flags(arguments))]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_rows(process, folder, count):
+    log, limit = folder / "log.jsonl", time.monotonic() + 300
+    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < count):
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_saves_and_says_how_to_go_on(run, long_run, tmp_path, signum):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    code, _, err = run(*cases.flags({**long_run, "output_dir": whole}))
+    assert code == 0, err
+    process = start_of({**long_run, "output_dir": cut})
+    wait_for_rows(process, cut, 130)  # in the second arm, between two checkpoints
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum, err
+    last = err.splitlines()[-1]
+    assert "interrupted after step" in last
+    assert f"go on with: jaxlin compare --resume_from_checkpoint {cut}" in last
+    rows = (cut / "log.jsonl").read_text().splitlines()
+    code, _, err = run(*last.partition("go on with: jaxlin ")[2].split())
+    assert code == 0, err
+    assert results(cut) == results(whole)
+    assert (cut / "log.jsonl").read_text().splitlines()[: len(rows)] == rows
+    boards = sorted(file.parent.name for file in (cut / "tensorboard").glob("*/events.*"))
+    assert boards == sorted(file.parent.name for file in (whole / "tensorboard").glob("*/events.*"))
+
+    # Again with the same words, where nothing is left to do; and with others.
+    code, _, err = run(*cases.flags({**long_run, "output_dir": cut, "resume_from_checkpoint": "latest"}))
+    assert code == 0, err
+    assert results(cut) == results(whole)
+    for change, message in (
+        ({"learning_rate": 0.01}, "--learning_rate was 0.001, is 0.01"),
+        ({"lam_rel": [0, 0.2]}, r"--lam_rel was [0.0, 0.1], is [0.0, 0.2]"),
+        ({"overwrite_output_dir": True}, "contradict each other"),
+    ):
+        again = {**long_run, "output_dir": cut, "resume_from_checkpoint": cut, **change}
+        code, _, err = run(*cases.flags(again))
+        assert code == 2
+        assert message in err
+    assert results(cut) == results(whole)  # untouched by what was refused
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_results_are_those_of_the_whole_run(run, long_run, tmp_path):
+    """kill -9, several times, at random rows: also while checkpoints are written, which is after every second step."""
+    whole, cut, rng = tmp_path / "whole", tmp_path / "cut", np.random.default_rng(0)
+    code, _, err = run(*cases.flags({**long_run, "output_dir": whole}))
+    assert code == 0, err
+    again = {**long_run, "output_dir": cut, "resume_from_checkpoint": "latest", "save_steps": 2, "save_total_limit": 1}
+    for last in (20, 150, 290, 400):
+        process = start_of(again)
+        wait_for_rows(process, cut, last)
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    code, _, err = run(*cases.flags(again))
+    assert code == 0, err
+    assert results(cut) == results(whole)
+
+
+def test_there_must_be_a_run_to_go_on_with(run, arguments, tmp_path):
+    for options, message in (
+        ({"resume_from_checkpoint": tmp_path}, "is no run; expected the --output_dir of one, or latest"),
+        ({"resume_from_checkpoint": "latest", "output_dir": False}, "needs the --output_dir to go on in"),
+        ({"save_steps": -1}, "--save_steps -1; expected a number of steps, or 0"),
+        ({"save_total_limit": 0}, "--save_total_limit 0; expected at least 1"),
+        ({"metric_for_best_model": "accuracy"}, "best='eval_accuracy' needs evaluation data and eval_steps"),
+    ):
+        code, _, err = run(*cases.flags({**arguments, **options}))
+        assert code == 2
+        assert message in err

@@ -55,7 +55,7 @@ class SweepCheckpoints:
             self._lams = list(lams)
             if jax.process_index() == 0:
                 self._path.mkdir(parents=True, exist_ok=True)
-                partial = self._path / f".{NAME}.partial"
+                partial = self._path.with_name(f".{self._path.name}.{NAME}.partial")
                 partial.write_text(json.dumps({"sweep": self._sweep, "lams": self._lams}, indent=2))
                 os.replace(partial, self._path / NAME)
         return self._lams
