@@ -280,3 +280,277 @@ def test_there_must_be_a_run_to_go_on_with(run, arguments, tmp_path):
         code, _, err = run(*cases.flags({**arguments, **options}))
         assert code == 2
         assert message in err
+
+
+# --- what can go wrong ---------------------------------------------------------------------------------
+
+
+def run_with(folder, **options):
+    """The same small run; `options` are of `train` or of its configuration."""
+    tun = options.pop("tun", cases.mlp())
+    data = options.pop("data", cases.vectors(10))
+    keywords = {name: options.pop(name) for name in ("keep", "log", "resume") if name in options}
+    saving = jl.Checkpoints(folder, **{name: options.pop(name) for name in ("every", "best") if name in options})
+    config = dataclasses.replace(CONFIG, **options)
+    held_out = None if config.eval_steps is None else cases.vectors(5, seed=1)
+    return jl.train(tun, data, held_out, config, checkpoints=saving, **keywords)
+
+
+def steps_in(folder):
+    return sorted(int(path.name) for path in folder.iterdir())
+
+
+def test_only_the_same_run_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    run_with(folder, every=4)
+    assert len(run_with(folder, resume=True).history) == 9
+    other = cases.mlp(seed=1)
+    for options, message in (
+        ({"learning_rate": 0.1}, "learning_rate was 0.01, is 0.1"),
+        ({"seed": 7, "lam": 0.0}, "lam was 0.5, is 0.0; seed was 0, is 7"),
+        ({"optimizer": optax.sgd(0.1)}, "optimizer was adam, is optax"),
+        ({"lam_blocks": {"out": 2.0}}, "lam_blocks was None, is"),
+        ({"max_steps": 12}, "max_steps was 9, is 12"),
+        ({"keep": [3]}, r"keep was \[\], is \[3\]"),
+        ({"data": cases.vectors(10, seed=5)}, "train_sha256 was"),
+        ({"eval_steps": 3}, "eval_sha256 was None, is"),
+        ({"tun": other}, "theta_sha256 was"),
+        ({"tun": jl.linearize(cases.mlp())}, "model_sha256 was"),
+    ):
+        with pytest.raises(jl.InputError, match=f"is of another run .*{message}.* resume with the same"):
+            run_with(folder, resume=True, **options)
+    with pytest.raises(jl.InputError, match="holds checkpoints already; go on with resume=True"):
+        run_with(folder)
+    for options, message in (
+        ({"every": 0}, "every=0; expected at least 1"),
+        ({"best": "eval_loss"}, "needs evaluation data and eval_steps"),
+        ({"best": "eval_loss", "every": 3, "eval_steps": 2}, "every=3 is no multiple of eval_steps=2"),
+    ):
+        with pytest.raises(jl.InputError, match=message):
+            run_with(tmp_path / "other", **options)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_latest_the_best_and_what_is_kept_stay(tmp_path):
+    folder = tmp_path / "run"
+    options = {"every": 1, "eval_steps": 1, "best": "eval_loss", "keep": [3], "max_steps": 30, "learning_rate": 0.2}
+    with pytest.raises(Stopped):
+        run_with(folder, **options, log=stop_after(21))
+    result = run_with(folder, **options, resume=True, log=(rows := []).append)
+    assert rows[0]["step"] == 21
+    losses = {row["step"]: row["eval_loss"] for row in result.history}
+    best = min(losses, key=losses.get)
+    assert 3 < best < 20  # overfitted, and known only from before the interruption
+    assert steps_in(folder) == sorted({3, best, 30})
+    tun = cases.mlp()
+    for found, step in (({}, 30), ({"best": "eval_loss"}, best), ({"step": 3}, 3)):
+        theta = jl.load_checkpoint(folder, tun, **found)
+        outputs = jl.predict(tun, theta, cases.vectors(5, seed=1))
+        y = np.eye(2)[cases.vectors(5, seed=1)["labels"]]
+        assert 0.5 * np.sum((outputs - y) ** 2) / 5 == pytest.approx(losses[step], rel=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, jl.load_checkpoint(folder, tun, step=3), result.states[3].theta)
+    for options, message in (
+        ({"step": 4}, "has no checkpoint of step 4; it has"),
+        ({"best": "eval_f2"}, "no checkpoint in .* has 'eval_f2'"),
+    ):
+        with pytest.raises(jl.InputError, match=message):
+            jl.load_checkpoint(folder, tun, **options)
+    with pytest.raises(jl.InputError, match="is no folder of checkpoints"):
+        jl.load_checkpoint(tmp_path / "none", tun)
+
+
+def test_while_a_run_goes_on_the_latest_two_stay(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped):
+        run_with(folder, every=2, log=stop_after(7))
+    assert steps_in(folder) == [4, 6]
+
+
+def largest(folder):
+    """Where the array is, which Orbax holds in a file beside its index."""
+    return max(folder.glob("ocdbt*/d/*"), key=lambda file: file.stat().st_size)
+
+
+def flip(file, at=None):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 if at is None else at] ^= 1
+    file.write_bytes(content)
+
+
+def flip_a_number(folder):
+    file = folder / "about" / "metadata"
+    text = file.read_text()
+    at = text.index('"loss": 0.') + len('"loss": 0.')
+    flip(file, at)
+
+
+DAMAGES = {
+    "an array, truncated": lambda folder: os.truncate(largest(folder / "optimizer"), 40),
+    "an array, missing": lambda folder: largest(folder / "optimizer").unlink(),
+    "an array, changed": lambda folder: flip(largest(folder / "theta")),  # which Orbax would not see
+    "the index, missing": lambda folder: shutil.rmtree(folder / "theta" / "d"),
+    "the record, truncated": lambda folder: os.truncate(folder / "about" / "metadata", 200),
+    "the record, missing": lambda folder: (folder / "about" / "metadata").unlink(),
+    "the record, changed": flip_a_number,
+    "all": shutil.rmtree,
+}
+
+
+@pytest.fixture(scope="module")
+def cut_run(tmp_path_factory):
+    """A run that was stopped after its step 7, and what it is without that."""
+    folder = tmp_path_factory.mktemp("cut") / "run"
+    options = {"every": 2, "keep": [3], "tun": cases.mlp(width=300)}  # large enough for files of its own
+    with pytest.raises(Stopped):
+        run_with(folder, **options, log=stop_after(7))
+    assert steps_in(folder) == [3, 4, 6]
+    return folder, options, run_with(folder.with_name("whole"), **options)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_left_for_the_one_before(cut_run, tmp_path, damage, recwarn):
+    whole_folder, options, whole = cut_run
+    folder, rows = tmp_path / "run", []
+    shutil.copytree(whole_folder, folder)
+    DAMAGES[damage](folder / "6")
+    result = run_with(folder, **options, resume=True, log=rows.append)
+    told = [str(warning.message) for warning in recwarn if "damaged" in str(warning.message)]
+    if damage != "all":
+        assert len(told) == 1
+        assert "the checkpoint of step 6 is damaged (" in told[0]
+        assert "going on from step 4" in told[0]
+    assert rows[0]["step"] == 5
+    assert_same(result, whole)
+    assert steps_in(folder) == [3, 9]
+
+
+def test_a_damaged_state_that_is_kept_is_made_again(cut_run, tmp_path):
+    whole_folder, options, whole = cut_run
+    folder = tmp_path / "run"
+    shutil.copytree(whole_folder, folder)
+    os.truncate(largest(folder / "3" / "theta"), 40)
+    with pytest.raises(jl.InputError, match=r"no checkpoint in .* can be read: the checkpoint of step 3 is damaged"):
+        run_with(folder, **options, resume=True)  # no other is there from before it
+    assert steps_in(folder) == [3, 4, 6]
+
+
+def test_what_was_being_written_is_never_loaded(cut_run, tmp_path):
+    whole_folder, options, whole = cut_run
+    folder = tmp_path / "run"
+    shutil.copytree(whole_folder, folder)
+    (folder / "6").rename(folder / "6.orbax-checkpoint-tmp")
+    assert_same(run_with(folder, **options, resume=True), whole)
+    assert steps_in(folder) == [3, 9]
+
+
+def test_divergence_names_the_last_checkpoint(tmp_path):
+    config = jl.TrainConfig(optimizer="sgd", learning_rate=1e12, max_steps=60)
+    tun = jl.Tunable(lambda theta, batch: theta["w"] ** 3 * batch["x"][:, :2], {"w": jnp.float32(1.0)})
+    saving = jl.Checkpoints(tmp_path / "run", every=1)
+    with pytest.raises(jl.TrainingDivergedError) as stopped:
+        jl.train(tun, cases.vectors(4), config=config, checkpoints=saving)
+    last = max(steps_in(tmp_path / "run"))
+    assert f"at step {last + 1} of 60 (examples [0, 1, 2, 3])" in str(stopped.value)
+    assert f"the last checkpoint, of step {last}, is in {tmp_path / 'run'}" in str(stopped.value)
+    assert np.isfinite(float(jl.load_checkpoint(tmp_path / "run", tun)["w"]))
+
+
+def test_control_c_saves_the_step_that_was_taken(tmp_path):
+    def interrupt(row):
+        if row["step"] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(jl.Interrupted, match=r"interrupted after step 5 of 9, which is saved in .*run") as stopped:
+        run_with(tmp_path / "run", log=interrupt)
+    assert isinstance(stopped.value, KeyboardInterrupt)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    result = run_with(tmp_path / "run", resume=True, log=(rows := []).append)
+    assert [row["step"] for row in rows] == [6, 7, 8, 9]
+    assert_same(result, run_with(tmp_path / "whole"))
+
+
+FULL = """
+import os, resource, signal, sys
+import jax.numpy as jnp, numpy as np
+import jaxlin as jl
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def log(row):
+    if row["step"] == 4:  # a file may grow to 10 kB from here on: the arrays do not fit
+        while not os.path.isdir(f"{sys.argv[1]}/2"):
+            pass
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+data = {"x": np.eye(4, 9000, dtype=np.float32), "labels": np.array([0, 1, 0, 1])}
+theta = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(9000, 2)), jnp.float32)}
+tun = jl.Tunable(lambda theta, batch: batch["x"] @ theta["w"], theta)
+try:
+    jl.train(tun, data, config=jl.TrainConfig(max_steps=9), checkpoints=jl.Checkpoints(sys.argv[1], every=2), log=log)
+except jl.InputError as error:
+    print("refused:", error)
+"""
+
+
+def test_a_full_disk_says_so_and_leaves_the_last_checkpoint(tmp_path):
+    """What a process cannot write: the system's own error, in the threads that write."""
+    command = [sys.executable, "-c", FULL, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "refused: no space is left for the checkpoint of step" in done.stdout, done.stderr
+    assert f"in {tmp_path / 'run'}" in done.stdout
+    assert "that of step 2 is whole: free some and go on" in done.stdout
+    theta = {"w": jnp.zeros((9000, 2))}
+    tun = jl.Tunable(lambda theta, batch: batch["x"] @ theta["w"], theta)
+    assert np.abs(jl.load_checkpoint(tmp_path / "run", tun)["w"]).max() > 1
+
+
+def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path, monkeypatch):
+    free = type("Usage", (), {"free": 10})()
+
+    def fill(row):
+        if row["step"] == 4:
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+
+    with pytest.raises(jl.InputError, match=r"of step 4, which takes .* MiB, in .* where 0.0 MiB are free; that of step 2 is"):
+        run_with(tmp_path / "run", every=2, log=fill)
+    monkeypatch.undo()
+    assert_same(run_with(tmp_path / "run", every=2, resume=True), run_with(tmp_path / "whole", every=2))
+
+
+KILLED = """
+import sys, time
+import jaxlin as jl
+from tests import cases, test_checkpoint
+def log(row):
+    print(row["step"], flush=True)
+    time.sleep(0.01)
+test_checkpoint.killed_run(sys.argv[1], log)
+"""
+
+
+def killed_run(folder, log=None):
+    return run_with(folder, every=1, keep=[7], max_steps=60, resume=True, tun=cases.mlp(width=20_000), log=log)
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+def test_killed_at_random_moments_it_ends_the_same(tmp_path, seed):
+    """kill -9, several times in one run, in steps and while a checkpoint is written, which is nearly always."""
+    rng, folder = np.random.default_rng(seed), tmp_path / "run"
+    command = [sys.executable, "-c", KILLED, str(folder)]
+    kills, reached, half_written = 3, [], 0
+    for _ in range(kills):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
+        last = rng.integers(4, 18)
+        for count, line in enumerate(process.stdout, start=1):
+            if count == last:
+                time.sleep(rng.uniform(0, 0.02))
+                process.kill()
+                reached.append(int(line))
+                break
+        process.stdout.close()
+        assert process.wait() == -signal.SIGKILL
+        half_written += any("tmp" in path.name for path in folder.iterdir())
+    assert len(reached) == kills
+    assert half_written
+    rows = []
+    result = killed_run(folder, rows.append)
+    assert rows[0]["step"] > reached[-1] - 4  # nothing is lost but the steps since the last checkpoint
+    assert_same(result, run_with(tmp_path / "whole", keep=[7], max_steps=60, tun=cases.mlp(width=20_000)))

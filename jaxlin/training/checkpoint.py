@@ -128,6 +128,7 @@ class RunCheckpoints:
 
         self.config, self._run, self._keep, self._total = config, dict(run), frozenset(keep), total
         self._scores: dict[int, float] = {}
+        self._being_written = (0, 0)
         self.path = Path(config.folder).absolute()
         if not resume and self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
             raise InputError(f"{self.path} holds checkpoints already; go on with resume=True, or give another folder")
@@ -186,7 +187,9 @@ class RunCheckpoints:
             "history": list(history),
         }
         self._score(history[-1:])
-        with self._room(state.step, sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))):
+        self._finish()
+        self._being_written = state.step, sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        with self._room():
             self._manager.save(
                 state.step,
                 args=ocp.args.Composite(
@@ -197,11 +200,12 @@ class RunCheckpoints:
             )
 
     @contextlib.contextmanager
-    def _room(self, step: int, size: int = 0) -> Iterator[None]:
-        """Says that the disk is full, where it is, in a sentence."""
+    def _room(self, needed: bool = True) -> Iterator[None]:
+        """Says that the disk is full, where it is, in a sentence; `needed`: where it is seen to be, too."""
+        step, size = self._being_written
         free = shutil.disk_usage(self.path).free
         try:
-            if free < size:
+            if needed and free < size:
                 raise OSError(errno.ENOSPC, "No space left")
             yield
         except Exception as error:
@@ -209,15 +213,18 @@ class RunCheckpoints:
                 raise
             whole = [done for done in self._manager.all_steps() if (self.path / str(done)).is_dir()]
             good = f"that of step {max(whole)} is whole" if whole else "there is none before it"
-            needed = f", which takes {size / 2**20:.1f} MiB," if size else ""
             raise InputError(
-                f"no space is left for the checkpoint of step {step}{needed} in {self.path}, where "
-                f"{free / 2**20:.1f} MiB are free; {good}: free some and go on (resume=True, --resume_from_checkpoint)"
+                f"no space is left for the checkpoint of step {step}, which takes {size / 2**20:.1f} MiB, in {self.path}, "
+                f"where {free / 2**20:.1f} MiB are free; {good}: free some and go on (resume=True, --resume_from_checkpoint)"
             ) from error
+
+    def _finish(self) -> None:
+        with self._room(needed=False):
+            self._manager.wait_until_finished()
 
     def last(self) -> str:
         """Says which checkpoint is the last that is whole."""
-        self._manager.wait_until_finished()
+        self._finish()
         step = self._manager.latest_step()
         return "there is no checkpoint" if step is None else f"the last checkpoint, of step {step}, is in {self.path}"
 
@@ -284,8 +291,7 @@ class RunCheckpoints:
             InputError: If the disk is full.
         """
         try:
-            with self._room(self._manager.latest_step() or 0):
-                self._manager.wait_until_finished()
+            self._finish()
         finally:
             self._manager.close()
 
