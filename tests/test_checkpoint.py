@@ -1,6 +1,7 @@
 """Checkpoints: an interrupted run that goes on is the run without interruption, to the bit, whatever happens to it."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -203,7 +204,10 @@ def results(folder):
 
 def start_of(arguments):
     command = [sys.executable, "-m", "jaxlin", *map(str, cases.flags(arguments))]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Ctrl-C as on a terminal, also where the tests run in a shell's background, which ignores it.
+    with_interrupt = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, preexec_fn=with_interrupt)
 
 
 def wait_for_rows(process, folder, count):
@@ -426,7 +430,7 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(cut_run, tmp_path, dama
 
 
 def test_a_damaged_state_that_is_kept_is_made_again(cut_run, tmp_path):
-    whole_folder, options, whole = cut_run
+    whole_folder, options, _ = cut_run
     folder = tmp_path / "run"
     shutil.copytree(whole_folder, folder)
     os.truncate(largest(folder / "3" / "theta"), 40)
@@ -509,7 +513,9 @@ def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path, monkeypatch
         if row["step"] == 4:
             monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
 
-    with pytest.raises(jl.InputError, match=r"of step 4, which takes .* MiB, in .* where 0.0 MiB are free; that of step 2 is"):
+    with pytest.raises(
+        jl.InputError, match=r"of step 4, which takes .* MiB, in .* where 0.0 MiB are free; that of step 2 is"
+    ):
         run_with(tmp_path / "run", every=2, log=fill)
     monkeypatch.undo()
     assert_same(run_with(tmp_path / "run", every=2, resume=True), run_with(tmp_path / "whole", every=2))
@@ -530,12 +536,14 @@ def killed_run(folder, log=None):
     return run_with(folder, every=1, keep=[7], max_steps=60, resume=True, tun=cases.mlp(width=20_000), log=log)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
-def test_killed_at_random_moments_it_ends_the_same(tmp_path, seed):
+@pytest.mark.parametrize(
+    ("seed", "kills"), [(0, 1), *(pytest.param(seed, 4, marks=pytest.mark.slow) for seed in (1, 2))]
+)
+def test_killed_at_random_moments_it_ends_the_same(tmp_path, seed, kills):
     """kill -9, several times in one run, in steps and while a checkpoint is written, which is nearly always."""
     rng, folder = np.random.default_rng(seed), tmp_path / "run"
     command = [sys.executable, "-c", KILLED, str(folder)]
-    kills, reached, half_written = 3, [], 0
+    reached, half_written = [], 0
     for _ in range(kills):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
         last = rng.integers(4, 18)
@@ -549,7 +557,7 @@ def test_killed_at_random_moments_it_ends_the_same(tmp_path, seed):
         assert process.wait() == -signal.SIGKILL
         half_written += any("tmp" in path.name for path in folder.iterdir())
     assert len(reached) == kills
-    assert half_written
+    assert half_written or kills == 1
     rows = []
     result = killed_run(folder, rows.append)
     assert rows[0]["step"] > reached[-1] - 4  # nothing is lost but the steps since the last checkpoint

@@ -110,7 +110,8 @@ def run(config: CompareConfig) -> Comparison:
     Raises:
         InputError: If anything given cannot be used; nothing has been written then.
         TrainingDivergedError: If an arm diverges; the logs up to there are kept.
-        Interrupted: On Ctrl-C or SIGTERM (a `KeyboardInterrupt`); says how to go on, where there are checkpoints.
+        Interrupted: If interrupted, with checkpoints; says how to go on.
+        KeyboardInterrupt: If interrupted without checkpoints.
     """
     begin = time.monotonic()
     default = Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
@@ -208,7 +209,8 @@ def _print(result: Comparison, metrics: Sequence[str], path: Path, taken: Mappin
     console.print(score_table(result.table, metrics))
     means = ", ".join(f"{arm} {1e3 * seconds:.3g} ms" for arm, seconds in taken["step_seconds"].items())
     memory = f"peak memory of the {taken['peak_memory_of']} {taken['peak_memory_bytes'] / 2**30:.1f} GiB"
-    costs = f"a step took {means}; compiling {taken['compile_seconds']:.0f} s; {memory}"
+    steps = f"a step took {means}; " if means else ""  # none, where a finished run is gone on with
+    costs = f"{steps}compiling {taken['compile_seconds']:.0f} s; {memory}"
     console.print(costs, highlight=False, soft_wrap=True)
     console.print(f"written to {path} in {taken['seconds']:.0f} s", highlight=False)
 

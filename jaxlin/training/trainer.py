@@ -26,6 +26,7 @@ from jaxlin.training.state import Row, TrainState, copied
 from jaxlin.training.step import Schedule, compiled_step
 from jaxlin.tunable import Batch, Tunable, block_factors, leaf_paths
 
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainResult:
     """What training gives.
@@ -77,6 +78,10 @@ def check_data(tun: Tunable, data: Dataset, loss: str) -> None:
     check_labels(data["labels"], num_outputs(tun, data), loss)
 
 
+def _nothing(*_: Any) -> None:
+    return None
+
+
 def _open(
     checkpoints: Checkpoints,
     tun: Tunable,
@@ -124,7 +129,7 @@ def train(
         keep: Steps after which the state is kept, in `result.states` (0: before the first).
         checkpoints: Where and when the state is saved, also when interrupted; `None`: never.
         resume: Go on from the last checkpoint (from `start` where there is none yet): the result is that of the run
-            without interruption, to the bit where equal inputs give equal bits. A run that is finished is not run again.
+            without interruption, to the bit where equal inputs give equal bits. A finished run is not run again.
         log: Called with every row of the history as it is made.
         replay: Called with every row that a checkpoint brought.
 
@@ -167,7 +172,8 @@ def train(
     history: list[Row] = []
     states = {0: TrainState(copied(theta), copied(state), 0)} if 0 in keep else {}
     with contextlib.ExitStack() as stack:
-        signalled = saver = None
+        saver: RunCheckpoints | None = None
+        signalled: Callable[[], int | None] = _nothing
         if checkpoints is not None:
             saver = _open(checkpoints, tun, data, held_out, config, start.step, keep, resume)
             signalled = stack.enter_context(held_back())
@@ -179,8 +185,8 @@ def train(
                 theta, state = saved.state.theta, saved.state.optimizer
                 history, states = saved.history, saved.states
                 source.set_state(saved.input)
-                for row in history if replay is not None else ():
-                    replay(row)
+                for done in history:
+                    (replay or _nothing)(done)
             elif states:
                 saver.save(states[0], history, source.get_state())
         for i, (indices, batch) in enumerate(source, start=start.step + len(history) + 1):
@@ -205,9 +211,10 @@ def train(
                 states[i] = TrainState(copied(theta), copied(state), i)
             if log is not None:
                 log(row)
-            signum = None if signalled is None else signalled()
-            if saver is not None and (signum is not None or saver.due(i)):
-                saver.save(TrainState(theta, state, i), history, source.get_state())
-            if signum is not None:
-                raise Interrupted(f"interrupted after step {i} of {total}, which is saved in {saver.path}", signum)
+            if saver is not None:
+                signum = signalled()
+                if signum is not None or saver.due(i):
+                    saver.save(TrainState(theta, state, i), history, source.get_state())
+                if signum is not None:
+                    raise Interrupted(f"interrupted after step {i} of {total}, which is saved in {saver.path}", signum)
     return TrainResult(theta, history, states)
