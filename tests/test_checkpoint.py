@@ -266,8 +266,8 @@ def test_killed_at_random_moments_the_results_are_those_of_the_whole_run(run, lo
         wait_for_rows(process, cut, last)
         time.sleep(rng.uniform(0, 0.05))
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        _, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, err
     code, _, err = run(*cases.flags(again))
     assert code == 0, err
     assert results(cut) == results(whole)
