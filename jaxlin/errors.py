@@ -7,3 +7,11 @@ class InputError(ValueError):
 
 class TrainingDivergedError(FloatingPointError):
     """The loss became NaN or infinite; the message says at which step."""
+
+
+class DeviceMemoryError(MemoryError):
+    """A training step does not fit the device's memory; the message says what to lower, and by how much."""
+
+
+class ProcessLostError(RuntimeError):
+    """A computation over several processes failed since one of them has ended; the message says how to go on."""
