@@ -2,7 +2,7 @@
 
 from jaxlin import bounds, optim
 from jaxlin.data.dataset import Dataset
-from jaxlin.errors import InputError, Interrupted, TrainingDivergedError
+from jaxlin.errors import DeviceMemoryError, InputError, Interrupted, ProcessLostError, TrainingDivergedError
 from jaxlin.linearize import linearize
 from jaxlin.mesh import make_mesh
 from jaxlin.models.linen import from_hf_flax, from_linen
@@ -28,6 +28,7 @@ from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
 from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, select
 from jaxlin.selection import LayerSelection, select_layers
+from jaxlin.sharding import ENCODER_RULES, shard
 from jaxlin.theory.blockwise import BlockwiseRegression, blockwise_regression
 from jaxlin.theory.calibration import Calibration, calibration
 from jaxlin.theory.early_stopping import EarlyStopping, early_stopping
@@ -42,11 +43,13 @@ from jaxlin.training.trainer import TrainResult, predict, train
 from jaxlin.tunable import Tunable
 
 __all__ = [
+    "ENCODER_RULES",
     "BlockwiseRegression",
     "Calibration",
     "Checkpoints",
     "Comparison",
     "Dataset",
+    "DeviceMemoryError",
     "EarlyStopping",
     "InputError",
     "Interrupted",
@@ -58,6 +61,7 @@ __all__ = [
     "LipschitzProfile",
     "Model",
     "NTKOperator",
+    "ProcessLostError",
     "Spectrum",
     "TrainConfig",
     "TrainResult",
@@ -101,6 +105,7 @@ __all__ = [
     "probe_head",
     "select",
     "select_layers",
+    "shard",
     "sketch",
     "spectral_density",
     "spectrum",

@@ -293,7 +293,7 @@ def run_with(folder, **options):
     """The same small run; `options` are of `train` or of its configuration."""
     tun = options.pop("tun", cases.mlp())
     data = options.pop("data", cases.vectors(10))
-    keywords = {name: options.pop(name) for name in ("keep", "log", "resume") if name in options}
+    keywords = {name: options.pop(name) for name in ("keep", "log", "resume", "mesh") if name in options}
     saving = jl.Checkpoints(folder, **{name: options.pop(name) for name in ("every", "best") if name in options})
     config = dataclasses.replace(CONFIG, **options)
     held_out = None if config.eval_steps is None else cases.vectors(5, seed=1)
@@ -562,3 +562,33 @@ def test_killed_at_random_moments_it_ends_the_same(tmp_path, seed, kills):
     result = killed_run(folder, rows.append)
     assert rows[0]["step"] > reached[-1] - 4  # nothing is lost but the steps since the last checkpoint
     assert_same(result, run_with(tmp_path / "whole", keep=[7], max_steps=60, tun=cases.mlp(width=20_000)))
+
+
+ON_FOUR = """
+import json, sys
+import jax
+import jaxlin as jl
+from tests import cases, test_checkpoint
+assert jax.device_count() == 4
+mesh = jl.make_mesh()
+result = test_checkpoint.run_with(sys.argv[1], every=2, resume=True, mesh=mesh)
+print("history", json.dumps(result.history))
+"""
+
+
+@pytest.mark.slow
+def test_on_other_devices_it_goes_on_to_rounding(tmp_path):
+    folder = tmp_path / "run"
+    whole = run_with(tmp_path / "whole")
+    with pytest.raises(Stopped):
+        run_with(folder, every=2, log=stop_after(5))
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
+    command = [sys.executable, "-c", ON_FOUR, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **flags})
+    assert done.returncode == 0, done.stderr
+    history = json.loads(done.stdout.rpartition("history ")[2])
+    assert history[:4] == whole.history[:4]
+    for found, expected in zip(history, whole.history, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    # And back: what four devices wrote, one reads.
+    assert run_with(folder, every=2, resume=True).history == history
