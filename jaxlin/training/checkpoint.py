@@ -38,12 +38,22 @@ class Checkpoints:
     """Where and when a training run is saved.
 
     Attributes:
-        folder: Folder of this one run's checkpoints.
+        folder: Folder of this one run's checkpoints (for `compare`: of all the sweep's).
         every: Steps between two; `None`: only at the end, when interrupted, and where a state is kept anyway.
         keep: How many of the latest are kept while the run goes on; of one that is finished, the last.
         best: Column of the history (`"loss"`, `"eval_accuracy"`, …): the checkpoint where it is best is kept too;
             lower is better where the name ends in `loss`, higher elsewhere.
         inputs: What the run is of, by name, which a resumed run must be of too; `None`: hashes of model, θ₀ and data.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, numpy as np, jaxlin as jl
+        >>> tun = jl.Tunable(lambda theta, batch: batch["x"] @ theta["w"], {"w": jnp.zeros((3, 2))})
+        >>> data = {"x": np.eye(3, dtype=np.float32), "labels": np.array([0, 1, 1])}
+        >>> saving = jl.Checkpoints(tempfile.mkdtemp(), every=2)
+        >>> run = jl.train(tun, data, config=jl.TrainConfig(max_steps=4), checkpoints=saving)
+        >>> again = jl.train(tun, data, config=jl.TrainConfig(max_steps=4), checkpoints=saving, resume=True)
+        >>> again.history == run.history
+        True
     """
 
     folder: str | Path
