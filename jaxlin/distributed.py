@@ -33,13 +33,14 @@ def initialize(
 
     Raises:
         InputError: If only some of the three are given, one cannot be, or JAX is already in use.
+        RuntimeError: If the others cannot be reached.
     """
     named = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in named.items() if value is None]
     if missing and len(missing) < len(named):
         given = ", ".join(f"{name}={value}" for name, value in named.items() if value is not None)
         raise InputError(
-            f"{given} without {' and '.join(missing)}; give all three, or none of them to take them from the environment"
+            f"{given} without {' and '.join(missing)}; give all three, or none to take them from the environment"
         )
     if not missing:
         assert num_processes is not None
@@ -55,7 +56,9 @@ def initialize(
         return
     try:
         jax.distributed.initialize(
-            **named,
+            coordinator_address,
+            num_processes,
+            process_id,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
@@ -67,7 +70,5 @@ def initialize(
         if "must be called before" not in str(error):
             raise
         if not missing:
-            raise InputError(
-                "processes are joined before anything else of JAX is used; call initialize first"
-            ) from error
+            raise InputError("processes must be joined before anything else of JAX is used") from error
         warnings.warn("JAX was in use before other processes were looked for: this one works alone", stacklevel=2)

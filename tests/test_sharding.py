@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as Spec
 import jaxlin as jl
 from jaxlin import distributed
 from jaxlin.mesh import make_mesh
-from jaxlin.sharding import mesh_of, spread
+from jaxlin.sharding import mesh_of, specs_of, spread
 from jaxlin.tunable import leaf_paths
 from tests import cases, shard_check
 from tests.test_mesh import ROOT, free_port, run_processes
@@ -44,7 +44,7 @@ def test_a_mesh_of_one_device(alone):
 def test_many_devices_train_as_one(tmp_path, alone, count):
     pace, expected = alone
     first, *others = run_processes(tmp_path, count, pace, "tests.shard_check")
-    assert len(first) == 2 * len(expected)
+    assert {name.rpartition(": ")[2] for name in first} == expected.keys()
     for name, history in first.items():
         np.testing.assert_allclose(history, expected[name.rpartition(": ")[2]], rtol=3e-5, err_msg=name)
         for other in others:
@@ -80,22 +80,17 @@ def test_the_ready_rules_name_every_large_weight_of_an_encoder(model):
     }
     # What is left: the other factor of each pair, the head.
     assert all("classifier" in path or "lora_" in path or "pooler" in path for path in whole), whole
-    assert any("lora_A" in path for path in whole) and any("lora_B" in path for path in whole)
+    assert {path.rpartition("/")[2] for path in whole if "lora_" in path} == {"lora_A", "lora_B"}
 
 
 def test_frozen_weights_from_the_host():
     tun = cases.mlp(3, width=6)
     host = dataclasses.replace(tun, theta0=jax.tree.map(np.asarray, tun.theta0))
     there = jl.shard(host, one_device(), shard_check.MLP_RULES)
-    assert mesh_of(there) == one_device() and mesh_of(tun) is None
+    assert mesh_of(there) == one_device()
+    assert mesh_of(tun) is None
     again = jl.shard(there, one_device())  # without rules what lies on the mesh stays as it lies
     assert jax.tree.leaves(again)[0].sharding.spec == jax.tree.leaves(there)[0].sharding.spec == Spec("model")
-
-
-class _Mesh:
-    """The sizes of a mesh that this machine has no devices for."""
-
-    shape = {"data": 2, "model": 4}
 
 
 BAD_RULES = {
@@ -112,7 +107,7 @@ BAD_RULES = {
 def test_bad_rules(case):
     rules, message = BAD_RULES[case]
     with pytest.raises(jl.InputError, match=message):
-        jl.shard(cases.mlp(3, width=6), _Mesh(), rules)
+        specs_of(cases.mlp(3, width=6), {"data": 2, "model": 4}, rules)
 
 
 def test_bad_meshes():
@@ -161,8 +156,8 @@ def test_parts_hold_less(model):
     batch = {**data, "weight": np.ones(32, np.float32)}
 
     def temporary(parts):
-        step = jax.jit(lambda apply, theta: loss_and_gradient("squared", apply, theta, batch, parts))
-        return step.lower(tun.apply, tun.theta0).compile().memory_analysis().temp_size_in_bytes
+        step = jax.jit(lambda *given: loss_and_gradient("squared", *given, parts))
+        return step.lower(tun.apply, tun.theta0, batch).compile().memory_analysis().temp_size_in_bytes
 
     assert temporary(8) < temporary(1) / 3
 
@@ -227,7 +222,10 @@ BAD_PROCESSES = {
         {"coordinator_address": "host:1", "num_processes": 2, "process_id": 2},
         "process_id=2 of num_processes=2; expected 0 to",
     ),
-    "late": ({"coordinator_address": "host:1", "num_processes": 2, "process_id": 1}, "before anything else of JAX"),
+    "late": (
+        {"coordinator_address": "host:1", "num_processes": 2, "process_id": 1},
+        "must be joined before anything else of JAX",
+    ),
 }
 
 
@@ -266,7 +264,8 @@ def test_a_dying_process_ends_the_others(tmp_path, victim):
                 running.append(subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment))
         deadline = time.monotonic() + 180
         while not all("'step': 20," in file.read_text() for file in logs):
-            assert time.monotonic() < deadline and all(process.poll() is None for process in running)
+            assert time.monotonic() < deadline
+            assert not any(process.poll() for process in running)
             time.sleep(0.1)
         running[victim].send_signal(signal.SIGKILL)
         begin, other = time.monotonic(), running[1 - victim]

@@ -9,14 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from jaxlin import plots
-from jaxlin.errors import TrainingDivergedError
+from jaxlin.errors import RUN_ERRORS
 from jaxlin.experiments.data_arguments import DataArguments
+from jaxlin.experiments.device_arguments import DeviceArguments, mesh_and_rules
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
-from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
+from jaxlin.experiments.run_folder import RunFolder, SilentFolder, write_csv, write_json
 from jaxlin.experiments.setting import (
     STEP_OPTIONS,
     ModelArguments,
@@ -30,6 +32,7 @@ from jaxlin.experiments.setting import (
 )
 from jaxlin.experiments.tables import gap_tables, late_table, linearization_table, score_table, spectrum_line
 from jaxlin.experiments.tuned_arguments import FROZEN_A, TunedArguments
+from jaxlin.sharding import DATA
 from jaxlin.training.compare import Comparison, check_comparison, compare
 from jaxlin.training.report import LinearizationReport
 
@@ -44,6 +47,7 @@ class CompareConfig:
         tuned: What is tuned.
         sweep: What is compared.
         training: How.
+        devices: On what.
         output: Where results go.
     """
 
@@ -52,6 +56,7 @@ class CompareConfig:
     tuned: TunedArguments = dataclasses.field(default_factory=TunedArguments)
     sweep: SweepArguments = dataclasses.field(default_factory=SweepArguments)
     training: TrainingArguments = dataclasses.field(default_factory=TrainingArguments)
+    devices: DeviceArguments = dataclasses.field(default_factory=DeviceArguments)
     output: OutputArguments = dataclasses.field(default_factory=OutputArguments)
 
 
@@ -87,11 +92,16 @@ def run(config: CompareConfig) -> Comparison:
     Raises:
         InputError: If anything given cannot be used; nothing has been written then.
         TrainingDivergedError: If an arm diverges; the logs up to there are kept.
+        DeviceMemoryError: If a device's memory is too small; likewise.
+        ProcessLostError: If another process has ended; likewise.
         KeyboardInterrupt: If interrupted; likewise.
     """
     begin = time.monotonic()
     default = Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
-    folder = RunFolder(config.output.output_dir or default, config.output.overwrite_output_dir)
+    mesh, rules = mesh_and_rules(config.devices)
+    first = jax.process_index() == 0  # the one that writes and shows
+    target = config.output.output_dir or default
+    folder = RunFolder(target, config.output.overwrite_output_dir) if first else SilentFolder(target, False)
     if config.output.quiet:  # read by the libraries when they are imported, which is when data or a model are loaded
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
@@ -102,8 +112,10 @@ def run(config: CompareConfig) -> Comparison:
         **{option: steps_of(config.sweep, option) for option in STEP_OPTIONS},
         "linear_mode": config.sweep.linear_mode,
         "kernel_examples": config.sweep.kernel_examples,
+        "mesh": mesh,
+        "rules": rules,
     }
-    training = train_config(config.training, config.sweep)
+    training = train_config(config.training, config.sweep, 1 if mesh is None else mesh.shape[DATA])
     check_comparison(setting.tun, setting.data, training, **options)
     record = resolved("compare", config, setting)
     folder.open(record, options_file(config, setting))
@@ -111,7 +123,7 @@ def run(config: CompareConfig) -> Comparison:
     assert source is not None  # loaded by name
     sizes = {name: len(part) for name, part in setting.data.items()}
     try:
-        with ProgressReporter(folder.line, config.output.quiet) as progress:
+        with ProgressReporter(folder.line, config.output.quiet or not first) as progress:
             for line in setting.lines(config.tuned.peft, setting.tun.num_params, config.model.head_init):
                 progress.say(line)
             result = compare(
@@ -129,15 +141,17 @@ def run(config: CompareConfig) -> Comparison:
             f"{source.name}, {setting.task.name}: {sizes['train']} training and {sizes['eval']} evaluation examples, "
             f"{result.summary['steps']} steps, seed {config.training.seed}"
         )
-        _write(folder, record, result, title, time.monotonic() - begin)
-    except (TrainingDivergedError, KeyboardInterrupt) as error:
+        if first:
+            _write(folder, record, result, title, time.monotonic() - begin)
+    except (*RUN_ERRORS, KeyboardInterrupt) as error:
         folder.line(f"stopped: {str(error) or 'interrupted'}")
-        if isinstance(error, TrainingDivergedError):
-            raise TrainingDivergedError(f"{error}; the log is in {folder.path}") from error
+        if isinstance(error, RUN_ERRORS):
+            raise type(error)(f"{error}; the log is in {folder.path}") from error
         raise
     finally:
         folder.close()
-    _print(result, setting.task.metrics, folder.path, time.monotonic() - begin)
+    if first:
+        _print(result, setting.task.metrics, folder.path, time.monotonic() - begin)
     return result
 
 

@@ -59,4 +59,6 @@ def options_file(config: Any, setting: Loaded) -> str:
     if commit := setting.task.provenance.get("commit"):
         data = dataclasses.replace(data, dataset_revision=commit)
     config = dataclasses.replace(config, model=model, data=data)
-    return to_yaml(config, without=("output_dir", "overwrite_output_dir", "config", "debug", "resume", "estimate"))
+    return to_yaml(
+        config, without=("output_dir", "overwrite_output_dir", "config", "debug", "resume", "estimate", "process_id")
+    )

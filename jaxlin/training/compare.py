@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.linearize import linearize
 from jaxlin.ntk.jacobian import MEMORY_BUDGET, jacobian_bytes
+from jaxlin.sharding import Rules, require_data_axis, shard, specs_of
 from jaxlin.theory.drift import relative
 from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.cached import cached_linearized
@@ -119,6 +121,8 @@ def check_comparison(
     linear_mode: str = "auto",
     kernel_examples: int = 1024,
     memory_budget: int = MEMORY_BUDGET,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
 ) -> None:
     """Checks all that `compare` is given, without computing anything; arguments as there.
 
@@ -136,6 +140,11 @@ def check_comparison(
         for k in listed:
             if k != int(k) or not 0 <= k <= steps:
                 raise InputError(f"{name}={k} is no step of this run; expected 0 to {steps}")
+    if mesh is not None:
+        require_data_axis(mesh)
+        specs_of(tun, mesh.shape, rules)
+        if mesh.is_multi_process and len(track_linearization):
+            raise InputError("track_linearization works within one process; leave it out where there are several")
     check_blocks(tun, config)
     for part in data.values():
         check_data(tun, part, config.loss)
@@ -191,6 +200,8 @@ def compare(
     linear_mode: str = "auto",
     kernel_examples: int = 1024,
     memory_budget: int = MEMORY_BUDGET,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
     log: Callable[[Row], None] | None = None,
     progress: PhaseProgress | None = None,
 ) -> Comparison:
@@ -229,6 +240,9 @@ def compare(
             every step; `"auto"`: cached where they fit half the budget.
         kernel_examples: At most so many training examples make K₀ and the kernel regression.
         memory_budget: Bytes for Jacobians.
+        mesh: Devices that the arms are trained and evaluated on; see `train`. What is known at θ₀ (outputs, Jacobians,
+            kernel) is computed on one device, and by every process for itself: the model must fit one.
+        rules: How parameters are split over the mesh; see `shard`.
         log: Called with every training row, extended by `arm`, `lam` and `lam_over_mu1`.
         progress: Called with a phase's name, units done and in all.
 
@@ -243,7 +257,7 @@ def compare(
     data = {"train": as_dataset(train_data), "eval": as_dataset(eval_data)}
     options: dict[str, Any] = {"lams": lams, "lam_rel": lam_rel, "linear_mode": linear_mode}
     options |= {"linearize_at": linearize_at, "track_linearization": track_linearization}
-    options |= {"kernel_examples": kernel_examples, "memory_budget": memory_budget}
+    options |= {"kernel_examples": kernel_examples, "memory_budget": memory_budget, "mesh": mesh, "rules": rules}
     check_comparison(tun, data, config, **options)
     with jax.default_matmul_precision(config.precision):
         return _compare(tun, data, config, extra_arms or {}, baselines or {}, log, progress, **options)
@@ -265,6 +279,8 @@ def _compare(
     linear_mode: str,
     kernel_examples: int,
     memory_budget: int,
+    mesh: Mesh | None,
+    rules: Rules,
 ) -> Comparison:
     size = sum(jacobian_bytes(tun, part) for part in data.values())
     cached = linear_mode == "cached" or (linear_mode == "auto" and 2 * size <= memory_budget)
@@ -274,6 +290,9 @@ def _compare(
     mu1 = float(spec.eigenvalues[0]) * n / len(start.chosen)
     grid = _grid(lams, lam_rel, mu1, config.pull)
 
+    if mesh is not None:
+        tun = shard(tun, mesh, rules)
+        extra_arms = {name: shard(other, mesh, rules) for name, other in extra_arms.items()}
     if start.jacobians is not None:
         on_cache, rows = cached_linearized(tun, [data[s] for s in SPLITS], [start.jacobians[s] for s in SPLITS])
         linear = _Arm(on_cache, dict(zip(SPLITS, rows, strict=True)))
@@ -320,7 +339,8 @@ def _compare(
         held_out = None if config.eval_steps is None else arm.data["eval"]
         keep = kept.get(name, ())
         try:
-            return train(arm.tun, arm.data["train"], held_out, options, start=begin, keep=keep, log=log_row)
+            rest: dict[str, Any] = {"start": begin, "keep": keep, "log": log_row, "mesh": mesh}
+            return train(arm.tun, arm.data["train"], held_out, options, **rest)
         except TrainingDivergedError as error:
             raise TrainingDivergedError(f"arm {name!r} at λ = {lam:g}: {error}") from error
 
