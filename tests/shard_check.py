@@ -33,13 +33,11 @@ def problems(pace):
         in_parts = dataclasses.replace(CONFIG, optimizer="adam", gradient_accumulation_steps=2)
         found["MLP in parts"] = (mlp, MLP_RULES, vectors, in_parts)
         found["MLP, linearized"] = (jl.linearize(mlp), MLP_RULES, vectors, CONFIG)
-        found["text"] = (jl.full(cases.tiny_model()), jl.ENCODER_RULES, cases.text_batch(22, longest=8), CONFIG)
         return found
     for name, tun in {"LoRA": jl.lora(cases.tiny_model(), rank=4), "full": jl.full(cases.tiny_model())}.items():
         words = cases.text_batch(22, longest=8)
+        found[name] = (tun, jl.ENCODER_RULES, words, CONFIG)
         found[f"{name}, linearized"] = (jl.linearize(tun), jl.ENCODER_RULES, words, CONFIG)
-        if name == "LoRA":
-            found[name] = (tun, jl.ENCODER_RULES, words, CONFIG)
     return found
 
 
@@ -48,8 +46,6 @@ def histories(mesh, pace):
     found = {}
     for name, (tun, rules, data, config) in problems(pace).items():
         split = rules if mesh is not None and "model" in mesh.shape else ()
-        if name == "text" and mesh is not None and not split:
-            continue  # compiles for long
         result = jl.train(tun, data, {k: v[:5] for k, v in data.items()}, config, mesh=mesh, rules=split)
         rows = [[row[column] for column in COLUMNS] for row in result.history]
         found[name] = np.array([*rows, [result.history[-1]["eval_loss"]] * 3])

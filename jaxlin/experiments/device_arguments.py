@@ -47,7 +47,13 @@ def mesh_axes(text: str) -> dict[str, int]:
 
 
 def mesh_and_rules(arguments: DeviceArguments) -> tuple[Mesh | None, Rules]:
-    """Joins the processes and returns the mesh that was asked for, with the rules for its axis `model`, if any.
+    """Joins the processes and makes the mesh that was asked for.
+
+    Args:
+        arguments: The options.
+
+    Returns:
+        The mesh, `None` for one device, and the rules for its axis `model`, if it has one.
 
     Raises:
         InputError: If processes, mesh or number of devices do not fit.

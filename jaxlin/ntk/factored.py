@@ -156,7 +156,7 @@ def _owners(structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> dict[st
     """
     apply, theta, batch = jax.tree.unflatten(structure, shapes)
     traced = jax.make_jaxpr(lambda *given: given[0](*given[1:]))(apply, theta, batch)
-    if any(eqn.primitive.name == "checkpoint" for eqn in traced.jaxpr.eqns):
+    if any(eqn.primitive.name in ("remat2", "checkpoint") for eqn in traced.jaxpr.eqns):  # the name has changed
         raise InputError(
             'engine="factored" does not see into modules under nn.remat or jax.checkpoint; use engine="jacobian"'
         )
