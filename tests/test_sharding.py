@@ -63,6 +63,21 @@ def test_linearizing_and_sharding_commute():
         np.testing.assert_allclose(jl.predict(split, theta, data), expected, atol=1e-6)
 
 
+def test_a_run_goes_on_over_a_mesh():
+    tun, data = cases.mlp(3, width=6), cases.vectors(22, num_labels=3)
+    config = dataclasses.replace(shard_check.CONFIG, optimizer="adam")
+    alone = jl.train(tun, data, config=config, keep=[2])
+    on_mesh = jl.train(tun, data, config=config, keep=[3], mesh=one_device(), rules=shard_check.MLP_RULES)
+    for start, mesh in (
+        (alone.states[2], one_device()),
+        (on_mesh.states[3], one_device(data=1)),
+        (alone.states[2], None),
+    ):
+        rest = jl.train(tun, data, config=config, start=start, mesh=mesh)
+        np.testing.assert_allclose(history(rest), history(alone)[start.step :], rtol=1e-6)
+        assert mesh_of(rest.theta) == mesh
+
+
 def test_moments_lie_as_their_parameters():
     tun = jl.shard(cases.mlp(3, width=6), one_device(), shard_check.MLP_RULES)
     state = jl.optim.proximal(optax.adam(0.1), 0.5).init(tun.theta0)
