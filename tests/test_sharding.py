@@ -71,7 +71,6 @@ def test_a_run_goes_on_over_a_mesh():
     for start, mesh in (
         (alone.states[2], one_device()),
         (on_mesh.states[3], one_device(data=1)),
-        (alone.states[2], None),
     ):
         rest = jl.train(tun, data, config=config, start=start, mesh=mesh)
         np.testing.assert_allclose(history(rest), history(alone)[start.step :], rtol=1e-6)
