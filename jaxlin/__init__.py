@@ -2,7 +2,7 @@
 
 from jaxlin import bounds, optim
 from jaxlin.data.dataset import Dataset
-from jaxlin.errors import DeviceMemoryError, InputError, ProcessLostError, TrainingDivergedError
+from jaxlin.errors import DeviceMemoryError, InputError, Interrupted, ProcessLostError, TrainingDivergedError
 from jaxlin.linearize import linearize
 from jaxlin.mesh import make_mesh
 from jaxlin.models.linen import from_hf_flax, from_linen
@@ -35,6 +35,7 @@ from jaxlin.theory.early_stopping import EarlyStopping, early_stopping
 from jaxlin.theory.logistic import KernelLogisticRegression, kernel_logistic_regression
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.theory.spectrum import Spectrum, spectrum
+from jaxlin.training.checkpoint import Checkpoints, load_checkpoint
 from jaxlin.training.compare import Comparison, compare
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.report import LinearizationReport, linearization_report
@@ -45,11 +46,13 @@ __all__ = [
     "ENCODER_RULES",
     "BlockwiseRegression",
     "Calibration",
+    "Checkpoints",
     "Comparison",
     "Dataset",
     "DeviceMemoryError",
     "EarlyStopping",
     "InputError",
+    "Interrupted",
     "Kernel",
     "KernelLogisticRegression",
     "KernelRegression",
@@ -86,6 +89,7 @@ __all__ = [
     "linearization_report",
     "linearize",
     "lipschitz_profile",
+    "load_checkpoint",
     "load_kernel",
     "load_masked_lm",
     "load_model",
