@@ -6,7 +6,7 @@ from jaxlin.errors import DeviceMemoryError, InputError, Interrupted, ProcessLos
 from jaxlin.linearize import linearize
 from jaxlin.mesh import make_mesh
 from jaxlin.models.linen import from_hf_flax, from_linen
-from jaxlin.models.load import load_masked_lm, load_model
+from jaxlin.models.load import load_masked_lm, load_model, with_remat
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
 from jaxlin.nnx import from_nnx
@@ -110,4 +110,5 @@ __all__ = [
     "spectral_density",
     "spectrum",
     "train",
+    "with_remat",
 ]

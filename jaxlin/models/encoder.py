@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -88,6 +89,14 @@ class EncoderConfig:
     def max_length(self) -> int:
         """Tokens that an input can have."""
         return self.max_positions - (0 if self.padding_id is None else self.padding_id + 1)
+
+
+def set_remat(module: Any, value: bool) -> Any:
+    """Returns a module with `EncoderConfig.remat` set; one without such a configuration as it is."""
+    config = getattr(module, "config", None)
+    if not isinstance(config, EncoderConfig) or config.remat == value:
+        return module
+    return module.clone(config=dataclasses.replace(config, remat=value))
 
 
 def _layer_norm(config: EncoderConfig, name: str) -> nn.LayerNorm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from jaxtyping import Array, PyTree
 
 from jaxlin.errors import InputError
 from jaxlin.models.checkpoint import load_params, tensor_names
-from jaxlin.models.encoder import HEADS, MaskedLm, SequenceClassifier
+from jaxlin.models.encoder import HEADS, EncoderConfig, MaskedLm, SequenceClassifier, set_remat
 from jaxlin.models.families import FAMILIES
 from jaxlin.models.model import HEAD_STARTS, Model, ModelSource, new_dense
 from jaxlin.models.model import new_head as draw_head
@@ -158,6 +159,30 @@ def load_model(
         params[CLASSIFIER_DENSE] = new_dense(rng, config.hidden_size, config.initializer_range)
     params = _cast(_cast(params, body), dtype)
     return Model(params, module, ModelSource(name_or_path, str(folder), head_is_new))
+
+
+def with_remat(model: Model, remat: bool = True) -> Model:
+    """Returns `model` with rematerialised layers: derivatives compute their activations anew instead of keeping them.
+
+    A step then holds the input of each layer and the activations of one, for the time of one more forward pass. The
+    numbers stay the same, of full and linearized models and under adapters. Kernels by the factored engine, whose
+    chunks bound their memory, turn it off; the other engines do as they are told. On a CPU, XLA (jaxlib 0.10.2) shares
+    the repeated matrix products with the first ones again, unless it is told
+    `XLA_FLAGS=--xla_disable_hlo_passes=cse_barrier_expander`, and then little is saved.
+
+    Args:
+        model: A model of `load_model` or `load_masked_lm`.
+        remat: Whether layers are rematerialised.
+
+    Raises:
+        InputError: If the module is another one; wrap its layers in `flax.linen.remat` where they are called.
+    """
+    if not isinstance(getattr(model.module, "config", None), EncoderConfig):
+        raise InputError(
+            f"with_remat needs a model of load_model; of {type(model.module).__name__}, wrap the layers in "
+            "flax.linen.remat where they are called"
+        )
+    return dataclasses.replace(model, module=set_remat(model.module, remat))
 
 
 def load_masked_lm(name_or_path: str | Path, *, dtype: Any = None, revision: str | None = None) -> Model:
