@@ -6,7 +6,7 @@ from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.linearize import linearize
 from jaxlin.mesh import make_mesh
 from jaxlin.models.linen import from_hf_flax, from_linen
-from jaxlin.models.load import load_masked_lm, load_model
+from jaxlin.models.load import load_causal_lm, load_masked_lm, load_model
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
 from jaxlin.nnx import from_nnx
@@ -82,6 +82,7 @@ __all__ = [
     "linearization_report",
     "linearize",
     "lipschitz_profile",
+    "load_causal_lm",
     "load_kernel",
     "load_masked_lm",
     "load_model",

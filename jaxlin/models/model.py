@@ -116,7 +116,7 @@ def check_text_batch(module: Any, batch: Batch) -> None:
     A lookup outside a table raises nothing on a device: it clamps, or gives NaN.
 
     Args:
-        module: A text module with an `EncoderConfig` as `config`; others are not checked.
+        module: A text module with an `EncoderConfig` or `DecoderConfig` as `config`; others are not checked.
         batch: Host arrays `input_ids`, `attention_mask`, optionally `token_type_ids`, all `[B, T]`, and
             `positions` `[B]`.
 
