@@ -9,6 +9,7 @@ from jaxlin.models.linen import from_hf_flax, from_linen
 from jaxlin.models.load import load_causal_lm, load_masked_lm, load_model
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
+from jaxlin.models.prompt import prompt_batch, prompt_classifier
 from jaxlin.nnx import from_nnx
 from jaxlin.ntk.engine import ntk, ntk_estimate, ntk_plan
 from jaxlin.ntk.kernel import Kernel
@@ -96,6 +97,8 @@ __all__ = [
     "optim",
     "predict",
     "probe_head",
+    "prompt_batch",
+    "prompt_classifier",
     "select",
     "select_layers",
     "sketch",

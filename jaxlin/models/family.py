@@ -39,7 +39,7 @@ class Family:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """What the map to the logits can read; the first is that of its decoders, `"pooler"` that of its encoders."""
+        """What the map to the logits can read."""
         return DECODER_HEADS if self.is_decoder else HEADS
 
     @property

@@ -91,7 +91,8 @@ def _shapes(module: nn.Module) -> dict[str, Any]:
 def _check_head(head: str, family: Family, hf: Any) -> None:
     if head not in ("auto", *family.heads):
         raise InputError(
-            f"head={head!r} is unknown for a {hf.model_type} model; expected one of {', '.join(('auto', *family.heads))}"
+            f"head={head!r} is unknown for a {hf.model_type} model; "
+            f"expected one of {', '.join(('auto', *family.heads))}"
         )
 
 

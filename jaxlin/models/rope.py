@@ -44,6 +44,12 @@ class Rope:
     def of(cls, hf: Any) -> Rope:
         """Reads a Hugging Face configuration, of transformers 5 or 4.
 
+        Args:
+            hf: The configuration.
+
+        Returns:
+            What it says of rotary positions.
+
         Raises:
             InputError: If the scaling is of a kind that is not supported, or a parameter of it is missing.
         """

@@ -2,8 +2,8 @@
 
     python tests/golden/make_decoders.py [STORIES_FOLDER]        # where torch and transformers 5 are installed
 
-Their weights are those of `weights.py`, so that only shapes and logits are stored. Given the folder of stories260K, also
-`stories260k.json`: a passage, its loss, and the logits after some of its tokens.
+Their weights are those of `weights.py`, so that only shapes and logits are stored. Given the folder of stories260K,
+also `stories260k.json`: a passage, its loss, and the logits after some of its tokens.
 """
 
 import json
@@ -40,8 +40,8 @@ OPTIONS = {
 TEXT = (
     "Once upon a time, there was a little girl named Sue. She had a red ball. She liked to play with her ball in the "
     "park. One day, Sue saw a big dog. The dog wanted to play with the ball too. Sue was scared at first, but the dog "
-    "was nice. She threw the ball and the dog ran to get it. They played all day and had lots of fun. Sue went home and "
-    "told her mom about her new friend."
+    "was nice. She threw the ball and the dog ran to get it. They played all day and had lots of fun. Sue went home "
+    "and told her mom about her new friend."
 )
 
 
