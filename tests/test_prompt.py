@@ -89,20 +89,23 @@ def test_label_words_are_one_token_each(masked):
 
 def test_a_causal_lm_reads_what_stands_before_the_blank(models_folder):
     lm = jl.load_causal_lm(models_folder / "stories260K")
-    model = jl.prompt_classifier(lm, "{text} Lily was very {mask}.", ["happy", "sad"])
-    texts = ["Lily lost her toy. She cried.", "Lily got a big cake. She smiled and said thank you."]
+    model = jl.prompt_classifier(lm, "{text} One day, {mask} was very happy.", ["Lily", "Tim"])
+    texts = ["There was a little girl named Lily. Lily had a ball.", "There was a boy named Tim. Tim had a dog."]
     batch, tok = jl.prompt_batch(model, texts), lm.tokenizer
     for row, mask, text in zip(batch["input_ids"], batch["attention_mask"], texts, strict=True):
-        assert row[mask == 1].tolist() == tok(f"{text} Lily was very")["input_ids"]
-    words = [tok(f"very {word}")["input_ids"][-1] for word in ("happy", "sad")]
+        assert row[mask == 1].tolist() == tok(f"{text} One day,")["input_ids"]
+    words = [tok(f"day, {word}")["input_ids"][-1] for word in ("Lily", "Tim")]
     ends = batch["attention_mask"].sum(axis=1) - 1
     expected = np.asarray(lm.apply(lm.params, batch))[np.arange(2), ends][:, words]
     found = np.asarray(model.apply(model.params, batch))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-    # It has learnt what it was trained on: the cake makes happy likelier.
-    assert found[1, 0] - found[1, 1] > found[0, 0] - found[0, 1]
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    # It has learnt that a story goes on about whom it began with.
+    assert found[0, 0] > found[0, 1]
+    assert found[1, 1] > found[1, 0]
+    with pytest.raises(jl.InputError, match=r"' sad' is 2 token\(s\), \['▁sa', 'd'\]"):
+        jl.prompt_classifier(lm, "{text} She was {mask}.", ["happy", "sad"])
     with pytest.raises(jl.InputError, match="reads only what stands before"):
-        jl.prompt_classifier(lm, "It was {mask}: {text}", ["happy", "sad"])
+        jl.prompt_classifier(lm, "It was {mask}: {text}", ["Lily", "Tim"])
 
 
 def test_templates_are_compared_by_value():
