@@ -1,4 +1,7 @@
+import csv
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxlin as jl
+from jaxlin.data.task import TextSplit, tokenize
 from jaxlin.models.decoder import last_live, positions_of
 from jaxlin.models.rope import Rope
 from tests import cases
@@ -340,3 +344,50 @@ def test_probe_reads_the_last_state():
     x = np.concatenate([features, np.ones((8, 1))], axis=1)
     w = np.linalg.solve(x.T @ x + 0.5 * np.diag([1.0] * 16 + [0.0]), x.T @ y)
     np.testing.assert_allclose(logits(probed, text(8, 9)), x @ w, atol=1e-5)
+
+
+def test_text_ends_fill_rows_where_a_tokenizer_knows_no_padding(stories):
+    tokenizer = jl.load_model(stories).tokenizer
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (None, 2)
+    split = TextSplit((("Once upon a time",), ("Lily",)), np.array([0, 1]))
+    data, truncated = tokenize(split, tokenizer, 16)
+    assert truncated == 0
+    assert data["attention_mask"].sum(axis=1).tolist() == [len(tokenizer(text)["input_ids"]) for (text,) in split.texts]
+    assert set(data["input_ids"][data["attention_mask"] == 0]) == {2}
+
+
+def test_a_large_checkpoint_is_never_held_twice(tmp_path):
+    """As the process's own memory is seen while 80 MB are read; the file's pages, mapped, are not its own."""
+    case = cases.DECODERS["llama: LM"]
+    wide = {16: 1024, 24: 2048, 40: 512, 8: 512}
+    config = {**case["config"], "hidden_size": 1024, "intermediate_size": 2048, "vocab_size": 512, "head_dim": 256}
+    shapes = {name: [wide[size] for size in shape] for name, shape in case["shapes"].items()}
+    folder = cases.write_checkpoint(tmp_path, {**case, "config": config, "shapes": shapes})
+    script = (
+        "import re, sys, threading, time, jaxlin as jl\n"
+        "own = lambda: int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1e3\n"
+        "small = jl.load_causal_lm(sys.argv[1])\n"
+        "del small\n"
+        "before, seen, on = own(), [], True\n"
+        "def watch():\n"
+        "    while on: seen.append(own()); time.sleep(0.002)\n"
+        "thread = threading.Thread(target=watch); thread.start()\n"
+        "model = jl.load_causal_lm(sys.argv[2]); on = False; thread.join()\n"
+        "print(max(seen) - before)"
+    )
+    small = cases.write_checkpoint(tmp_path / "small", case)
+    command = [sys.executable, "-c", script, str(small), str(folder)]
+    megabytes = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    # Beside the model a tensor or three of 8 MB, as read and turned; two copies would be twice the file.
+    assert megabytes < 1.5 * (folder / "model.safetensors").stat().st_size / 1e6
+
+
+@pytest.mark.slow
+def test_the_command_compares_a_decoder(run, setting_arguments, stories):
+    arguments = {**setting_arguments, "model_name_or_path": stories, "head": "last", "lora_layers": 4}
+    options = {"max_steps": 3, "per_device_train_batch_size": 8, "lam_rel": 0.1}
+    code, out, err = run(*cases.flags({**arguments, **options}))
+    assert code == 0, err
+    assert "stories260K with head 'last'" in out + err
+    rows = list(csv.DictReader((setting_arguments["output_dir"] / "table.csv").open()))
+    assert {row["arm"] for row in rows} >= {"full", "linearized", "linear_probe"}
