@@ -2,7 +2,7 @@
 
 from jaxlin import bounds, optim
 from jaxlin.data.dataset import Dataset
-from jaxlin.errors import InputError, TrainingDivergedError
+from jaxlin.errors import DeviceMemoryError, InputError, Interrupted, ProcessLostError, TrainingDivergedError
 from jaxlin.linearize import linearize
 from jaxlin.mesh import make_mesh
 from jaxlin.models.linen import from_hf_flax, from_linen
@@ -29,12 +29,14 @@ from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
 from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, select
 from jaxlin.selection import LayerSelection, select_layers
+from jaxlin.sharding import ENCODER_RULES, shard
 from jaxlin.theory.blockwise import BlockwiseRegression, blockwise_regression
 from jaxlin.theory.calibration import Calibration, calibration
 from jaxlin.theory.early_stopping import EarlyStopping, early_stopping
 from jaxlin.theory.logistic import KernelLogisticRegression, kernel_logistic_regression
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.theory.spectrum import Spectrum, spectrum
+from jaxlin.training.checkpoint import Checkpoints, load_checkpoint
 from jaxlin.training.compare import Comparison, compare
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.report import LinearizationReport, linearization_report
@@ -42,12 +44,16 @@ from jaxlin.training.trainer import TrainResult, predict, train
 from jaxlin.tunable import Tunable
 
 __all__ = [
+    "ENCODER_RULES",
     "BlockwiseRegression",
     "Calibration",
+    "Checkpoints",
     "Comparison",
     "Dataset",
+    "DeviceMemoryError",
     "EarlyStopping",
     "InputError",
+    "Interrupted",
     "Kernel",
     "KernelLogisticRegression",
     "KernelRegression",
@@ -56,6 +62,7 @@ __all__ = [
     "LipschitzProfile",
     "Model",
     "NTKOperator",
+    "ProcessLostError",
     "Spectrum",
     "TrainConfig",
     "TrainResult",
@@ -84,6 +91,7 @@ __all__ = [
     "linearize",
     "lipschitz_profile",
     "load_causal_lm",
+    "load_checkpoint",
     "load_kernel",
     "load_masked_lm",
     "load_model",
@@ -101,6 +109,7 @@ __all__ = [
     "prompt_classifier",
     "select",
     "select_layers",
+    "shard",
     "sketch",
     "spectral_density",
     "spectrum",

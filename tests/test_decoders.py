@@ -1,5 +1,7 @@
 import csv
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -13,6 +15,8 @@ import jaxlin as jl
 from jaxlin.data.task import TextSplit, tokenize
 from jaxlin.models.decoder import last_live, positions_of
 from jaxlin.models.rope import Rope
+from jaxlin.sharding import DECODER_RULES
+from jaxlin.tunable import leaf_paths
 from tests import cases
 
 
@@ -179,6 +183,33 @@ def test_blocks_and_layers_are_found_by_the_usual_names():
     assert {path.split("/")[1] for path in tun.blocks if path.startswith("decoder")} == {"layer_1"}
     assert set(tun.grouped("layer")) == {"classifier", "layer_1/lora_A", "layer_1/lora_B"}
     assert jl.select(cases.decoder("llama"), "layer_0/mlp/gate").num_params == 16 * 24
+
+
+def test_rematerialised_layers_are_the_same_function():
+    model = cases.decoder("qwen2")
+    again = dataclasses.replace(model.module, config=dataclasses.replace(model.module.config, remat=True))
+
+    def gradient(model):
+        return jax.grad(lambda p: (model.apply(p, {k: jnp.asarray(v) for k, v in text(3, 7).items()}) ** 2).sum())
+
+    plain, remat = (
+        jax.jit(gradient(dataclasses.replace(model, module=m)))(model.params) for m in (model.module, again)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max() + 1e-7), remat, plain)
+
+
+@pytest.mark.parametrize("name", ["gpt2: LM", "qwen2: LM", "llama: LM"])
+def test_sharding_rules_know_every_matrix(tmp_path, name):
+    model = jl.load_causal_lm(folder_of(tmp_path, name))
+    matrices = [path for path in leaf_paths(model.params) if path.endswith(("kernel", "embedding"))]
+    for path in matrices:
+        spec = next(spec for pattern, spec in DECODER_RULES if re.search(pattern, path))
+        assert len(spec) == 2, path
+    tun = jl.shard(
+        jl.lora(model, rank=2), jl.make_mesh({"data": 1, "model": 1}, devices=jax.devices()[:1]), DECODER_RULES
+    )
+    batch = {**inputs(cases.DECODERS[name]), "positions": np.array([2, 3])}
+    np.testing.assert_allclose(tun.apply(tun.theta0, batch), logits(model, batch), atol=1e-5)
 
 
 def test_llama3_scaling_by_hand():

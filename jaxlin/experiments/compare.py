@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,18 +13,21 @@ from typing import Any
 from rich.console import Console
 
 from jaxlin import plots
-from jaxlin.errors import TrainingDivergedError
+from jaxlin.errors import Interrupted, TrainingDivergedError
 from jaxlin.experiments.data_arguments import DataArguments
 from jaxlin.experiments.observe import RunClock, StepProfiler
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
+from jaxlin.experiments.resume import check_same, command, run_to_resume
 from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
 from jaxlin.experiments.setting import (
     STEP_OPTIONS,
+    CheckpointArguments,
     ModelArguments,
     OutputArguments,
     SweepArguments,
     TrainingArguments,
+    checkpoints_in,
     lam_grid,
     prepare,
     steps_of,
@@ -46,6 +50,7 @@ class CompareConfig:
         tuned: What is tuned.
         sweep: What is compared.
         training: How.
+        checkpoints: When it is saved, and whether it goes on.
         output: Where results go.
     """
 
@@ -54,6 +59,7 @@ class CompareConfig:
     tuned: TunedArguments = dataclasses.field(default_factory=TunedArguments)
     sweep: SweepArguments = dataclasses.field(default_factory=SweepArguments)
     training: TrainingArguments = dataclasses.field(default_factory=TrainingArguments)
+    checkpoints: CheckpointArguments = dataclasses.field(default_factory=CheckpointArguments)
     output: OutputArguments = dataclasses.field(default_factory=OutputArguments)
 
 
@@ -104,11 +110,14 @@ def run(config: CompareConfig) -> Comparison:
     Raises:
         InputError: If anything given cannot be used; nothing has been written then.
         TrainingDivergedError: If an arm diverges; the logs up to there are kept.
-        KeyboardInterrupt: If interrupted; likewise.
+        Interrupted: On Ctrl-C or SIGTERM (a `KeyboardInterrupt`); says how to go on, where there are checkpoints.
     """
     begin = time.monotonic()
     default = Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
-    folder = RunFolder(config.output.output_dir or default, config.output.overwrite_output_dir)
+    resumed = run_to_resume(config.checkpoints, config.output)
+    path = resumed or config.output.output_dir or default
+    folder = RunFolder(path, config.output.overwrite_output_dir, resumed is not None)
+    checkpoints = checkpoints_in(path, config.checkpoints)
     if config.output.quiet:  # read by the libraries when they are imported, which is when data or a model are loaded
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
@@ -122,8 +131,11 @@ def run(config: CompareConfig) -> Comparison:
     }
     training = train_config(config.training, config.sweep)
     check_comparison(setting.tun, setting.data, training, **options)
-    record = resolved("compare", config, setting)
-    folder.open(record, options_file(config, setting))
+    if checkpoints is not None:
+        checkpoints.check(training, True)
+    record, written = resolved("compare", config, setting), options_file(config, setting)
+    note = None if resumed is None else check_same(resumed, record, written)
+    folder.open(record, written)
     source = setting.model.source
     assert source is not None  # loaded by name
     sizes = {name: len(part) for name, part in setting.data.items()}
@@ -140,6 +152,8 @@ def run(config: CompareConfig) -> Comparison:
 
             for line in setting.lines(config.tuned.peft, setting.tun.num_params, config.model.head_init):
                 progress.say(line)
+            if note is not None:
+                progress.say(f"begun elsewhere ({note}): the same to rounding only")
             result = compare(
                 setting.tun,
                 setting.data["train"],
@@ -147,7 +161,10 @@ def run(config: CompareConfig) -> Comparison:
                 training,
                 extra_arms=setting.extra_arms,
                 baselines=setting.baselines,
+                checkpoints=checkpoints,
+                resume=resumed is not None,
                 log=log,
+                replay=folder.step,
                 progress=progress.update,
                 **options,
             )
@@ -161,7 +178,11 @@ def run(config: CompareConfig) -> Comparison:
         folder.line(f"stopped: {str(error) or 'interrupted'}")
         if isinstance(error, TrainingDivergedError):
             raise TrainingDivergedError(f"{error}; the log is in {folder.path}") from error
-        raise
+        if checkpoints is None:
+            raise
+        signum = error.signal if isinstance(error, Interrupted) else signal.SIGINT
+        go_on = f"{str(error) or 'interrupted'}; go on with: {command('compare', folder.path)}"
+        raise Interrupted(go_on, signum) from error
     finally:
         profiler.stop()
         folder.close()

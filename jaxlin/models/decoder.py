@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlin.models.encoder import ACTIVATIONS
+from jaxlin.models.encoder import ACTIVATIONS, mean_state
 from jaxlin.models.rope import Rope, Turns, rotated
 from jaxlin.tunable import CLASSIFIER, Batch
 
@@ -42,6 +42,7 @@ class DecoderConfig:
             layers if empty.
         tied: Whether the language-modelling head is the word embedding.
         initializer_range: Standard deviation of what is drawn anew.
+        remat: As in `EncoderConfig`.
     """
 
     vocab_size: int
@@ -64,6 +65,7 @@ class DecoderConfig:
     windows: tuple[int | None, ...] = ()
     tied: bool = True
     initializer_range: float = 0.02
+    remat: bool = False
 
     @property
     def max_length(self) -> int:
@@ -205,8 +207,9 @@ class Decoder(nn.Module):
         """Returns the last hidden state: of all tokens, or of the one at `at` alone (Q = 1), which takes less."""
         config, last = self.config, self.config.num_layers - 1
         turns = None if config.rope is None else config.rope.turns(positions_of(mask), config.head_dim, x.dtype)
+        layer = nn.remat(Layer) if config.remat else Layer
         for i, window in enumerate(config.windows or (None,) * config.num_layers):
-            x = Layer(config, window, name=f"layer_{i}")(x, mask, turns, at if i == last else None)
+            x = layer(config, window, name=f"layer_{i}")(x, mask, turns, at if i == last else None)
         return _norm(config, "norm")(x)
 
 
@@ -233,12 +236,7 @@ class DecoderClassifier(nn.Module):
         embedded = Embeddings(self.config, name="embeddings")(batch)
         at = last_live(mask) if self.head == "last" else None
         x = Decoder(self.config, name="decoder")(embedded, mask, at)
-        if at is None:
-            weight = mask.astype(x.dtype)
-            weight /= jnp.maximum(weight.sum(axis=1, keepdims=True), 1)
-            features = jnp.einsum("bt,btd->bd", weight, x)
-        else:
-            features = x[:, 0]
+        features = mean_state(x, mask) if at is None else x[:, 0]
         if output_features:
             return features
         return nn.Dense(self.num_labels, name=CLASSIFIER)(features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -10,35 +11,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset, as_dataset
-from jaxlin.errors import InputError, TrainingDivergedError
+from jaxlin.errors import InputError, Interrupted, TrainingDivergedError
+from jaxlin.interrupt import held_back
+from jaxlin.mesh import fetch, place
 from jaxlin.ntk.jacobian import num_outputs
+from jaxlin.ntk.store import fingerprint
+from jaxlin.sharding import Rules, mesh_of, shard, spread
+from jaxlin.training.checkpoint import Checkpoints, RunCheckpoints, run_record
 from jaxlin.training.config import TrainConfig
-from jaxlin.training.input import batches
+from jaxlin.training.failure import explained
+from jaxlin.training.input import step_input
 from jaxlin.training.losses import check_labels, evaluate, to_mean
-from jaxlin.training.optim import ProximalState
-from jaxlin.training.step import Schedule, compiled_step
+from jaxlin.training.precision import in_dtype
+from jaxlin.training.state import Row, TrainState, copied
+from jaxlin.training.step import Schedule, compiled_step, layout_of
 from jaxlin.tunable import Batch, Tunable, block_factors, leaf_paths
-
-Row = dict[str, Any]
-"""One line of a history: `step`, `loss` and so on."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TrainState:
-    """Where a training run stands, to go on from.
-
-    Attributes:
-        theta: The parameters.
-        optimizer: State of `jaxlin.optim.proximal`; holds the point that is pulled to.
-        step: Steps taken.
-    """
-
-    theta: PyTree
-    optimizer: ProximalState
-    step: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,21 +49,29 @@ class TrainResult:
     states: Mapping[int, TrainState] = dataclasses.field(default_factory=dict)
 
 
-def copied(tree: PyTree) -> PyTree:
-    """Returns `tree` with buffers of its own."""
-    return jax.tree.map(jnp.array, tree)
-
-
 @jax.jit
 def _outputs(apply: Any, theta: PyTree, batch: Batch) -> Array:
     return apply(theta, batch)
 
 
 def predict(tun: Tunable, theta: PyTree, data: Dataset | Batch, chunk: int = 32) -> Float[np.ndarray, "N C"]:
-    """Returns `tun.apply(theta, ·)` of every example, float64 `[N, C]` on the host."""
+    """Returns `tun.apply(theta, ·)` of every example, float64 `[N, C]` on the host.
+
+    Where theta lies on a mesh (`shard`, or the result of training on one), examples are split over its axis `data`.
+
+    Args:
+        tun: The model.
+        theta: Its parameters.
+        data: The examples.
+        chunk: How many are computed at a time, on all devices together.
+    """
     data = as_dataset(data)
     tun.check_batch(data.columns)
-    return data.map(lambda batch: _outputs(tun.apply, theta, batch), chunk)
+    mesh = mesh_of((theta, tun.apply))
+    apply = tun.apply
+    if mesh is not None:
+        apply, theta = place((apply, theta), mesh)
+    return data.map(lambda batch: fetch(_outputs(apply, theta, spread(batch, mesh))), chunk)
 
 
 def check_blocks(tun: Tunable, config: TrainConfig) -> None:
@@ -97,6 +96,25 @@ def check_data(tun: Tunable, data: Dataset, loss: str) -> None:
     check_labels(data["labels"], num_outputs(tun, data), loss)
 
 
+def _open(
+    checkpoints: Checkpoints,
+    tun: Tunable,
+    data: Dataset,
+    held_out: Dataset | None,
+    config: TrainConfig,
+    first: int,
+    keep: Collection[int],
+    resume: bool,
+) -> RunCheckpoints:
+    checkpoints.check(config, held_out is not None)
+    inputs = checkpoints.inputs
+    if inputs is None:
+        evaluated = {} if held_out is None else {"eval_sha256": held_out.sha256()}
+        inputs = {**fingerprint(tun, tun.theta0), "train_sha256": data.sha256(), **evaluated}
+    run = run_record(config, first_step=first, keep=sorted(keep), **inputs)
+    return RunCheckpoints(checkpoints, run, keep, config.total_steps(len(data)), resume)
+
+
 def train(
     tun: Tunable,
     train: Dataset | Mapping[str, Any],
@@ -105,7 +123,12 @@ def train(
     *,
     start: TrainState | None = None,
     keep: Collection[int] = (),
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
     log: Callable[[Row], None] | None = None,
+    replay: Callable[[Row], None] | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
 ) -> TrainResult:
     """Minimises the mean loss with the pull `(λ/2n)‖θ−θ₀‖²` from `tun.theta0` (theory 0 and 1).
 
@@ -120,15 +143,27 @@ def train(
         start: Goes on from there, with the same data order, learning rates and point that is pulled to, up to the
             number of steps that `config` gives; `None` starts anew.
         keep: Steps after which the state is kept, in `result.states` (0: before the first).
+        checkpoints: Where and when the state is saved, also when interrupted; `None`: never.
+        resume: Go on from the last checkpoint (from `start` where there is none yet): the result is that of the run
+            without interruption, to the bit where equal inputs give equal bits. A run that is finished is not run again.
         log: Called with every row of the history as it is made.
+        replay: Called with every row that a checkpoint brought.
+        mesh: Devices to train on, of one process or of several that all make this call; the examples of a batch are
+            split over its axis `data`. Default: the one that `tun` lies on (`shard`), or one device.
+        rules: How parameters and the optimizer's state are split over the mesh; see `shard`.
 
     Returns:
-        Parameters and history.
+        Parameters and history, which is the same on every mesh to rounding.
 
     Raises:
-        InputError: If configuration, labels or inputs do not fit; before anything is computed.
-        TrainingDivergedError: If the loss becomes NaN or infinite; says at which step. Rows before it
-            have been logged.
+        InputError: If configuration, labels, inputs, mesh or rules do not fit, or are not those of the checkpoints;
+            before anything is computed. Or if the disk is full; the last checkpoint is whole then.
+        DeviceMemoryError: If a step does not fit a device's memory; says what to lower.
+        ProcessLostError: If another process of the mesh has ended.
+        TrainingDivergedError: If the loss becomes NaN or infinite; says at which step, and which checkpoint is the
+            last. Rows before it have been logged.
+        Interrupted: With checkpoints, on Ctrl-C, or on SIGTERM where it has a handler: after the step that was being
+            taken is saved. It is a `KeyboardInterrupt`.
     """
     config = config or TrainConfig()
     config.check()
@@ -144,7 +179,13 @@ def train(
     peak = 1.0 if named else config.learning_rate
     schedule = Schedule(peak, config.lr_scheduler_type, int(config.warmup_ratio * total), total)
     by_block = [tuple((patterns or {}).items()) for patterns in (config.lam_blocks, config.learning_rate_blocks)]
-    tx, step = compiled_step(config.loss, config.optimizer, schedule, config.pull, *by_block)
+    parts = config.gradient_accumulation_steps
+    tx, step = compiled_step(config.loss, config.optimizer, schedule, config.pull, *by_block, parts)
+    mesh = mesh or mesh_of((tun.apply, tun.theta0))
+    if mesh is not None:
+        tun = shard(tun, mesh, rules)
+    elif rules:
+        raise InputError("rules are given and no mesh to split parameters over; give mesh=make_mesh(...)")
     if start is None:
         start = TrainState(tun.theta0, tx.init(tun.theta0), 0)
     beyond = [k for k in (start.step, *keep) if not 0 <= k <= total]
@@ -155,30 +196,53 @@ def train(
     dtype = jnp.result_type(*jax.tree.leaves(theta))
     rate = config.learning_rate if named else 1.0
     state = state._replace(lam=jnp.asarray(lam, dtype), rate=jnp.asarray(rate, dtype))
+    layout = None
+    if mesh is not None:
+        theta, state = place((theta, state), mesh)
+        layout = layout_of(theta, state)
+    stepped = tun.apply if config.compute_dtype == "float32" else in_dtype(tun, config.compute_dtype).apply
     history: list[Row] = []
     states = {0: TrainState(copied(theta), copied(state), 0)} if 0 in keep else {}
-    for i, indices in enumerate(batches(data, config), start=1):
-        if i <= start.step:
-            continue
-        with jax.default_matmul_precision(config.precision):
-            theta, state, metrics = step(tun.apply, theta, state, data.batch(indices, min(config.batch_size, n)))
-        row: Row = {
-            "step": i,
-            "epoch": i / config.steps_per_epoch(n),
-            **{k: float(v) for k, v in metrics.items()},
-        }
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["distance"])):
-            raise TrainingDivergedError(
-                f"the loss is {row['loss']} and ‖θ−θ₀‖ {row['distance']} at step {i} of {total} (examples "
-                f"{indices[:8].tolist()}{'…' if len(indices) > 8 else ''}); lower the learning rate "
-                f"({config.learning_rate:g})"
-            )
-        if held_out is not None and (i == total or (config.eval_steps and i % config.eval_steps == 0)):
-            scores = evaluate(predict(tun, theta, held_out), held_out["labels"], config.loss)
-            row.update({f"eval_{name}": value for name, value in scores.items()})
-        history.append(row)
-        if i in keep:
-            states[i] = TrainState(copied(theta), copied(state), i)
-        if log is not None:
-            log(row)
+    with contextlib.ExitStack() as stack:
+        signalled = saver = None
+        if checkpoints is not None:
+            saver = _open(checkpoints, tun, data, held_out, config, start.step, keep, resume)
+            signalled = stack.enter_context(held_back())
+            stack.callback(saver.close)
+        source = stack.enter_context(contextlib.closing(step_input(data, config, start.step)))
+        if saver is not None:
+            saved = saver.restore(TrainState(theta, state, start.step))
+            if saved is not None:
+                theta, state = saved.state.theta, saved.state.optimizer
+                history, states = saved.history, saved.states
+                source.set_state(saved.input)
+                for row in history if replay is not None else ():
+                    replay(row)
+            elif states:
+                saver.save(states[0], history, source.get_state())
+        for i, (indices, batch) in enumerate(source, start=start.step + len(history) + 1):
+            batch = spread(batch, mesh, parts)
+            with jax.default_matmul_precision(config.precision), explained(i, config, tun, batch, mesh):
+                theta, state, metrics = step(stepped, theta, state, batch, layout)
+                row: Row = {"step": i, "epoch": i / config.steps_per_epoch(n)}
+                row |= {k: float(v) for k, v in metrics.items()}
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["distance"])):
+                raise TrainingDivergedError(
+                    f"the loss is {row['loss']} and ‖θ−θ₀‖ {row['distance']} at step {i} of {total} (examples "
+                    f"{indices[:64].tolist()}{'…' if len(indices) > 64 else ''}); lower the learning rate "
+                    f"({config.learning_rate:g}){'' if saver is None else f'; {saver.last()}'}"
+                )
+            if held_out is not None and (i == total or (config.eval_steps and i % config.eval_steps == 0)):
+                scores = evaluate(predict(tun, theta, held_out), held_out["labels"], config.loss)
+                row.update({f"eval_{name}": value for name, value in scores.items()})
+            history.append(row)
+            if i in keep:
+                states[i] = TrainState(copied(theta), copied(state), i)
+            if log is not None:
+                log(row)
+            signum = None if signalled is None else signalled()
+            if saver is not None and (signum is not None or saver.due(i)):
+                saver.save(TrainState(theta, state, i), history, source.get_state())
+            if signum is not None:
+                raise Interrupted(f"interrupted after step {i} of {total}, which is saved in {saver.path}", signum)
     return TrainResult(theta, history, states)
