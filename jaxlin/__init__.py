@@ -29,7 +29,7 @@ from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
 from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, select
 from jaxlin.selection import LayerSelection, select_layers
-from jaxlin.sharding import ENCODER_RULES, shard
+from jaxlin.sharding import DECODER_RULES, ENCODER_RULES, shard
 from jaxlin.theory.blockwise import BlockwiseRegression, blockwise_regression
 from jaxlin.theory.calibration import Calibration, calibration
 from jaxlin.theory.early_stopping import EarlyStopping, early_stopping
@@ -44,6 +44,7 @@ from jaxlin.training.trainer import TrainResult, predict, train
 from jaxlin.tunable import Tunable
 
 __all__ = [
+    "DECODER_RULES",
     "ENCODER_RULES",
     "BlockwiseRegression",
     "Calibration",

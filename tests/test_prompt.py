@@ -65,6 +65,17 @@ def test_a_prompt_classifier_is_tuned_like_any_model(masked, how):
     cases.check(tun, jl.prompt_batch(model, TEXTS[:2]), model)
 
 
+def test_a_prompt_classifier_is_trained_and_compared(masked):
+    model = jl.prompt_classifier(masked, "{text} is {mask}.", ["good", "bad"])
+    texts = ["a good film", "fine", "a bad film", "dull"]
+    data = jl.Dataset.from_columns({**jl.prompt_batch(model, texts), "labels": np.array([0, 0, 1, 1])})
+    config = jl.TrainConfig(learning_rate=3e-2, batch_size=4, max_steps=12)
+    found = jl.compare(jl.lora(model, rank=2), data, data, config, lams=[0.0])
+    losses = {row["arm"]: row["loss_train"] for row in found.table}
+    assert losses["full"] < losses["start"]
+    assert losses["linearized"] < losses["start"]
+
+
 def test_label_words_are_one_token_each(masked):
     for template, words, message in (
         ("{text} is {mask}.", ["good", "terrible"], r"label word ' terrible' is 8 token\(s\), \['t', '##e'"),
