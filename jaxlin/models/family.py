@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
+
 from jaxlin.models.decoder import DECODER_HEADS, CausalLm, DecoderClassifier, DecoderConfig
 from jaxlin.models.encoder import HEADS, EncoderConfig, MaskedLm, SequenceClassifier
 
@@ -48,11 +50,11 @@ class Family:
         return "last" if self.is_decoder else "pooler"
 
     @property
-    def classifier(self) -> type[DecoderClassifier] | type[SequenceClassifier]:
-        """Module of a configuration, a number of labels and a head."""
+    def classifier(self) -> Callable[..., nn.Module]:
+        """Makes the module of a configuration, a number of labels and a head."""
         return DecoderClassifier if self.is_decoder else SequenceClassifier
 
     @property
-    def language_model(self) -> type[CausalLm] | type[MaskedLm]:
-        """Module of a configuration."""
+    def language_model(self) -> Callable[..., nn.Module]:
+        """Makes the module of a configuration."""
         return CausalLm if self.is_decoder else MaskedLm
