@@ -39,6 +39,16 @@ the second by its inputs, so that a layer takes two sums over the axis (Megatron
 Embeddings are split by their width, not by the vocabulary: RoBERTa's has 50,265 words, an odd number, and a look-up in
 a table split by width needs no exchange."""
 
+DECODER_RULES: Rules = (
+    (r"attention/(query|key|value)/(kernel|lora_B)$|mlp/(gate|up)/(kernel|lora_B)$", PartitionSpec(None, "model")),
+    (r"attention/(query|key|value)/bias$|mlp/(gate|up)/bias$", PartitionSpec("model")),
+    (r"attention/output/(kernel|lora_A)$|mlp/down/(kernel|lora_A)$", PartitionSpec("model", None)),
+    (r"embeddings/(word|position)/embedding$", PartitionSpec(None, "model")),
+    (r"lm_head/kernel$", PartitionSpec("model", None)),
+)
+"""Rules for this package's decoders, likewise; with grouped heads the axis `model` should divide the number of key and
+value heads, else a head is split. The untied head is split by its inputs, as a tied one is with the embedding."""
+
 
 _WRAPPING = re.compile(r"^(?:(?:apply|frozen|at|theta0)/)+")
 """What stands before a parameter's own path in that of a leaf of a Tunable."""

@@ -35,14 +35,14 @@ class ModelArguments:
     Attributes:
         model_name_or_path: Local folder in Hugging Face's layout, hub id, or the embedded default.
         model_revision: Branch, tag or commit of a hub model.
-        head: What the classification head reads; auto: as the checkpoint was trained.
+        head: What the classification head reads (decoders: last or mean); auto: as the checkpoint was trained.
         head_init: Start of a new head; probe: closed-form ridge on the frozen features.
         new_head: Draw the map to the logits anew where the checkpoint has one.
     """
 
     model_name_or_path: str = EMBEDDED_MODEL
     model_revision: str | None = None
-    head: Literal["auto", "mean", "cls", "pooler"] = "auto"
+    head: Literal["auto", "mean", "cls", "pooler", "last"] = "auto"
     head_init: Literal["probe", "random", "zero"] = "probe"
     new_head: bool = False
 
