@@ -38,6 +38,7 @@ from jaxlin.training.compare import Comparison, compare
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.report import LinearizationReport, linearization_report
 from jaxlin.training.trainer import TrainResult, predict, train
+from jaxlin.trunk import cache_trunk
 from jaxlin.tunable import Tunable
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "bias_only",
     "blockwise_regression",
     "bounds",
+    "cache_trunk",
     "calibration",
     "compare",
     "early_stopping",
