@@ -2,7 +2,7 @@
 
 from jaxlin import bounds, optim
 from jaxlin.data.dataset import Dataset
-from jaxlin.errors import InputError, TrainingDivergedError
+from jaxlin.errors import InputError, Interrupted, TrainingDivergedError
 from jaxlin.linearize import linearize
 from jaxlin.mesh import make_mesh
 from jaxlin.models.linen import from_hf_flax, from_linen
@@ -34,6 +34,7 @@ from jaxlin.theory.early_stopping import EarlyStopping, early_stopping
 from jaxlin.theory.logistic import KernelLogisticRegression, kernel_logistic_regression
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.theory.spectrum import Spectrum, spectrum
+from jaxlin.training.checkpoint import Checkpoints, load_checkpoint
 from jaxlin.training.compare import Comparison, compare
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.report import LinearizationReport, linearization_report
@@ -44,10 +45,12 @@ from jaxlin.tunable import Tunable
 __all__ = [
     "BlockwiseRegression",
     "Calibration",
+    "Checkpoints",
     "Comparison",
     "Dataset",
     "EarlyStopping",
     "InputError",
+    "Interrupted",
     "Kernel",
     "KernelLogisticRegression",
     "KernelRegression",
@@ -84,6 +87,7 @@ __all__ = [
     "linearization_report",
     "linearize",
     "lipschitz_profile",
+    "load_checkpoint",
     "load_kernel",
     "load_masked_lm",
     "load_model",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +22,11 @@ from jaxlin.experiments.compare import run as run_compare
 from jaxlin.experiments.kernel import KernelConfig
 from jaxlin.experiments.kernel import run as run_ntk
 from jaxlin.experiments.select import SelectConfig
+from jaxlin.experiments.resume import options_of_resumed
 from jaxlin.experiments.select import run as run_select
+from jaxlin.interrupt import termination_interrupts
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_SIGNALLED = 1, 2, 128
 
 
 def set_up() -> None:
@@ -86,19 +89,19 @@ def one_sentence(debug: bool = False) -> Iterator[None]:
             raise
         print(f"jaxlin: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED)
-    except KeyboardInterrupt:
-        print("jaxlin: interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+    except KeyboardInterrupt as error:
+        print(f"jaxlin: {str(error) or 'interrupted'}", file=sys.stderr)
+        sys.exit(EXIT_SIGNALLED + getattr(error, "signal", signal.SIGINT))
 
 
 def main() -> None:
-    """Runs the command line; exits with 2 on bad input, 1 on a failed run, 130 when interrupted."""
+    """Runs the command line; exits with 2 on bad input, 1 on a failed run, 130 when interrupted, 143 on SIGTERM."""
     set_up()
     words = sys.argv[1:]
-    with one_sentence("--debug" in words):
+    with one_sentence("--debug" in words), termination_interrupts():
         commands = {"compare": CompareConfig, "ntk": KernelConfig, "select": SelectConfig, "bounds": BoundsConfig}
         configured = commands.get(words[0]) if words else None
-        if configured is not None and (file := config_file.find(words)) is not None:
+        if configured is not None and (file := config_file.find(words) or options_of_resumed(words)) is not None:
             # Before the others, so that what stands on the command line counts.
             known = set(config_file.flat_options(configured())) - {"config", "debug"}
             words[1:1] = config_file.read(file, known)

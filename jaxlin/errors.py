@@ -1,5 +1,7 @@
 """The errors that the command line shows as one sentence."""
 
+import signal
+
 
 class InputError(ValueError):
     """What the caller gave cannot be used; the message says what was given, what is expected, what to do."""
@@ -7,3 +9,15 @@ class InputError(ValueError):
 
 class TrainingDivergedError(FloatingPointError):
     """The loss became NaN or infinite; the message says at which step."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the work; the message says what was saved.
+
+    Attributes:
+        signal: Which: `SIGINT` (Ctrl-C) or `SIGTERM` (pre-emption).
+    """
+
+    def __init__(self, message: str = "interrupted", signum: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.signal = signal.Signals(signum)

@@ -29,6 +29,19 @@ def test_a_run_writes_what_it_promises(run, arguments, tmp_path):
     assert {row["arm"] for row in table} == arms
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert len(log) == 3 * 2 * 3
+    with (folder / "history.csv").open() as stream:
+        history = list(csv.DictReader(stream))
+    assert [(row["arm"], int(row["step"]), float(row["loss"])) for row in history] == [
+        (row["arm"], row["step"], row["loss"]) for row in log
+    ]
+    taken = results["summary"]
+    assert set(taken["step_seconds"]) == {"full", "linearized", "full_A_frozen"}
+    assert all(0 < seconds < taken["seconds"] for seconds in taken["step_seconds"].values())
+    assert 0 < taken["compile_seconds"] < taken["seconds"]
+    assert taken["peak_memory_of"] == "process"
+    assert 1 << 26 < taken["peak_memory_bytes"] < 1 << 36
+    assert not (folder / "profile").exists()
+    assert "loss 0." in err
     for name in ("compare.png", "compare.svg", "spectrum.png", "spectrum.svg"):
         assert (folder / "figures" / name).stat().st_size > 5000
     assert len(list((folder / "tensorboard").glob("*/events.out.tfevents.*"))) == 6
@@ -299,7 +312,7 @@ def test_help_of_a_group_fits_a_screen(run, monkeypatch):
     code, out, _ = run("compare", "--help")
     assert code == 0
     groups = re.split(r"^ \w+ options\s*$", out, flags=re.MULTILINE)[1:]
-    assert len(groups) == 6
+    assert len(groups) == 7
     assert max(group.count("\n") for group in groups) <= 40
 
 
@@ -338,3 +351,10 @@ def test_shared_data_through_the_command_line(run, tmp_path, data_folder):
         *cases.flags({"data_dir": data_folder, "task_name": "mrpc", **sizes, "output_dir": tmp_path / "out"})
     )
     assert code == 0, err
+
+
+def test_a_profile_holds_a_trace_of_every_arm(run, arguments, tmp_path):
+    code, _, err = run(*cases.flags({**arguments, "lam_rel": [0, 1], "max_steps": 9, "profile": True}))
+    assert code == 0, err
+    traces = {path.relative_to(tmp_path / "out" / "profile").parts[0] for path in tmp_path.rglob("*.xplane.pb")}
+    assert traces == {"full", "linearized"}

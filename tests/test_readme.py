@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -93,3 +94,19 @@ def test_plain_pip_line_has_every_requirement():
         "pyyaml",
         "filelock",
     }
+
+
+def test_tables_of_the_guide_are_those_of_the_script():
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "scaling.py"))["tables"]()
+    guide = (ROOT / "docs" / "scaling.md").read_text()
+    for lines in tables.values():
+        assert "\n".join(lines) in guide
+
+
+def test_costs_of_a_model_by_hand():
+    """F of a shape small enough to count: 1 layer, D = 2, MLP 3 wide, T = 5; and LoRA of q and v."""
+    scaling = runpy.run_path(str(ROOT / "benchmarks" / "scaling.py"))
+    shape = scaling["Shape"]("tiny", 1, 2, 3, 2, 0, 5, rank=1)
+    products = 4 * (5 * 2 * 2) + 2 * (5 * 2 * 3) + 2 * (5 * 5 * 2)  # q k v o; up and down; scores and their mean of v
+    assert shape.forward == 2 * products
+    assert shape.live == 2 * 2

@@ -75,13 +75,16 @@ class Dataset:
         """Returns the examples at `indices`, with buckets of their own."""
         return Dataset.from_columns({name: value[indices] for name, value in self.columns.items()})
 
-    def batch(self, indices: np.ndarray, size: int | None = None) -> dict[str, np.ndarray]:
+    def batch(
+        self, indices: np.ndarray, size: int | None = None, part: slice = slice(None)
+    ) -> dict[str, np.ndarray]:
         """Returns a batch, cut to the smallest bucket that holds it.
 
         Args:
             indices: Examples, at least one.
             size: Number of rows; rows beyond `indices` repeat the first (so they are always valid
                 input) and carry `weight` 0.
+            part: Which of the rows are returned, cut as the whole batch is.
 
         Returns:
             The columns and `weight` `[size]`, float32.
@@ -89,6 +92,7 @@ class Dataset:
         filler = (size or len(indices)) - len(indices)
         rows = np.concatenate([indices, np.full(filler, indices[0])])
         weight = np.concatenate([np.ones(len(indices)), np.zeros(filler)]).astype(np.float32)
+        rows, weight = rows[part], weight[part]
         columns = self.columns
         if self.lengths is not None:
             longest = int(self.lengths[indices].max())

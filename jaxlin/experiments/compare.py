@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,17 +13,21 @@ from typing import Any
 from rich.console import Console
 
 from jaxlin import plots
-from jaxlin.errors import TrainingDivergedError
+from jaxlin.errors import Interrupted, TrainingDivergedError
 from jaxlin.experiments.data_arguments import DataArguments
+from jaxlin.experiments.observe import RunClock, StepProfiler
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
+from jaxlin.experiments.resume import check_same, command, run_to_resume
 from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
 from jaxlin.experiments.setting import (
     STEP_OPTIONS,
+    CheckpointArguments,
     ModelArguments,
     OutputArguments,
     SweepArguments,
     TrainingArguments,
+    checkpoints_in,
     lam_grid,
     prepare,
     steps_of,
@@ -32,6 +37,7 @@ from jaxlin.experiments.tables import gap_tables, late_table, linearization_tabl
 from jaxlin.experiments.tuned_arguments import FROZEN_A, TunedArguments
 from jaxlin.training.compare import Comparison, check_comparison, compare
 from jaxlin.training.report import LinearizationReport
+from jaxlin.training.trainer import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +50,7 @@ class CompareConfig:
         tuned: What is tuned.
         sweep: What is compared.
         training: How.
+        checkpoints: When it is saved, and whether it goes on.
         output: Where results go.
     """
 
@@ -52,12 +59,28 @@ class CompareConfig:
     tuned: TunedArguments = dataclasses.field(default_factory=TunedArguments)
     sweep: SweepArguments = dataclasses.field(default_factory=SweepArguments)
     training: TrainingArguments = dataclasses.field(default_factory=TrainingArguments)
+    checkpoints: CheckpointArguments = dataclasses.field(default_factory=CheckpointArguments)
     output: OutputArguments = dataclasses.field(default_factory=OutputArguments)
 
 
-def _write(folder: RunFolder, resolved: Mapping[str, Any], result: Comparison, title: str, seconds: float) -> None:
+def _history(result: Comparison) -> list[Row]:
+    """Every step of every arm at every λ, as `log.jsonl` has them, as one table."""
+    shares = {row["lam"]: row["lam_over_mu1"] for row in result.table if row["lam"] is not None}
+    rows = [
+        {"arm": arm, "lam": lam, "lam_over_mu1": shares[lam], **row}
+        for (arm, lam), trained in result.results.items()
+        for row in trained.history
+    ]
+    columns = dict.fromkeys(key for row in sorted(rows, key=len, reverse=True) for key in row)
+    return [{key: row.get(key) for key in columns} for row in rows]
+
+
+def _write(
+    folder: RunFolder, resolved: Mapping[str, Any], result: Comparison, title: str, taken: Mapping[str, Any]
+) -> None:
     write_csv(folder.path / "table.csv", result.table)
-    results = {"summary": {**result.summary, "seconds": seconds}, "table": result.table, "config": resolved}
+    write_csv(folder.path / "history.csv", _history(result))
+    results = {"summary": {**result.summary, **taken}, "table": result.table, "config": resolved}
     if result.linearization:
         along = [row for report in result.linearization.values() for row in report.table]
         write_csv(folder.path / "linearization.csv", along)
@@ -87,11 +110,14 @@ def run(config: CompareConfig) -> Comparison:
     Raises:
         InputError: If anything given cannot be used; nothing has been written then.
         TrainingDivergedError: If an arm diverges; the logs up to there are kept.
-        KeyboardInterrupt: If interrupted; likewise.
+        Interrupted: On Ctrl-C or SIGTERM (a `KeyboardInterrupt`); says how to go on, where there are checkpoints.
     """
     begin = time.monotonic()
     default = Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
-    folder = RunFolder(config.output.output_dir or default, config.output.overwrite_output_dir)
+    resumed = run_to_resume(config.checkpoints, config.output)
+    path = resumed or config.output.output_dir or default
+    folder = RunFolder(path, config.output.overwrite_output_dir, resumed is not None)
+    checkpoints = checkpoints_in(path, config.checkpoints)
     if config.output.quiet:  # read by the libraries when they are imported, which is when data or a model are loaded
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
@@ -105,15 +131,29 @@ def run(config: CompareConfig) -> Comparison:
     }
     training = train_config(config.training, config.sweep)
     check_comparison(setting.tun, setting.data, training, **options)
-    record = resolved("compare", config, setting)
-    folder.open(record, options_file(config, setting))
+    if checkpoints is not None:
+        checkpoints.check(training, True)
+    record, written = resolved("compare", config, setting), options_file(config, setting)
+    note = None if resumed is None else check_same(resumed, record, written)
+    folder.open(record, written)
     source = setting.model.source
     assert source is not None  # loaded by name
     sizes = {name: len(part) for name, part in setting.data.items()}
+    clock = RunClock()
+    profiler = StepProfiler(folder.path / "profile" if config.training.profile else None)
     try:
-        with ProgressReporter(folder.line, config.output.quiet) as progress:
+        with ProgressReporter(folder.line, config.output.quiet) as progress, clock.running():
+
+            def log(row: Row) -> None:
+                clock.step(row["arm"])
+                folder.step(row)
+                progress.note(f"loss {row['loss']:.3g}")
+                profiler.step(row["arm"], row["step"])
+
             for line in setting.lines(config.tuned.peft, setting.tun.num_params, config.model.head_init):
                 progress.say(line)
+            if note is not None:
+                progress.say(f"begun elsewhere ({note}): the same to rounding only")
             result = compare(
                 setting.tun,
                 setting.data["train"],
@@ -121,7 +161,10 @@ def run(config: CompareConfig) -> Comparison:
                 training,
                 extra_arms=setting.extra_arms,
                 baselines=setting.baselines,
-                log=folder.step,
+                checkpoints=checkpoints,
+                resume=resumed is not None,
+                log=log,
+                replay=folder.step,
                 progress=progress.update,
                 **options,
             )
@@ -129,19 +172,25 @@ def run(config: CompareConfig) -> Comparison:
             f"{source.name}, {setting.task.name}: {sizes['train']} training and {sizes['eval']} evaluation examples, "
             f"{result.summary['steps']} steps, seed {config.training.seed}"
         )
-        _write(folder, record, result, title, time.monotonic() - begin)
+        taken = {"seconds": time.monotonic() - begin, **clock.summary()}
+        _write(folder, record, result, title, taken)
     except (TrainingDivergedError, KeyboardInterrupt) as error:
         folder.line(f"stopped: {str(error) or 'interrupted'}")
         if isinstance(error, TrainingDivergedError):
             raise TrainingDivergedError(f"{error}; the log is in {folder.path}") from error
-        raise
+        if checkpoints is None:
+            raise
+        signum = error.signal if isinstance(error, Interrupted) else signal.SIGINT
+        go_on = f"{str(error) or 'interrupted'}; go on with: {command('compare', folder.path)}"
+        raise Interrupted(go_on, signum) from error
     finally:
+        profiler.stop()
         folder.close()
-    _print(result, setting.task.metrics, folder.path, time.monotonic() - begin)
+    _print(result, setting.task.metrics, folder.path, taken)
     return result
 
 
-def _print(result: Comparison, metrics: Sequence[str], path: Path, seconds: float) -> None:
+def _print(result: Comparison, metrics: Sequence[str], path: Path, taken: Mapping[str, Any]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=100)
@@ -157,7 +206,11 @@ def _print(result: Comparison, metrics: Sequence[str], path: Path, seconds: floa
     if result.linearization:
         _print_reports(console, list(result.linearization.values()))
     console.print(score_table(result.table, metrics))
-    console.print(f"written to {path} in {seconds:.0f} s", highlight=False)
+    means = ", ".join(f"{arm} {1e3 * seconds:.3g} ms" for arm, seconds in taken["step_seconds"].items())
+    memory = f"peak memory of the {taken['peak_memory_of']} {taken['peak_memory_bytes'] / 2**30:.1f} GiB"
+    costs = f"a step took {means}; compiling {taken['compile_seconds']:.0f} s; {memory}"
+    console.print(costs, highlight=False, soft_wrap=True)
+    console.print(f"written to {path} in {taken['seconds']:.0f} s", highlight=False)
 
 
 def _print_reports(console: Console, reports: Sequence[LinearizationReport]) -> None:

@@ -79,14 +79,15 @@ def read(file: Path, known: Collection[str]) -> list[str]:
     return words
 
 
-def find(words: Sequence[str]) -> Path | None:
-    """Returns the file that `--config` names on a command line.
+def find(words: Sequence[str], option: str = "config") -> Path | None:
+    """Returns the path that an option names on a command line, in either spelling.
 
     Raises:
         InputError: If there are several.
     """
-    found = [word.partition("=")[2] for word in words if word.startswith("--config=")]
-    found += [value for word, value in itertools.pairwise(words) if word == "--config"]
+    flags = {f"--{option}", f"--{option.replace('_', '-')}"}
+    found = [value for flag, equals, value in (word.partition("=") for word in words) if equals and flag in flags]
+    found += [value for word, value in itertools.pairwise(words) if word in flags]
     if len(found) > 1:
-        raise InputError(f"--config is given {len(found)} times ({', '.join(found)}); expected one file")
+        raise InputError(f"--{option} is given {len(found)} times ({', '.join(found)}); expected one")
     return Path(found[0]) if found else None

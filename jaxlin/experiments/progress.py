@@ -53,6 +53,7 @@ class ProgressReporter:
         self._tasks: dict[str, int] = {}
         self._first: dict[str, tuple[float, int]] = {}
         self._last_line: dict[str, float] = {}
+        self._note = ""
 
     def __enter__(self) -> ProgressReporter:
         """Starts the bar."""
@@ -73,6 +74,10 @@ class ProgressReporter:
         elif not self._quiet:
             print(text, file=sys.stderr, flush=True)
 
+    def note(self, text: str) -> None:
+        """Sets what is shown behind the rate of `training` from now on, such as the loss."""
+        self._note = text
+
     def update(self, phase: str, done: int, total: int) -> None:
         """Reports `done` of `total` units of a phase."""
         now = time.monotonic()
@@ -82,6 +87,8 @@ class ProgressReporter:
             rate = (done - done_then) / (now - start)
             unit = next((unit for name, unit in UNITS.items() if phase.startswith(name)), "units")
             speed = f"{rate:.1f} {unit}/s, {_clock((total - done) / rate)} left"
+        if self._note and phase == "training":
+            speed = f"{speed}, {self._note}".removeprefix(", ")
         if self._bar is not None:
             if phase not in self._tasks:
                 self._tasks[phase] = self._bar.add_task(phase, total=total, speed="")

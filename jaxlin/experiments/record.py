@@ -48,6 +48,17 @@ def resolved(command: str, config: Any, setting: Loaded) -> dict[str, Any]:
     }
 
 
+_NOT_OF_A_RUN = (
+    "output_dir",
+    "overwrite_output_dir",
+    "config",
+    "debug",
+    "resume",
+    "resume_from_checkpoint",
+    "estimate",
+)
+
+
 def options_file(config: Any, setting: Loaded) -> str:
     """Returns the options as a file that runs the same again: paths absolute, commits for the hub, no output."""
     model, data, source = config.model, with_folder(config.data), setting.model.source
@@ -59,4 +70,4 @@ def options_file(config: Any, setting: Loaded) -> str:
     if commit := setting.task.provenance.get("commit"):
         data = dataclasses.replace(data, dataset_revision=commit)
     config = dataclasses.replace(config, model=model, data=data)
-    return to_yaml(config, without=("output_dir", "overwrite_output_dir", "config", "debug", "resume", "estimate"))
+    return to_yaml(config, without=_NOT_OF_A_RUN)

@@ -43,6 +43,7 @@ def write_csv(path: Path, table: Sequence[Mapping[str, Any]]) -> None:
 _FILES = (
     "all_results.json",
     "table.csv",
+    "history.csv",
     "by_criterion.csv",
     "linearization.csv",
     "measurements.csv",
@@ -103,7 +104,7 @@ class RunFolder:
             if not self.resume:
                 for old in _FILES:
                     (self.path / old).unlink(missing_ok=True)
-                for folder in ("tensorboard", "figures", "kernel.zarr", "kernel_eval.zarr"):
+                for folder in ("tensorboard", "figures", "profile", "checkpoints", "kernel.zarr", "kernel_eval.zarr"):
                     if (self.path / folder).is_dir():
                         shutil.rmtree(self.path / folder)
             (self.path / "figures").mkdir(parents=True, exist_ok=True)
@@ -121,8 +122,12 @@ class RunFolder:
         self._lines.flush()
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """Adds a training row to `log.jsonl` and to the TensorBoard run of its arm and λ."""
+        """Adds a training row to `log.jsonl` and to the TensorBoard run of its arm and λ.
+
+        A run that goes on gives the rows it has again, so that none is missing and none stands twice.
+        """
         if self._steps is None:
+            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
             self._steps = (self.path / "log.jsonl").open("w", encoding="utf-8")
         self._steps.write(json.dumps(_finite(row)) + "\n")
         self._steps.flush()

@@ -20,6 +20,7 @@ from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
 from jaxlin.models.resolve import EMBEDDED_MODEL
 from jaxlin.peft.select import full, head_only
+from jaxlin.training.checkpoint import Checkpoints
 from jaxlin.training.compare import check_lams
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.losses import targets
@@ -92,6 +93,7 @@ class TrainingArguments:
         eval_steps: Evaluate every so many steps; else at the end only.
         seed: Of head, A, subsets and data order.
         precision: Of matrix products on the device; highest is true float32.
+        profile: Write a JAX trace of a few steps of every arm, for Perfetto or TensorBoard.
     """
 
     loss: Literal["squared", "cross_entropy"] = "squared"
@@ -108,6 +110,25 @@ class TrainingArguments:
     eval_steps: int | None = None
     seed: int = 0
     precision: Literal["highest", "high", "default"] = "highest"
+    profile: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointArguments:
+    """Checkpoints.
+
+    Attributes:
+        save_steps: Save every so many steps, and when interrupted; 0: never.
+        save_total_limit: Latest checkpoints of a run that are kept while it goes on.
+        metric_for_best_model: Keep the best checkpoint too, by loss, accuracy, …
+        resume_from_checkpoint: Go on with the run in this folder, with the options it was begun with; latest: with the
+            one in output_dir, if there is one.
+    """
+
+    save_steps: int = 500
+    save_total_limit: int = 2
+    metric_for_best_model: str | None = None
+    resume_from_checkpoint: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +164,24 @@ def lam_grid(arguments: SweepArguments) -> Sequence[float] | str:
         return [float(lam) for lam in arguments.lams]
     except ValueError as error:
         raise InputError(f"--lams {' '.join(arguments.lams)}: expected numbers, or auto ({error})") from error
+
+
+def checkpoints_in(folder: Path, arguments: CheckpointArguments) -> Checkpoints | None:
+    """Returns where and when a run in `folder` is saved; `None`: never.
+
+    Raises:
+        InputError: If a number is negative, or a limit is not at least 1.
+    """
+    if arguments.save_steps < 0:
+        raise InputError(f"--save_steps {arguments.save_steps}; expected a number of steps, or 0")
+    if arguments.save_total_limit < 1:
+        raise InputError(f"--save_total_limit {arguments.save_total_limit}; expected at least 1")
+    metric = arguments.metric_for_best_model
+    if metric is not None:
+        metric = f"eval_{metric.removeprefix('eval_')}"
+    if arguments.save_steps == 0:
+        return None
+    return Checkpoints(folder / "checkpoints", arguments.save_steps, arguments.save_total_limit, metric)
 
 
 STEP_OPTIONS = ("linearize_at", "track_linearization")

@@ -31,7 +31,7 @@ _ARRAY, _ROWS, _ATTRIBUTE = "blocks", "rows", "jaxlin"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Where a function lies in memory: another place in every process."""
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _DIMENSIONS = ("block", "example_1", "example_2", "output_1", "output_2")
 
 
@@ -65,7 +65,7 @@ def writing(path: Path) -> Iterator[None]:
     except filelock.Timeout as error:
         raise InputError(f"store {path} is being computed by another process; wait for it") from error
     except OSError as error:
-        if error.errno not in _NO_SPACE:
+        if error.errno not in NO_SPACE:
             raise
         raise InputError(
             f"no space is left for the store {path}; what is done is kept: free some and go on (resume=True, --resume)"
@@ -122,7 +122,7 @@ class KernelStore:
         try:
             group = zarr.open_group(making, mode="w-")
         except OSError as error:
-            if error.errno in _NO_SPACE:
+            if error.errno in NO_SPACE:
                 raise
             raise InputError(f"store {path} cannot be made: {error.strerror or error}") from error
         tile = (1, min(plan.row_block, shape[0]), min(plan.row_block, shape[1]), *shape[2:])
@@ -201,11 +201,9 @@ class KernelStore:
         Raises:
             InputError: If that is something else; says what.
         """
-        was = self.about["inputs"]
-        other = [name for name in {**was, **inputs} if was.get(name) != inputs.get(name)]
+        other = differences(self.about["inputs"], inputs)
         if other:
-            listed = "; ".join(f"{name} was {_short(was.get(name))}, is {_short(inputs.get(name))}" for name in other)
-            raise InputError(f"store {self.path} is of other inputs ({listed}); give another path")
+            raise InputError(f"store {self.path} is of other inputs ({other}); give another path")
 
     def update(self, plan: Plan, epsilon: float | None) -> None:
         """Records the plan and the measured ε_J."""
@@ -320,9 +318,15 @@ def _as_json(plan: Plan) -> dict[str, Any]:
     return {**dataclasses.asdict(plan), "events": list(plan.events)}
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else f"{text[:12]}…"
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Returns what differs between two records, as `name was …, is …`, long values cut; empty if nothing does."""
+
+    def short(value: Any) -> str:
+        text = str(value)
+        return text if len(text) <= 24 else f"{text[:12]}…"
+
+    other = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {short(was.get(name))}, is {short(now.get(name))}" for name in other)
 
 
 def load_kernel(path: str | Path) -> Kernel:

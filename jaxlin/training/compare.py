@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,14 +15,17 @@ from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.linearize import linearize
 from jaxlin.ntk.jacobian import MEMORY_BUDGET, jacobian_bytes
+from jaxlin.ntk.store import fingerprint
 from jaxlin.theory.drift import relative
 from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.cached import cached_linearized
+from jaxlin.training.checkpoint import Checkpoints, run_record
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.gaps import distances
 from jaxlin.training.losses import targets
 from jaxlin.training.report import KERNEL_EXAMPLES, LinearizationReport, Tracker
 from jaxlin.training.start import PhaseProgress, Start, factor_blocks
+from jaxlin.training.sweep_record import SweepCheckpoints
 from jaxlin.training.trainer import Row, TrainResult, TrainState, check_blocks, check_data, predict, train
 from jaxlin.tunable import Tunable, leaf_paths
 
@@ -191,7 +195,10 @@ def compare(
     linear_mode: str = "auto",
     kernel_examples: int = 1024,
     memory_budget: int = MEMORY_BUDGET,
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
     log: Callable[[Row], None] | None = None,
+    replay: Callable[[Row], None] | None = None,
     progress: PhaseProgress | None = None,
 ) -> Comparison:
     """Fine-tunes a model and its linearization for each λ, on the same data in the same order, and compares them.
@@ -229,15 +236,21 @@ def compare(
             every step; `"auto"`: cached where they fit half the budget.
         kernel_examples: At most so many training examples make K₀ and the kernel regression.
         memory_budget: Bytes for Jacobians.
+        checkpoints: Where (a folder for the whole sweep) and when every run is saved; `None`: never.
+        resume: Go on with the sweep in that folder: runs that are finished are not run again, the one that was going on
+            continues from its last checkpoint, as for `train`. Outputs, Jacobians and kernel at θ₀ are computed again.
         log: Called with every training row, extended by `arm`, `lam` and `lam_over_mu1`.
+        replay: Likewise with every row that a checkpoint brought.
         progress: Called with a phase's name, units done and in all.
 
     Returns:
         Table, summary, trained parameters, spectrum and reports.
 
     Raises:
-        InputError: If an argument is not one of those listed or the data does not fit; before long work.
+        InputError: If an argument is not one of those listed or the data does not fit, or they are not those of the
+            sweep to go on with; before long work. Or if the disk is full.
         TrainingDivergedError: If an arm diverges; the message names arm and λ.
+        Interrupted: As for `train`.
     """
     config = config or TrainConfig()
     data = {"train": as_dataset(train_data), "eval": as_dataset(eval_data)}
@@ -246,7 +259,19 @@ def compare(
     options |= {"kernel_examples": kernel_examples, "memory_budget": memory_budget}
     check_comparison(tun, data, config, **options)
     with jax.default_matmul_precision(config.precision):
-        return _compare(tun, data, config, extra_arms or {}, baselines or {}, log, progress, **options)
+        return _compare(
+            tun,
+            data,
+            config,
+            extra_arms or {},
+            baselines or {},
+            checkpoints,
+            resume,
+            log,
+            replay,
+            progress,
+            **options,
+        )
 
 
 def _compare(
@@ -255,7 +280,10 @@ def _compare(
     config: TrainConfig,
     extra_arms: Mapping[str, Tunable],
     baselines: Mapping[str, Mapping[str, np.ndarray]],
+    checkpoints: Checkpoints | None,
+    resume: bool,
     log: Callable[[Row], None] | None,
+    replay: Callable[[Row], None] | None,
     progress: PhaseProgress | None,
     *,
     lams: Lams,
@@ -268,11 +296,22 @@ def _compare(
 ) -> Comparison:
     size = sum(jacobian_bytes(tun, part) for part in data.values())
     cached = linear_mode == "cached" or (linear_mode == "auto" and 2 * size <= memory_budget)
+    inputs: dict[str, dict[str, str]] = {}
+    sweep = None
+    if checkpoints is not None:
+        checkpoints.check(config, True)
+        hashes = {f"{split}_sha256": part.sha256() for split, part in data.items()}
+        inputs = {name: {**fingerprint(other, other.theta0), **hashes} for name, other in {FULL: tun, **extra_arms}.items()}
+        given = {"lams": lams, "lam_rel": lam_rel, "linearize_at": linearize_at}
+        given |= {"track_linearization": track_linearization, "kernel_examples": kernel_examples, "cached": cached}
+        sweep = SweepCheckpoints(checkpoints, run_record(config, **given, **inputs[FULL], arms=list(inputs)), resume)
     start = Start.compute(tun, data, cached, kernel_examples, memory_budget, factor_blocks(tun, config), progress)
     spec = spectrum(start.kernel)
     n, c = start.f0["train"].shape
     mu1 = float(spec.eigenvalues[0]) * n / len(start.chosen)
     grid = _grid(lams, lam_rel, mu1, config.pull)
+    if sweep is not None:
+        grid = sweep.grid(grid)
 
     if start.jacobians is not None:
         on_cache, rows = cached_linearized(tun, [data[s] for s in SPLITS], [start.jacobians[s] for s in SPLITS])
@@ -307,20 +346,33 @@ def _compare(
         nonlocal steps_done
         before = steps_done - (begin.step if begin is not None else 0)
 
-        def log_row(row: Row) -> None:
+        def log_row(row: Row, replayed: bool = False) -> None:
             nonlocal steps_done
-            if log is not None:
-                log({"arm": name, **labels_of(lam), **row})
+            tell = replay if replayed else log
+            if tell is not None:
+                tell({"arm": name, **labels_of(lam), **row})
             if name in counted or begin is not None:
                 steps_done = before + row["step"]
-                if progress is not None:
+                if progress is not None and not replayed:  # its rate is of steps that are taken
                     progress("training", steps_done, steps_in_all)
 
         options = _without_absent(arm.tun, dataclasses.replace(config, lam=lam))
         held_out = None if config.eval_steps is None else arm.data["eval"]
         keep = kept.get(name, ())
+        saving = None if sweep is None else sweep.run(grid.index(lam), name, inputs.get(name, inputs[FULL]))
         try:
-            return train(arm.tun, arm.data["train"], held_out, options, start=begin, keep=keep, log=log_row)
+            return train(
+                arm.tun,
+                arm.data["train"],
+                held_out,
+                options,
+                start=begin,
+                keep=keep,
+                checkpoints=saving,
+                resume=True,  # of the sweep's own folder
+                log=log_row,
+                replay=functools.partial(log_row, replayed=True),
+            )
         except TrainingDivergedError as error:
             raise TrainingDivergedError(f"arm {name!r} at λ = {lam:g}: {error}") from error
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 
 from jaxlin.data.dataset import Dataset
 from jaxlin.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from grain import DatasetIterator
+
+READ_AHEAD = 4
+"""Batches that are made before they are asked for."""
 
 
 def epoch_order(data: Dataset, config: TrainConfig, epoch: int) -> np.ndarray:
@@ -27,11 +33,63 @@ def epoch_order(data: Dataset, config: TrainConfig, epoch: int) -> np.ndarray:
     return np.concatenate([whole[rng.permutation(len(whole))].reshape(-1), partial])
 
 
-def batches(data: Dataset, config: TrainConfig) -> Iterator[np.ndarray]:
-    """Yields the examples of each step."""
-    n, size = len(data), config.batch_size
-    for step in range(config.total_steps(n)):
-        epoch, within = divmod(step, config.steps_per_epoch(n))
-        if within == 0:
-            order = epoch_order(data, config, epoch)
-        yield order[within * size : (within + 1) * size]
+class StepSource:
+    """Random access to what each step sees, as a function of its number: the source of a grain pipeline.
+
+    Element i is what step i + 1 sees: its examples, and this process's rows of the batch.
+    """
+
+    def __init__(self, data: Dataset, config: TrainConfig, process_index: int = 0, process_count: int = 1) -> None:
+        """Prepares to read.
+
+        Args:
+            data: All training examples, on every process.
+            config: Order and batch size.
+            process_index: Which of the processes this is.
+            process_count: How many share a batch: each has an equal number of its rows, in order, with rows of
+                `weight` 0 at the end where they do not divide it.
+        """
+        self._data, self._config = data, config
+        whole = min(config.batch_size, len(data))
+        share = -(-whole // process_count)
+        self._rows = slice(process_index * share, (process_index + 1) * share)
+        self._size = share * process_count
+        self._epoch, self._order = -1, np.arange(0)
+
+    def __len__(self) -> int:
+        """Number of steps of the run."""
+        return self._config.total_steps(len(self._data))
+
+    def __getitem__(self, index: SupportsIndex) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Returns the examples of step `index` + 1, and the batch."""
+        size = self._config.batch_size
+        epoch, within = divmod(int(index), self._config.steps_per_epoch(len(self._data)))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(self._data, self._config, epoch)
+        indices = self._order[within * size : (within + 1) * size]
+        return indices, self._data.batch(indices, self._size, self._rows)
+
+
+def step_input(
+    data: Dataset, config: TrainConfig, first: int = 0, process_index: int = 0, process_count: int = 1
+) -> DatasetIterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Returns the input of a run, read ahead by a thread: examples and batch of every step.
+
+    Args:
+        data: As for `StepSource`.
+        config: Likewise.
+        first: Steps that are left out at its begin.
+        process_index: As for `StepSource`.
+        process_count: Likewise.
+
+    Returns:
+        A grain iterator: `get_state()` and `set_state(…)` say and set where it is; `close()` ends the thread.
+    """
+    import grain
+
+    source = StepSource(data, config, process_index, process_count)
+    # One thread: elements are made in order, so that an epoch's order is computed once.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD)
+    iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+    iterator.set_state({**iterator.get_state(), "next_index": first})
+    return iterator

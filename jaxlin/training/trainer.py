@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -13,33 +14,17 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset, as_dataset
-from jaxlin.errors import InputError, TrainingDivergedError
+from jaxlin.errors import InputError, Interrupted, TrainingDivergedError
+from jaxlin.interrupt import held_back
 from jaxlin.ntk.jacobian import num_outputs
+from jaxlin.ntk.store import fingerprint
+from jaxlin.training.checkpoint import Checkpoints, RunCheckpoints, run_record
 from jaxlin.training.config import TrainConfig
-from jaxlin.training.input import batches
+from jaxlin.training.input import step_input
 from jaxlin.training.losses import check_labels, evaluate, to_mean
-from jaxlin.training.optim import ProximalState
+from jaxlin.training.state import Row, TrainState, copied
 from jaxlin.training.step import Schedule, compiled_step
 from jaxlin.tunable import Batch, Tunable, block_factors, leaf_paths
-
-Row = dict[str, Any]
-"""One line of a history: `step`, `loss` and so on."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TrainState:
-    """Where a training run stands, to go on from.
-
-    Attributes:
-        theta: The parameters.
-        optimizer: State of `jaxlin.optim.proximal`; holds the point that is pulled to.
-        step: Steps taken.
-    """
-
-    theta: PyTree
-    optimizer: ProximalState
-    step: int
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainResult:
@@ -56,11 +41,6 @@ class TrainResult:
     theta: PyTree
     history: list[Row]
     states: Mapping[int, TrainState] = dataclasses.field(default_factory=dict)
-
-
-def copied(tree: PyTree) -> PyTree:
-    """Returns `tree` with buffers of its own."""
-    return jax.tree.map(jnp.array, tree)
 
 
 @jax.jit
@@ -97,6 +77,25 @@ def check_data(tun: Tunable, data: Dataset, loss: str) -> None:
     check_labels(data["labels"], num_outputs(tun, data), loss)
 
 
+def _open(
+    checkpoints: Checkpoints,
+    tun: Tunable,
+    data: Dataset,
+    held_out: Dataset | None,
+    config: TrainConfig,
+    first: int,
+    keep: Collection[int],
+    resume: bool,
+) -> RunCheckpoints:
+    checkpoints.check(config, held_out is not None)
+    inputs = checkpoints.inputs
+    if inputs is None:
+        evaluated = {} if held_out is None else {"eval_sha256": held_out.sha256()}
+        inputs = {**fingerprint(tun, tun.theta0), "train_sha256": data.sha256(), **evaluated}
+    run = run_record(config, first_step=first, keep=sorted(keep), **inputs)
+    return RunCheckpoints(checkpoints, run, keep, config.total_steps(len(data)), resume)
+
+
 def train(
     tun: Tunable,
     train: Dataset | Mapping[str, Any],
@@ -105,7 +104,10 @@ def train(
     *,
     start: TrainState | None = None,
     keep: Collection[int] = (),
+    checkpoints: Checkpoints | None = None,
+    resume: bool = False,
     log: Callable[[Row], None] | None = None,
+    replay: Callable[[Row], None] | None = None,
 ) -> TrainResult:
     """Minimises the mean loss with the pull `(λ/2n)‖θ−θ₀‖²` from `tun.theta0` (theory 0 and 1).
 
@@ -120,15 +122,22 @@ def train(
         start: Goes on from there, with the same data order, learning rates and point that is pulled to, up to the
             number of steps that `config` gives; `None` starts anew.
         keep: Steps after which the state is kept, in `result.states` (0: before the first).
+        checkpoints: Where and when the state is saved, also when interrupted; `None`: never.
+        resume: Go on from the last checkpoint (from `start` where there is none yet): the result is that of the run
+            without interruption, to the bit where equal inputs give equal bits. A run that is finished is not run again.
         log: Called with every row of the history as it is made.
+        replay: Called with every row that a checkpoint brought.
 
     Returns:
         Parameters and history.
 
     Raises:
-        InputError: If configuration, labels or inputs do not fit; before anything is computed.
-        TrainingDivergedError: If the loss becomes NaN or infinite; says at which step. Rows before it
-            have been logged.
+        InputError: If configuration, labels or inputs do not fit, or are not those of the checkpoints; before anything
+            is computed. Or if the disk is full; the last checkpoint is whole then.
+        TrainingDivergedError: If the loss becomes NaN or infinite; says at which step, and which checkpoint is the
+            last. Rows before it have been logged.
+        Interrupted: With checkpoints, on Ctrl-C, or on SIGTERM where it has a handler: after the step that was being
+            taken is saved. It is a `KeyboardInterrupt`.
     """
     config = config or TrainConfig()
     config.check()
@@ -157,28 +166,48 @@ def train(
     state = state._replace(lam=jnp.asarray(lam, dtype), rate=jnp.asarray(rate, dtype))
     history: list[Row] = []
     states = {0: TrainState(copied(theta), copied(state), 0)} if 0 in keep else {}
-    for i, indices in enumerate(batches(data, config), start=1):
-        if i <= start.step:
-            continue
-        with jax.default_matmul_precision(config.precision):
-            theta, state, metrics = step(tun.apply, theta, state, data.batch(indices, min(config.batch_size, n)))
-        row: Row = {
-            "step": i,
-            "epoch": i / config.steps_per_epoch(n),
-            **{k: float(v) for k, v in metrics.items()},
-        }
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["distance"])):
-            raise TrainingDivergedError(
-                f"the loss is {row['loss']} and ‖θ−θ₀‖ {row['distance']} at step {i} of {total} (examples "
-                f"{indices[:8].tolist()}{'…' if len(indices) > 8 else ''}); lower the learning rate "
-                f"({config.learning_rate:g})"
-            )
-        if held_out is not None and (i == total or (config.eval_steps and i % config.eval_steps == 0)):
-            scores = evaluate(predict(tun, theta, held_out), held_out["labels"], config.loss)
-            row.update({f"eval_{name}": value for name, value in scores.items()})
-        history.append(row)
-        if i in keep:
-            states[i] = TrainState(copied(theta), copied(state), i)
-        if log is not None:
-            log(row)
+    with contextlib.ExitStack() as stack:
+        signalled = saver = None
+        if checkpoints is not None:
+            saver = _open(checkpoints, tun, data, held_out, config, start.step, keep, resume)
+            signalled = stack.enter_context(held_back())
+            stack.callback(saver.close)
+        source = stack.enter_context(contextlib.closing(step_input(data, config, start.step)))
+        if saver is not None:
+            saved = saver.restore(TrainState(theta, state, start.step))
+            if saved is not None:
+                theta, state = saved.state.theta, saved.state.optimizer
+                history, states = saved.history, saved.states
+                source.set_state(saved.input)
+                for row in history if replay is not None else ():
+                    replay(row)
+            elif states:
+                saver.save(states[0], history, source.get_state())
+        for i, (indices, batch) in enumerate(source, start=start.step + len(history) + 1):
+            with jax.default_matmul_precision(config.precision):
+                theta, state, metrics = step(tun.apply, theta, state, batch)
+            row: Row = {
+                "step": i,
+                "epoch": i / config.steps_per_epoch(n),
+                **{k: float(v) for k, v in metrics.items()},
+            }
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["distance"])):
+                raise TrainingDivergedError(
+                    f"the loss is {row['loss']} and ‖θ−θ₀‖ {row['distance']} at step {i} of {total} (examples "
+                    f"{indices[:64].tolist()}{'…' if len(indices) > 64 else ''}); lower the learning rate "
+                    f"({config.learning_rate:g}){'' if saver is None else f'; {saver.last()}'}"
+                )
+            if held_out is not None and (i == total or (config.eval_steps and i % config.eval_steps == 0)):
+                scores = evaluate(predict(tun, theta, held_out), held_out["labels"], config.loss)
+                row.update({f"eval_{name}": value for name, value in scores.items()})
+            history.append(row)
+            if i in keep:
+                states[i] = TrainState(copied(theta), copied(state), i)
+            if log is not None:
+                log(row)
+            signum = None if signalled is None else signalled()
+            if saver is not None and (signum is not None or saver.due(i)):
+                saver.save(TrainState(theta, state, i), history, source.get_state())
+            if signum is not None:
+                raise Interrupted(f"interrupted after step {i} of {total}, which is saved in {saver.path}", signum)
     return TrainResult(theta, history, states)
