@@ -37,7 +37,9 @@ from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.checkpoint import Checkpoints, load_checkpoint
 from jaxlin.training.compare import Comparison, compare
 from jaxlin.training.config import TrainConfig
+from jaxlin.training.modes import Prepared, prepare
 from jaxlin.training.report import LinearizationReport, linearization_report
+from jaxlin.training.sweep import Sweep, train_sweep
 from jaxlin.training.trainer import TrainResult, predict, train
 from jaxlin.trunk import cache_trunk
 from jaxlin.tunable import Tunable
@@ -59,7 +61,9 @@ __all__ = [
     "LipschitzProfile",
     "Model",
     "NTKOperator",
+    "Prepared",
     "Spectrum",
+    "Sweep",
     "TrainConfig",
     "TrainResult",
     "TrainingDivergedError",
@@ -100,6 +104,7 @@ __all__ = [
     "ntk_vector_product",
     "optim",
     "predict",
+    "prepare",
     "probe_head",
     "select",
     "select_layers",
@@ -107,4 +112,5 @@ __all__ = [
     "spectral_density",
     "spectrum",
     "train",
+    "train_sweep",
 ]

@@ -127,6 +127,7 @@ def run(config: CompareConfig) -> Comparison:
         "lam_rel": config.sweep.lam_rel or None,
         **{option: steps_of(config.sweep, option) for option in STEP_OPTIONS},
         "linear_mode": config.sweep.linear_mode,
+        "trunk_cache": config.sweep.trunk_cache,
         "kernel_examples": config.sweep.kernel_examples,
     }
     training = train_config(config.training, config.sweep)
