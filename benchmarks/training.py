@@ -63,7 +63,7 @@ class Stepper:
 
     def __init__(self, tun: jl.Tunable, batch: dict[str, np.ndarray]) -> None:
         """Prepares; nothing is computed."""
-        self.tx, self.step = compiled_step("squared", "adam", SCHEDULE, "coupled", (), ())
+        self.tx, self.step = compiled_step("squared", "adam", SCHEDULE, "coupled", (), (), 1)
         self.apply, self.batch = tun.apply, batch
         self.theta = jax.tree.map(jnp.array, tun.theta0)
         self.state = self.tx.init(self.theta)._replace(rate=jnp.asarray(1e-4))

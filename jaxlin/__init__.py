@@ -2,7 +2,7 @@
 
 from jaxlin import bounds, optim
 from jaxlin.data.dataset import Dataset
-from jaxlin.errors import InputError, Interrupted, TrainingDivergedError
+from jaxlin.errors import DeviceMemoryError, InputError, Interrupted, ProcessLostError, TrainingDivergedError
 from jaxlin.linearize import linearize
 from jaxlin.mesh import make_mesh
 from jaxlin.models.linen import from_hf_flax, from_linen
@@ -28,6 +28,7 @@ from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
 from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, select
 from jaxlin.selection import LayerSelection, select_layers
+from jaxlin.sharding import ENCODER_RULES, shard
 from jaxlin.theory.blockwise import BlockwiseRegression, blockwise_regression
 from jaxlin.theory.calibration import Calibration, calibration
 from jaxlin.theory.early_stopping import EarlyStopping, early_stopping
@@ -45,11 +46,13 @@ from jaxlin.trunk import cache_trunk
 from jaxlin.tunable import Tunable
 
 __all__ = [
+    "ENCODER_RULES",
     "BlockwiseRegression",
     "Calibration",
     "Checkpoints",
     "Comparison",
     "Dataset",
+    "DeviceMemoryError",
     "EarlyStopping",
     "InputError",
     "Interrupted",
@@ -62,6 +65,7 @@ __all__ = [
     "Model",
     "NTKOperator",
     "Prepared",
+    "ProcessLostError",
     "Spectrum",
     "Sweep",
     "TrainConfig",
@@ -108,6 +112,7 @@ __all__ = [
     "probe_head",
     "select",
     "select_layers",
+    "shard",
     "sketch",
     "spectral_density",
     "spectrum",

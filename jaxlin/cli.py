@@ -21,8 +21,8 @@ from jaxlin.experiments.compare import CompareConfig
 from jaxlin.experiments.compare import run as run_compare
 from jaxlin.experiments.kernel import KernelConfig
 from jaxlin.experiments.kernel import run as run_ntk
-from jaxlin.experiments.select import SelectConfig
 from jaxlin.experiments.resume import options_of_resumed
+from jaxlin.experiments.select import SelectConfig
 from jaxlin.experiments.select import run as run_select
 from jaxlin.interrupt import termination_interrupts
 

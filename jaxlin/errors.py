@@ -21,3 +21,11 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str = "interrupted", signum: int = signal.SIGINT) -> None:
         super().__init__(message)
         self.signal = signal.Signals(signum)
+
+
+class DeviceMemoryError(MemoryError):
+    """A training step does not fit the device's memory; the message says what to lower, and by how much."""
+
+
+class ProcessLostError(RuntimeError):
+    """A computation over several processes failed since one of them has ended; the message says how to go on."""

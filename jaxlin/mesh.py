@@ -49,24 +49,26 @@ def make_mesh(axes: Mapping[str, int] | None = None, *, devices: Sequence[jax.De
     return jax.make_mesh(tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes), devices=devices)
 
 
-def place(tree: PyTree, mesh: Mesh, axis: str | None = None) -> PyTree:
+def place(tree: PyTree, mesh: Mesh, axis: str | PartitionSpec | None = None) -> PyTree:
     """Puts arrays on the devices of a mesh.
 
     Args:
         tree: A pytree of arrays, the same in every process; float64 and int64 become 32 bits wide where x64 is off.
         mesh: The mesh.
-        axis: Axis of the mesh that the leading axis of every array is split over; `None`: every device has all of
-            it, but what already lies on this mesh stays as it lies (parameters split over an axis for models).
+        axis: Axis of the mesh that the leading axis of every array is split over, or how every array is split;
+            `None`: every device has all of it, but what already lies on this mesh stays as it lies (parameters
+            split over an axis for models).
 
     Returns:
         The tree of global arrays.
     """
-    sharding = NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec(axis))
+    spec = axis if isinstance(axis, PartitionSpec) else PartitionSpec() if axis is None else PartitionSpec(axis)
+    sharding = NamedSharding(mesh, spec)
 
     def put(leaf: Any) -> jax.Array:
         if axis is None and isinstance(leaf, jax.Array) and getattr(leaf.sharding, "mesh", None) == mesh:
             return leaf
-        if not mesh.is_multi_process:
+        if not mesh.is_multi_process or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
             return jax.device_put(leaf, sharding)  # from device to device, where it is on one
         value = np.asarray(leaf)
         value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)

@@ -509,7 +509,9 @@ def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path, monkeypatch
         if row["step"] == 4:
             monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
 
-    with pytest.raises(jl.InputError, match=r"of step 4, which takes .* MiB, in .* where 0.0 MiB are free; that of step 2 is"):
+    with pytest.raises(
+        jl.InputError, match=r"of step 4, which takes .* MiB, in .* where 0.0 MiB are free; that of step 2 is"
+    ):
         run_with(tmp_path / "run", every=2, log=fill)
     monkeypatch.undo()
     assert_same(run_with(tmp_path / "run", every=2, resume=True), run_with(tmp_path / "whole", every=2))

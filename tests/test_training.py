@@ -349,7 +349,7 @@ def _step(config, n):
     """The compiled step of a configuration, whatever its λ and rate."""
     total = config.total_steps(n)
     schedule = Schedule(1.0, config.lr_scheduler_type, int(config.warmup_ratio * total), total)
-    return compiled_step(config.loss, config.optimizer, schedule, config.pull, (), ())[1]
+    return compiled_step(config.loss, config.optimizer, schedule, config.pull, (), (), 1)[1]
 
 
 def test_at_most_four_shapes(model):

@@ -75,9 +75,7 @@ class Dataset:
         """Returns the examples at `indices`, with buckets of their own."""
         return Dataset.from_columns({name: value[indices] for name, value in self.columns.items()})
 
-    def batch(
-        self, indices: np.ndarray, size: int | None = None, part: slice = slice(None)
-    ) -> dict[str, np.ndarray]:
+    def batch(self, indices: np.ndarray, size: int | None = None, part: slice = slice(None)) -> dict[str, np.ndarray]:
         """Returns a batch, cut to the smallest bucket that holds it.
 
         Args:

@@ -83,7 +83,9 @@ def check_same(folder: Path, record: dict[str, Any], options: str) -> str | None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"the configuration of the run in {folder} cannot be read: {error}") from error
     if was.get("command") != record["command"]:
-        raise InputError(f"{folder} is of `jaxlin {was.get('command')}`; --resume_from_checkpoint goes on with the same")
+        raise InputError(
+            f"{folder} is of `jaxlin {was.get('command')}`; --resume_from_checkpoint goes on with the same"
+        )
 
     def what(values: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
         named = {f"--{name}": value for name, value in values.items() if name not in _FREE}

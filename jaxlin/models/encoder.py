@@ -63,6 +63,8 @@ class EncoderConfig:
         dense_in_head: Whether that map belongs to the classification head and is trained with it (RoBERTa,
             DistilBERT, ELECTRA), and not to the pretrained body (BERT's pooler).
         lm_activation: Of the masked-LM head.
+        remat: Whether a derivative computes the activations of each layer anew instead of keeping them
+            (rematerialisation, gradient checkpointing): less memory, one more forward pass.
     """
 
     vocab_size: int
@@ -80,6 +82,7 @@ class EncoderConfig:
     head_activation: str = "tanh"
     dense_in_head: bool = False
     lm_activation: str = "gelu"
+    remat: bool = False
 
     @property
     def max_length(self) -> int:
@@ -138,7 +141,9 @@ class Attention(nn.Module):
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) * (width // heads) ** -0.5
         # A finite mask value: a fully masked row then stays finite instead of turning into NaN.
         scores = jnp.where(mask[:, None, None, :] != 0, scores, jnp.finfo(scores.dtype).min)
-        y = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), value)
+        # In bfloat16 the sum of many small weights would lose them.
+        weights = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), axis=-1)
+        y = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value)
         return nn.Dense(width, name="output")(y.reshape(reading.shape))
 
 
@@ -181,8 +186,9 @@ class Encoder(nn.Module):
     ) -> Float[Array, "B Q D"]:
         """Returns the last hidden state: of all tokens, or of the first ones alone, which takes less."""
         last = self.config.num_layers - 1
+        layer = nn.remat(Layer, static_argnums=3) if self.config.remat else Layer  # 3: `first`, self counted
         for i in range(self.config.num_layers):
-            x = Layer(self.config, name=f"layer_{i}")(x, mask, first if i == last else None)
+            x = layer(self.config, name=f"layer_{i}")(x, mask, first if i == last else None)
         return x
 
 

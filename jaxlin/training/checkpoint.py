@@ -270,7 +270,9 @@ class RunCheckpoints:
                 raise ValueError("its record was changed")
             other = differences(about["run"], self._run)
             if other:
-                raise InputError(f"{self.path} is of another run ({other}); resume with the same, or give another folder")
+                raise InputError(
+                    f"{self.path} is of another run ({other}); resume with the same, or give another folder"
+                )
             want = {"theta": template.theta, "optimizer": template.optimizer}
             arguments = {name: ocp.args.StandardRestore(jax.tree.map(_target, tree)) for name, tree in want.items()}
             found = self._manager.restore(step, args=ocp.args.Composite(**arguments))
@@ -281,7 +283,9 @@ class RunCheckpoints:
             raise
         except Exception as error:  # Orbax and TensorStore raise all kinds
             reason = (str(error).splitlines() or [""])[0][:160]
-            raise _DamagedError(f"the checkpoint of step {step} is damaged ({type(error).__name__}: {reason})") from error
+            raise _DamagedError(
+                f"the checkpoint of step {step} is damaged ({type(error).__name__}: {reason})"
+            ) from error
         return TrainState(theta, optimizer, about["step"]), about
 
     def close(self) -> None:

@@ -339,7 +339,9 @@ def _compare(
     if checkpoints is not None:
         checkpoints.check(config, True)
         hashes = {f"{split}_sha256": part.sha256() for split, part in data.items()}
-        inputs = {name: {**fingerprint(other, other.theta0), **hashes} for name, other in {FULL: tun, **extra_arms}.items()}
+        inputs = {
+            name: {**fingerprint(other, other.theta0), **hashes} for name, other in {FULL: tun, **extra_arms}.items()
+        }
         given = {"lams": lams, "lam_rel": lam_rel, "linearize_at": linearize_at}
         given |= {"track_linearization": track_linearization, "kernel_examples": kernel_examples, "cached": cached}
         sweep = SweepCheckpoints(checkpoints, run_record(config, **given, **inputs[FULL], arms=list(inputs)), resume)

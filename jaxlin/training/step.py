@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 from jaxlin.training.config import OPTIMIZERS
@@ -42,10 +43,62 @@ class Schedule:
         return self.peak * decay * jnp.clip((count + 1) / max(self.warmup, 1), 0, 1)
 
 
-Step = Callable[[Any, PyTree, Any, Batch], tuple[PyTree, Any, dict[str, Array]]]
+Layout = tuple[NamedSharding, ...] | None
+"""How the leaves of theta and of the optimizer's state lie on a mesh; `None` for one device."""
+
+Step = Callable[[Any, PyTree, Any, Batch, Layout], tuple[PyTree, Any, dict[str, Array]]]
 
 
 Factors = tuple[tuple[str, float], ...]
+
+
+def layout_of(theta: PyTree, state: Any) -> Layout:
+    """Returns how the leaves lie, so that a step leaves them there."""
+    return tuple(leaf.sharding for leaf in jax.tree.leaves((theta, state)))
+
+
+def _held(tree: PyTree, layout: Layout) -> PyTree:
+    """`tree` with its leaves where `layout` has them (its first ones): left to XLA, they might wander."""
+    if layout is None:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    held = map(jax.lax.with_sharding_constraint, leaves, layout[: len(leaves)])
+    return jax.tree.unflatten(structure, list(held))
+
+
+def loss_and_gradient(
+    loss: str, apply: Any, theta: PyTree, batch: Batch, accumulation: int = 1, layout: Layout = None
+) -> tuple[Array, PyTree]:
+    """Returns the mean loss of a batch, its rows counted by `weight`, and the gradient.
+
+    Args:
+        loss: A name of `LOSSES`.
+        apply: The model.
+        theta: Its parameters.
+        batch: The batch; its size is a multiple of `accumulation`.
+        accumulation: Parts that the batch is computed in, one after the other, so that the activations of one are
+            held; their gradients are summed. Part k has the rows k, k + accumulation, …: consecutive rows lie on one
+            device, and every device shall have its share of each part.
+        layout: Of theta, on a mesh.
+    """
+    total = jnp.sum(batch["weight"])
+
+    @jax.value_and_grad
+    def part_of_loss(p: PyTree, part: Batch) -> Array:
+        return jnp.sum(LOSSES[loss](apply(p, part), part["labels"]) * part["weight"]) / total
+
+    if accumulation == 1:
+        value, grads = part_of_loss(theta, batch)
+        return value, _held(grads, layout)
+    parts = jax.tree.map(lambda x: jnp.reshape(x, (-1, accumulation, *x.shape[1:])).swapaxes(0, 1), dict(batch))
+
+    def add(so_far: tuple[Array, PyTree], part: Batch) -> tuple[tuple[Array, PyTree], None]:
+        value, grads = jax.tree.map(jnp.add, so_far, part_of_loss(theta, part))
+        return (value, _held(grads, layout)), None
+
+    kinds = jax.eval_shape(part_of_loss, theta, jax.tree.map(lambda x: x[0], parts))
+    value, grads = jax.tree.map(lambda kind: jnp.zeros(kind.shape, kind.dtype), kinds)
+    return jax.lax.scan(add, (value, _held(grads, layout)), parts)[0]
 
 
 @functools.lru_cache(maxsize=32)
@@ -56,21 +109,20 @@ def compiled_step(
     pull: str,
     lam_blocks: Factors,
     learning_rate_blocks: Factors,
+    accumulation: int,
 ) -> tuple[optax.GradientTransformation, Step]:
     """Returns the transformation (λ and the rate in its state) and the compiled step, one for all of a sweep."""
     inner = OPTIMIZERS[optimizer](schedule) if isinstance(optimizer, str) else optimizer
     rates = dict(learning_rate_blocks)
     tx = proximal(inner, 0.0, pull, schedule, lam_blocks=dict(lam_blocks), learning_rate_blocks=rates)
 
-    @functools.partial(jax.jit, donate_argnums=(1, 2))
-    def step(apply: Any, theta: PyTree, state: Any, batch: Batch) -> tuple[PyTree, Any, dict[str, Array]]:
-        def objective(p: PyTree) -> Array:
-            weight = batch["weight"]
-            return jnp.sum(LOSSES[loss](apply(p, batch), batch["labels"]) * weight) / jnp.sum(weight)
-
-        value, grads = jax.value_and_grad(objective)(theta)
+    @functools.partial(jax.jit, donate_argnums=(1, 2), static_argnums=4)
+    def step(
+        apply: Any, theta: PyTree, state: Any, batch: Batch, layout: Layout = None
+    ) -> tuple[PyTree, Any, dict[str, Array]]:
+        value, grads = loss_and_gradient(loss, apply, theta, batch, accumulation, layout)
         updates, state = tx.update(grads, state, theta)
-        theta = jax.tree.map(lambda p, u: p + u.astype(p.dtype), theta, updates)
+        theta, state = _held((jax.tree.map(lambda p, u: p + u.astype(p.dtype), theta, updates), state), layout)
         delta = jax.tree.map(jnp.subtract, theta, state.theta0)
         return (
             theta,

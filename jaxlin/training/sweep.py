@@ -132,7 +132,7 @@ def train_sweep(
         1.0 if named else config.learning_rate, config.lr_scheduler_type, int(config.warmup_ratio * total), total
     )
     by_block = [tuple((patterns or {}).items()) for patterns in (config.lam_blocks, config.learning_rate_blocks)]
-    tx, step = compiled_step(config.loss, config.optimizer, schedule, config.pull, *by_block)
+    tx, step = compiled_step(config.loss, config.optimizer, schedule, config.pull, *by_block, 1)  # no activations: whole
     run = _compiled(step)
 
     def each(leaf: Any) -> Any:

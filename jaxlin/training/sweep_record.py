@@ -47,7 +47,9 @@ class SweepCheckpoints:
             raise InputError(f"{self._path / NAME} cannot be read: {error}; give another folder") from error
         other = differences(was, self._sweep)
         if other:
-            raise InputError(f"{self._path} is of another sweep ({other}); resume with the same, or give another folder")
+            raise InputError(
+                f"{self._path} is of another sweep ({other}); resume with the same, or give another folder"
+            )
 
     def grid(self, lams: Sequence[float]) -> list[float]:
         """Returns the λ of the sweep: those that it began with, or these, which are recorded."""

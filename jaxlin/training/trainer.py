@@ -11,20 +11,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError, Interrupted, TrainingDivergedError
 from jaxlin.interrupt import held_back
+from jaxlin.mesh import fetch, place
 from jaxlin.ntk.jacobian import num_outputs
 from jaxlin.ntk.store import fingerprint
+from jaxlin.sharding import Rules, mesh_of, shard, spread
 from jaxlin.training.checkpoint import Checkpoints, RunCheckpoints, run_record
 from jaxlin.training.config import TrainConfig
+from jaxlin.training.failure import explained
 from jaxlin.training.input import step_input
 from jaxlin.training.losses import check_labels, evaluate, to_mean
+from jaxlin.training.precision import in_dtype
 from jaxlin.training.state import Row, TrainState, copied
-from jaxlin.training.step import Schedule, compiled_step
+from jaxlin.training.step import Schedule, compiled_step, layout_of
 from jaxlin.tunable import Batch, Tunable, block_factors, leaf_paths
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainResult:
@@ -49,10 +55,23 @@ def _outputs(apply: Any, theta: PyTree, batch: Batch) -> Array:
 
 
 def predict(tun: Tunable, theta: PyTree, data: Dataset | Batch, chunk: int = 32) -> Float[np.ndarray, "N C"]:
-    """Returns `tun.apply(theta, ·)` of every example, float64 `[N, C]` on the host."""
+    """Returns `tun.apply(theta, ·)` of every example, float64 `[N, C]` on the host.
+
+    Where theta lies on a mesh (`shard`, or the result of training on one), examples are split over its axis `data`.
+
+    Args:
+        tun: The model.
+        theta: Its parameters.
+        data: The examples.
+        chunk: How many are computed at a time, on all devices together.
+    """
     data = as_dataset(data)
     tun.check_batch(data.columns)
-    return data.map(lambda batch: _outputs(tun.apply, theta, batch), chunk)
+    mesh = mesh_of((theta, tun.apply))
+    apply = tun.apply
+    if mesh is not None:
+        apply, theta = place((apply, theta), mesh)
+    return data.map(lambda batch: fetch(_outputs(apply, theta, spread(batch, mesh))), chunk)
 
 
 def check_blocks(tun: Tunable, config: TrainConfig) -> None:
@@ -108,6 +127,8 @@ def train(
     resume: bool = False,
     log: Callable[[Row], None] | None = None,
     replay: Callable[[Row], None] | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
 ) -> TrainResult:
     """Minimises the mean loss with the pull `(λ/2n)‖θ−θ₀‖²` from `tun.theta0` (theory 0 and 1).
 
@@ -127,13 +148,18 @@ def train(
             without interruption, to the bit where equal inputs give equal bits. A run that is finished is not run again.
         log: Called with every row of the history as it is made.
         replay: Called with every row that a checkpoint brought.
+        mesh: Devices to train on, of one process or of several that all make this call; the examples of a batch are
+            split over its axis `data`. Default: the one that `tun` lies on (`shard`), or one device.
+        rules: How parameters and the optimizer's state are split over the mesh; see `shard`.
 
     Returns:
-        Parameters and history.
+        Parameters and history, which is the same on every mesh to rounding.
 
     Raises:
-        InputError: If configuration, labels or inputs do not fit, or are not those of the checkpoints; before anything
-            is computed. Or if the disk is full; the last checkpoint is whole then.
+        InputError: If configuration, labels, inputs, mesh or rules do not fit, or are not those of the checkpoints;
+            before anything is computed. Or if the disk is full; the last checkpoint is whole then.
+        DeviceMemoryError: If a step does not fit a device's memory; says what to lower.
+        ProcessLostError: If another process of the mesh has ended.
         TrainingDivergedError: If the loss becomes NaN or infinite; says at which step, and which checkpoint is the
             last. Rows before it have been logged.
         Interrupted: With checkpoints, on Ctrl-C, or on SIGTERM where it has a handler: after the step that was being
@@ -153,7 +179,13 @@ def train(
     peak = 1.0 if named else config.learning_rate
     schedule = Schedule(peak, config.lr_scheduler_type, int(config.warmup_ratio * total), total)
     by_block = [tuple((patterns or {}).items()) for patterns in (config.lam_blocks, config.learning_rate_blocks)]
-    tx, step = compiled_step(config.loss, config.optimizer, schedule, config.pull, *by_block)
+    parts = config.gradient_accumulation_steps
+    tx, step = compiled_step(config.loss, config.optimizer, schedule, config.pull, *by_block, parts)
+    mesh = mesh or mesh_of((tun.apply, tun.theta0))
+    if mesh is not None:
+        tun = shard(tun, mesh, rules)
+    elif rules:
+        raise InputError("rules are given and no mesh to split parameters over; give mesh=make_mesh(...)")
     if start is None:
         start = TrainState(tun.theta0, tx.init(tun.theta0), 0)
     beyond = [k for k in (start.step, *keep) if not 0 <= k <= total]
@@ -164,6 +196,11 @@ def train(
     dtype = jnp.result_type(*jax.tree.leaves(theta))
     rate = config.learning_rate if named else 1.0
     state = state._replace(lam=jnp.asarray(lam, dtype), rate=jnp.asarray(rate, dtype))
+    layout = None
+    if mesh is not None:
+        theta, state = place((theta, state), mesh)
+        layout = layout_of(theta, state)
+    stepped = tun.apply if config.compute_dtype == "float32" else in_dtype(tun, config.compute_dtype).apply
     history: list[Row] = []
     states = {0: TrainState(copied(theta), copied(state), 0)} if 0 in keep else {}
     with contextlib.ExitStack() as stack:
@@ -184,13 +221,11 @@ def train(
             elif states:
                 saver.save(states[0], history, source.get_state())
         for i, (indices, batch) in enumerate(source, start=start.step + len(history) + 1):
-            with jax.default_matmul_precision(config.precision):
-                theta, state, metrics = step(tun.apply, theta, state, batch)
-            row: Row = {
-                "step": i,
-                "epoch": i / config.steps_per_epoch(n),
-                **{k: float(v) for k, v in metrics.items()},
-            }
+            batch = spread(batch, mesh, parts)
+            with jax.default_matmul_precision(config.precision), explained(i, config, tun, batch, mesh):
+                theta, state, metrics = step(stepped, theta, state, batch, layout)
+                row: Row = {"step": i, "epoch": i / config.steps_per_epoch(n)}
+                row |= {k: float(v) for k, v in metrics.items()}
             if not (math.isfinite(row["loss"]) and math.isfinite(row["distance"])):
                 raise TrainingDivergedError(
                     f"the loss is {row['loss']} and ‖θ−θ₀‖ {row['distance']} at step {i} of {total} (examples "

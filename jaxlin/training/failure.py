@@ -1,0 +1,74 @@
+"""What a failing device or process means for a run, and what to change."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import Mesh
+
+from jaxlin.errors import DeviceMemoryError, ProcessLostError
+from jaxlin.linearize import Linearized
+from jaxlin.sharding import DATA
+from jaxlin.training.config import TrainConfig
+from jaxlin.tunable import Batch, Tunable
+
+
+def _to_lower(config: TrainConfig, tun: Tunable, batch: Batch, mesh: Mesh | None) -> list[str]:
+    """What makes a step take less memory, that which leaves the result as it is first."""
+    parts, devices = config.gradient_accumulation_steps, 1 if mesh is None else mesh.shape[DATA]
+    held = len(batch["weight"]) // (parts * devices)
+    listed = []
+    if held > 1:
+        listed.append(
+            f"gradient_accumulation_steps from {parts} to {2 * parts} (a device then holds the activations of "
+            f"{-(-held // 2)} examples at a time in place of {held}; the step stays the same)"
+        )
+    config_of = getattr(getattr(getattr(tun.apply, "apply", tun.apply), "module", None), "config", None)
+    if getattr(config_of, "remat", None) is False:
+        listed.append("--gradient_checkpointing (with_remat(model)), for a third more time")
+    if isinstance(tun.apply, Linearized):
+        listed.append("linear_mode='cached', which needs no network, where the Jacobian fits")
+    if config.compute_dtype == "float32":
+        listed.append("compute_dtype='bfloat16', which halves activations")
+    if "input_ids" in batch and held == 1:
+        listed.append(f"max_seq_length from {batch['input_ids'].shape[1]} to {batch['input_ids'].shape[1] // 2}")
+    split = "a mesh with more devices on its axis 'model'" if mesh is not None else "a mesh with an axis 'model'"
+    listed.append(f"the parameters on each device, by {split} and rules (ENCODER_RULES), where they are what is large")
+    return listed
+
+
+@contextlib.contextmanager
+def explained(step: int, config: TrainConfig, tun: Tunable, batch: Batch, mesh: Mesh | None) -> Iterator[None]:
+    """Turns a device's error in a training step into one that says what to do.
+
+    Args:
+        step: Which step it is.
+        config: Of the run.
+        tun: What is trained.
+        batch: Of the step.
+        mesh: The devices; `None` for one.
+
+    Raises:
+        DeviceMemoryError: If memory ran out.
+        ProcessLostError: If a computation over several processes failed otherwise.
+        jax.errors.JaxRuntimeError: Any other, as it came.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            shape = "×".join(map(str, batch["input_ids"].shape)) + " tokens" if "input_ids" in batch else ""
+            shape = shape or f"{len(batch['weight'])} examples"
+            raise DeviceMemoryError(
+                f"out of memory in step {step}, a batch of {shape}. Lower, first that which leaves the result as it "
+                f"is: {'; '.join(_to_lower(config, tun, batch, mesh))}. The device said: {str(error).splitlines()[0]}"
+            ) from error
+        if mesh is not None and mesh.is_multi_process:
+            raise ProcessLostError(
+                f"step {step} failed in process {jax.process_index()} of {jax.process_count()}, as it does where "
+                "another process has ended or cannot be reached; look at the end of the others' logs, then start all "
+                f"of them again, from the last checkpoint. The device said: {str(error).splitlines()[0]}"
+            ) from error
+        raise
