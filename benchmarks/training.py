@@ -1,13 +1,13 @@
-"""Time of training steps as ratios that arithmetic bounds: linearized to full, with the trunk cached, with Jacobians cached.
+"""Time of training steps as ratios that arithmetic bounds: linearized to full, with trunk or Jacobians cached.
 
-    uv run python benchmarks/training.py [--batch 8] [--length 128] [--repeats 5] [--json FILE]     # RoBERTa-base's shape
+    uv run python benchmarks/training.py [--batch 8] [--length 128] [--repeats 5] [--json FILE]   # RoBERTa-base's shape
     uv run python benchmarks/training.py --text FOLDER/sst2/train.tsv [--examples 1000]             # MiniLM, real text
 
 With F a forward pass, a LoRA step costs 2F and its linearized step 3F (primal, tangent, transpose); of all weights 3F
 and 5F. With a share d of the layers tuned (the top 2 of 12; the top 1 of 6) these are 1 + d, 1 + 2d, 1 + 2d and 1 + 4d,
-and where what lies below is computed once 2d, 3d, 3d and 5d; a kernel of C outputs takes 1 + Cd and (1 + C)d. Embeddings,
-norms and the softmax are not counted. `reached` is limit over ratio where a ratio is to be small, ratio over limit where
-it is a speed-up.
+and where what lies below is computed once 2d, 3d, 3d and 5d; a kernel of C outputs takes 1 + Cd and (1 + C)d.
+Embeddings, norms and the softmax are not counted. `reached` is limit over ratio where a ratio is to be small, ratio
+over limit where it is a speed-up.
 
 Steps of all variants are interleaved, and ratios are of the medians of one run: what else the machine does meets all of
 them. The first call's excess over the median is told apart, as compilation. Peak memory is of the process (Linux), with
@@ -176,7 +176,8 @@ def cached(model: Any, data: Dataset, args: argparse.Namespace) -> list[dict[str
     n = len(data)
     for name in ("train", "one"):
         value = streaming / found[name]["seconds"]
-        what = f"LoRA q, v, {n} examples: an epoch, speed-up by cached Jacobians ({'train_sweep' * (name == 'one') or name})"
+        by = "train" if name == "train" else "train_sweep"
+        what = f"LoRA q, v, {n} examples: an epoch, speed-up by cached Jacobians ({by})"
         rows.append({"ratio": what, "value": value, "limit": 20.0, "reached": value / 20.0, **about})
         say(rows[-1])
     value = len(lams) * found["one"]["seconds"] / found["sweep"]["seconds"]
@@ -188,7 +189,9 @@ def cached(model: Any, data: Dataset, args: argparse.Namespace) -> list[dict[str
 
 def say(row: dict[str, Any]) -> None:
     """Prints one ratio."""
-    print(f"{row['ratio']:85} {row['value']:6.2f}  limit {row['limit']:5.2f}  reached {row['reached']:5.2f}", flush=True)
+    print(
+        f"{row['ratio']:85} {row['value']:6.2f}  limit {row['limit']:5.2f}  reached {row['reached']:5.2f}", flush=True
+    )
 
 
 def main() -> None:
@@ -198,7 +201,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--examples", type=int, default=1000, help="of the text, for the cached mode")
-    parser.add_argument("--text", type=Path, help="TSV with columns `sentence`, `label`: MiniLM in place of RoBERTa-base")
+    parser.add_argument(
+        "--text", type=Path, help="TSV with columns `sentence`, `label`: MiniLM in place of RoBERTa-base"
+    )
     parser.add_argument("--parts", nargs="+", choices=("steps", "cached"), default=["steps", "cached"])
     parser.add_argument("--json", type=Path, help="what is there already of the other model is kept")
     args = parser.parse_args()
@@ -213,7 +218,12 @@ def main() -> None:
     if args.json:
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         about = {"jax": jax.__version__, "device": str(jax.devices()[0]), "machine": platform.machine()}
-        about |= {"cores": os.cpu_count(), "load_average": load, "batch": args.batch, "length": int(data["input_ids"].shape[1])}
+        about |= {
+            "cores": os.cpu_count(),
+            "load_average": load,
+            "batch": args.batch,
+            "length": int(data["input_ids"].shape[1]),
+        }
         known = json.loads(args.json.read_text()) if args.json.exists() else {}
         known["MiniLM" if args.text else "RoBERTa-base shape"] = {"about": about, "rows": rows}
         args.json.write_text(json.dumps(known, indent=2))

@@ -200,8 +200,8 @@ def find_trunk(tun: Tunable, data: Dataset | Mapping[str, Any]) -> Trunk:
     least = min((work for work, *_ in left), default=whole)
     if not left or whole - least < _LEAST_SHARE * whole:
         raise InputError(
-            f"there is no trunk to cache: what does not depend on tuned parameters (such as {leaf_paths(tun.theta0)[0]})"
-            f" is {(whole - least) / whole:.0%} of a forward pass; tune higher layers alone, or go without"
+            f"there is no trunk to cache: what does not depend on tuned parameters (such as {leaf_paths(tun.theta0)[0]}"
+            f") is {(whole - least) / whole:.0%} of a forward pass; tune higher layers alone, or go without"
         )
     # Some multiplications more or less are not worth a larger array.
     near = [choice for choice in left if choice[0] - least <= 0.01 * whole]
@@ -209,7 +209,9 @@ def find_trunk(tun: Tunable, data: Dataset | Mapping[str, Any]) -> Trunk:
     below, _ = _needed(jaxpr, [var])
     invars = jaxpr.invars[num_theta : num_theta + num_frozen]
     paths = leaf_paths(apply.frozen)
-    weights = {path: leaf for path, leaf, var in zip(paths, jax.tree.leaves(apply), invars, strict=True) if var in below}
+    weights = {
+        path: leaf for path, leaf, var in zip(paths, jax.tree.leaves(apply), invars, strict=True) if var in below
+    }
     scales = [(path, scale) for path, scale in apply.scales if f"{path}/lora_B" in weights]
     digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", f"{name} {apply.module} {scales}").encode())
     for path, leaf in weights.items():
@@ -361,9 +363,7 @@ def _check_disk(size: int, folder: str | Path | None) -> None:
         )
 
 
-def _on_disk(
-    trunk: Trunk, data: Dataset, folder: str | Path | None, fill: Callable[[Put], None]
-) -> np.ndarray:
+def _on_disk(trunk: Trunk, data: Dataset, folder: str | Path | None, fill: Callable[[Put], None]) -> np.ndarray:
     shape = (len(data), *trunk.shape)
     if folder is None:
         with tempfile.TemporaryFile(prefix="jaxlin-trunk-") as file:  # the map keeps it, and nothing else does

@@ -8,7 +8,7 @@ import pytest
 
 import jaxlin as jl
 from jaxlin.data.dataset import TRUNK, Dataset, as_dataset
-from jaxlin.ntk.jacobian import jacobian, to_float64
+from jaxlin.ntk.jacobian import to_float64
 from jaxlin.trunk import entered_alike, find_trunk
 from tests import cases
 
@@ -65,7 +65,10 @@ def test_no_weight_below_the_cut_is_read(model, batch):
     tun, fast, data = pair("layer", model, batch)
     frozen = dict(fast.apply.frozen)
     frozen["embeddings"] = jax.tree.map(lambda leaf: leaf * np.nan, frozen["embeddings"])
-    frozen["encoder"] = {**frozen["encoder"], "layer_0": jax.tree.map(lambda x: x * np.nan, frozen["encoder"]["layer_0"])}
+    frozen["encoder"] = {
+        **frozen["encoder"],
+        "layer_0": jax.tree.map(lambda x: x * np.nan, frozen["encoder"]["layer_0"]),
+    }
     dead = dataclasses.replace(fast, apply=dataclasses.replace(fast.apply, frozen=frozen))
     theta = cases.moved(tun)
     for one, other in ((dead, fast), (jl.linearize(dead), jl.linearize(fast))):
@@ -107,9 +110,7 @@ def test_training_compiles_as_often_as_without(model):
                 return super().__call__(theta, batch)
 
         fields = {f.name: getattr(t.apply, f.name) for f in dataclasses.fields(t.apply)}
-        jax.tree_util.register_dataclass(
-            Counting, ["frozen"], [name for name in fields if name != "frozen"]
-        )
+        jax.tree_util.register_dataclass(Counting, ["frozen"], [name for name in fields if name != "frozen"])
         return dataclasses.replace(t, apply=Counting(**fields))
 
     config = jl.TrainConfig(batch_size=8, num_train_epochs=4, group_by_length=True)
@@ -130,7 +131,8 @@ def test_what_does_not_fit_the_budget_is_mapped_from_a_file(model, batch, tmp_pa
     for folder in (None, tmp_path / "new"):
         _, other = jl.cache_trunk(tun, batch, memory_budget=100, folder=folder)
         column = other[fast.apply.cut.column]
-        assert isinstance(column, np.memmap) and not column.flags.writeable
+        assert isinstance(column, np.memmap)
+        assert not column.flags.writeable
         np.testing.assert_array_equal(column, held)
         np.testing.assert_array_equal(jl.predict(fast, fast.theta0, other), jl.predict(fast, fast.theta0, data))
     (file,) = (tmp_path / "new").iterdir()  # no half-written one beside it
@@ -151,7 +153,8 @@ def test_a_file_serves_again_and_only_the_same_weights_and_data(model, batch, tm
     jl.cache_trunk(
         TOP["lora"][0](dataclasses.replace(model, params={**model.params, "embeddings": other})), batch, **options
     )
-    assert len(list(tmp_path.iterdir())) == 3 and calls
+    assert len(list(tmp_path.iterdir())) == 3
+    assert calls
 
 
 def test_an_interrupted_pass_leaves_no_file(model, batch, tmp_path):
@@ -276,7 +279,8 @@ def test_width_of_activations_is_no_length():
     net = Odd()
     model = jl.from_linen(net, net.init(jax.random.key(0), batch)["params"])
     trunk = find_trunk(jl.select(model, "classifier"), batch)
-    assert trunk.cut.path == "lower" and trunk.shape == (64,)
+    assert trunk.cut.path == "lower"
+    assert trunk.shape == (64,)
 
 
 def test_buckets_cut_activations_of_tokens_alone():

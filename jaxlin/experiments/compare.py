@@ -169,6 +169,8 @@ def run(config: CompareConfig) -> Comparison:
                 progress=progress.update,
                 **options,
             )
+            for what in ("linear_mode", "trunk_cache"):
+                progress.say(f"{what}: {result.summary[what]}")
         title = (
             f"{source.name}, {setting.task.name}: {sizes['train']} training and {sizes['eval']} evaluation examples, "
             f"{result.summary['steps']} steps, seed {config.training.seed}"

@@ -301,7 +301,7 @@ def _datasets(
         narrow = [k for k, v in data.columns.items() if k.startswith(TRUNK) and v.dtype != np.float64]
         if dtype == "float64" and narrow:
             raise InputError(
-                f'{narrow[0]!r} holds {data[narrow[0]].dtype}, and the kernel is to be in float64: '
+                f"{narrow[0]!r} holds {data[narrow[0]].dtype}, and the kernel is to be in float64: "
                 'give cache_trunk dtype="float64" too'
             )
     return data1, data2

@@ -194,8 +194,8 @@ class PeftFunction:
         check_text_batch(self.module, batch)
         if self.cut is not None and self.cut.column not in batch:
             raise InputError(
-                f"the batch has no {self.cut.column!r}, the output of {self.cut.path!r} that this Tunable reads (it has "
-                f"{sorted(batch)}); use the data that cache_trunk returned with it"
+                f"the batch has no {self.cut.column!r}, the output of {self.cut.path!r} that this Tunable reads (it "
+                f"has {sorted(batch)}); use the data that cache_trunk returned with it"
             )
 
 

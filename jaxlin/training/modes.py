@@ -42,8 +42,14 @@ def size(nbytes: float) -> str:
 def choose_cached(nbytes: int, memory_budget: int) -> Choice:
     """Says whether the linearized model trains from Jacobians of so many bytes: where they fit half the budget."""
     fits = 2 * nbytes <= memory_budget  # half: they are copied to the device
-    said = f"Jacobians take {size(nbytes)}, {'within' if fits else 'more than'} half the budget of {size(memory_budget)}"
-    return Choice("cached", f"Jacobians computed once: {said}") if fits else Choice("streaming", f"jvp at every step: {said}")
+    said = (
+        f"Jacobians take {size(nbytes)}, {'within' if fits else 'more than'} half the budget of {size(memory_budget)}"
+    )
+    return (
+        Choice("cached", f"Jacobians computed once: {said}")
+        if fits
+        else Choice("streaming", f"jvp at every step: {said}")
+    )
 
 
 def choose_trunk(tun: Tunable, data: Sequence[Dataset], memory_budget: int) -> tuple[Trunk | None, Choice]:
@@ -106,8 +112,8 @@ def prepare(
 
     The trajectories are the same to rounding (in bfloat16: to `jacobian_error`). A linearized model (`linearize`) has
     three forms: `"cached"`, its Jacobians computed once, a step being two matrix products; `"trunk"`, what lies below
-    the tuned parameters computed once (see `cache_trunk`); `"streaming"`, the network at every step. Any other model has
-    the latter two.
+    the tuned parameters computed once (see `cache_trunk`); `"streaming"`, the network at every step. Any other model
+    has the latter two.
 
     Args:
         tun: What is to be trained: a Tunable, or `linearize` of one.
@@ -177,6 +183,4 @@ def prepare(
     cached, rows = cached_linearized(exact, sets, found)
     error = max(jac.storage_error for jac in found)
     kept = f"; kept in {jacobian_dtype}, relative error {error:.1e}" if jacobian_dtype else ""
-    return Prepared(
-        dataclasses.replace(cached, theta0=tun.theta0), tuple(rows), "cached", choice.reason + kept, error
-    )
+    return Prepared(dataclasses.replace(cached, theta0=tun.theta0), tuple(rows), "cached", choice.reason + kept, error)

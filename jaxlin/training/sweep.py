@@ -132,7 +132,9 @@ def train_sweep(
         1.0 if named else config.learning_rate, config.lr_scheduler_type, int(config.warmup_ratio * total), total
     )
     by_block = [tuple((patterns or {}).items()) for patterns in (config.lam_blocks, config.learning_rate_blocks)]
-    tx, step = compiled_step(config.loss, config.optimizer, schedule, config.pull, *by_block, 1)  # no activations: whole
+    tx, step = compiled_step(
+        config.loss, config.optimizer, schedule, config.pull, *by_block, 1
+    )  # no activations: whole
     run = _compiled(step)
 
     def each(leaf: Any) -> Any:
@@ -206,7 +208,9 @@ def _configs(
     given = [values for values in (lams, learning_rates) if values is not None]
     if not given or not len(given[0]) or len({len(values) for values in given}) > 1:
         sizes = {"lams": lams and len(lams), "learning_rates": learning_rates and len(learning_rates)}
-        raise InputError(f"train_sweep got {sizes}; expected at least one value, and as many of both where both are given")
+        raise InputError(
+            f"train_sweep got {sizes}; expected at least one value, and as many of both where both are given"
+        )
     out = []
     for k in range(len(given[0])):
         lam = config.lam if lams is None else float(lams[k])
@@ -217,7 +221,7 @@ def _configs(
 
 
 def _whole(data: Dataset, config: TrainConfig) -> dict[str, np.ndarray]:
-    """The batch of full-batch descent, without row numbers: the same at every step; nothing where batches are smaller."""
+    """The batch of full-batch descent, without row numbers; nothing where batches are smaller."""
     if config.batch_size < len(data):
         return {}
     (part,) = [int(name.partition(":")[2]) for name in data.columns if name != "labels"]
