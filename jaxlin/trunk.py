@@ -244,7 +244,8 @@ def cache_trunk(
     the top 2 of 12 layers tuned, a step then takes 2/7 (LoRA) to 1/2 (all weights, linearized) of its time.
 
     An example's activations must not depend on padding, as all of jaxlin assumes: each is computed at the length of its
-    bucket, and rows beyond it are zero.
+    bucket, and rows beyond it are zero. The error ε_J of a kernel is then that of the layers above: activations are
+    taken as given. Of modules under `nn.remat` or `nn.scan` nothing can be kept.
 
     Args:
         tun: A Tunable made of a `Model`, or its linearization.
