@@ -10,8 +10,10 @@ Embeddings, norms and the softmax are not counted. `reached` is limit over ratio
 over limit where it is a speed-up.
 
 Steps of all variants are interleaved, and ratios are of the medians of one run: what else the machine does meets all of
-them. The first call's excess over the median is told apart, as compilation. Peak memory is of the process (Linux), with
-everything that is compared. The cached mode is compared by whole epochs: a streaming one once, in steps of its buckets.
+them. On a machine that others use too, `of CPU` is the ratio of the processor time that the process took for the same
+steps, which their work disturbs less than the clock. The first call's excess over the median is told apart, as
+compilation. Peak memory is of the process (Linux), with everything that is compared. The cached mode is compared by
+whole epochs: a streaming one once, in steps of its buckets.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.models.encoder import SequenceClassifier
 from jaxlin.training.step import Schedule, compiled_step
 
+PARTS = ("streaming", "trunk", "cached")
 SCHEDULE = Schedule(1.0, "constant", 0, 1000)
 
 
@@ -75,18 +78,18 @@ class Stepper:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
-    """Median seconds of each call, all taken in turn, and by how much the first took longer."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    """Median seconds of calls taken in turn, by the clock and of CPU; and by how much the first took longer."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(1 + repeats):
         for name, call in calls.items():
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             call()
-            times[name].append(time.perf_counter() - begin)
-    middle = {name: statistics.median(values[1:]) for name, values in times.items()}
-    return {
-        name: {"seconds": middle[name], "compile_seconds": max(0.0, values[0] - middle[name])}
-        for name, values in times.items()
-    }
+            times[name].append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
+    found = {}
+    for name, values in times.items():
+        seconds, cpu = (statistics.median(column) for column in zip(*values[1:], strict=True))
+        found[name] = {"seconds": seconds, "cpu_seconds": cpu, "compile_seconds": max(0.0, values[0][0] - seconds)}
+    return found
 
 
 def steps(model: Any, data: Dataset, layers: int, top: int, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -99,27 +102,27 @@ def steps(model: Any, data: Dataset, layers: int, top: int, args: argparse.Names
     rows: list[dict[str, Any]] = []
 
     def ratio(what: str, found: dict[str, Any], over: str, under: str, limit: float, small: bool) -> None:
-        value = found[over]["seconds"] / found[under]["seconds"]
+        value, of_cpu = (found[over][key] / found[under][key] for key in ("seconds", "cpu_seconds"))
         row = {"ratio": what, "value": value, "limit": limit, "reached": limit / value if small else value / limit}
+        row["value_of_cpu"] = of_cpu
         rows.append({**row, over: found[over], under: found[under], "peak_rss_GiB": peak_memory()})
         say(rows[-1])
 
     def batch_of(part: Dataset) -> dict[str, np.ndarray]:
         return part.batch(np.arange(len(part)))
 
-    for name, tun, limit in (
-        ("LoRA q, v", jl.lora(model, rank=8), 3 / 2),
-        ("all weights", jl.full(model), 5 / 3),
-    ):
+    whole = (("LoRA q, v", jl.lora(model, rank=8), 3 / 2), ("all weights", jl.full(model), 5 / 3))
+    for name, tun, limit in whole if "streaming" in args.parts else ():
         peak_memory(reset=True)
         calls = {"full": Stepper(tun, batch_of(some)), "linearized": Stepper(jl.linearize(tun), batch_of(some))}
         found = interleaved(calls, args.repeats)
         ratio(f"{name}: linearized over full step", found, "linearized", "full", limit, True)
         del calls
-    for name, tun, costs in (
+    above = (
         ("LoRA q, v", jl.lora(model, rank=8, layers=last), ((1 + share, 2), (1 + 2 * share, 3))),
         ("all weights", jl.select(model, pattern), ((1 + 2 * share, 3), (1 + 4 * share, 5))),
-    ):
+    )
+    for name, tun, costs in above if "trunk" in args.parts else ():
         peak_memory(reset=True)
         begin = time.perf_counter()
         fast, cached = jl.cache_trunk(tun, some)
@@ -189,8 +192,10 @@ def cached(model: Any, data: Dataset, args: argparse.Namespace) -> list[dict[str
 
 def say(row: dict[str, Any]) -> None:
     """Prints one ratio."""
+    of_cpu = f"  of CPU {row['value_of_cpu']:5.2f}" if "value_of_cpu" in row else ""
     print(
-        f"{row['ratio']:85} {row['value']:6.2f}  limit {row['limit']:5.2f}  reached {row['reached']:5.2f}", flush=True
+        f"{row['ratio']:80} {row['value']:6.2f}  limit {row['limit']:5.2f}  reached {row['reached']:5.2f}{of_cpu}",
+        flush=True,
     )
 
 
@@ -204,15 +209,14 @@ def main() -> None:
     parser.add_argument(
         "--text", type=Path, help="TSV with columns `sentence`, `label`: MiniLM in place of RoBERTa-base"
     )
-    parser.add_argument("--parts", nargs="+", choices=("steps", "cached"), default=["steps", "cached"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--json", type=Path, help="what is there already of the other model is kept")
     args = parser.parse_args()
     model, data = minilm(args) if args.text else roberta_shape(args)
     config = model.module.config if args.text else CONFIG
     rows = []
     with jax.default_matmul_precision("highest"):
-        if "steps" in args.parts:
-            rows += steps(model, data, config.num_layers, config.num_layers // 6, args)
+        rows += steps(model, data, config.num_layers, config.num_layers // 6, args)
         if "cached" in args.parts and args.text:
             rows += cached(model, data, args)
     if args.json:
