@@ -39,8 +39,11 @@ from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.checkpoint import Checkpoints, load_checkpoint
 from jaxlin.training.compare import Comparison, compare
 from jaxlin.training.config import TrainConfig
+from jaxlin.training.modes import Prepared, prepare
 from jaxlin.training.report import LinearizationReport, linearization_report
+from jaxlin.training.sweep import Sweep, train_sweep
 from jaxlin.training.trainer import TrainResult, predict, train
+from jaxlin.trunk import cache_trunk
 from jaxlin.tunable import Tunable
 
 __all__ = [
@@ -63,8 +66,10 @@ __all__ = [
     "LipschitzProfile",
     "Model",
     "NTKOperator",
+    "Prepared",
     "ProcessLostError",
     "Spectrum",
+    "Sweep",
     "TrainConfig",
     "TrainResult",
     "TrainingDivergedError",
@@ -72,6 +77,7 @@ __all__ = [
     "bias_only",
     "blockwise_regression",
     "bounds",
+    "cache_trunk",
     "calibration",
     "compare",
     "early_stopping",
@@ -105,6 +111,7 @@ __all__ = [
     "ntk_vector_product",
     "optim",
     "predict",
+    "prepare",
     "probe_head",
     "prompt_batch",
     "prompt_classifier",
@@ -115,5 +122,6 @@ __all__ = [
     "spectral_density",
     "spectrum",
     "train",
+    "train_sweep",
     "with_remat",
 ]

@@ -140,6 +140,7 @@ def run(config: CompareConfig) -> Comparison:
         "lam_rel": config.sweep.lam_rel or None,
         **{option: steps_of(config.sweep, option) for option in STEP_OPTIONS},
         "linear_mode": config.sweep.linear_mode,
+        "trunk_cache": config.sweep.trunk_cache,
         "kernel_examples": config.sweep.kernel_examples,
         "mesh": mesh,
         "rules": rules,
@@ -183,6 +184,8 @@ def run(config: CompareConfig) -> Comparison:
                 progress=progress.update,
                 **options,
             )
+            for what in ("linear_mode", "trunk_cache"):
+                progress.say(f"{what}: {result.summary[what]}")
         title = (
             f"{source.name}, {setting.task.name}: {sizes['train']} training and {sizes['eval']} evaluation examples, "
             f"{result.summary['steps']} steps, seed {config.training.seed}"

@@ -60,6 +60,7 @@ class SweepArguments:
         track_linearization: Report gaps and kernel drift at these steps, such as 0,10,50: is it lazy?
         with_frozen_A: Train one more arm: full, with LoRA's A frozen.
         linear_mode: Train the linearized arm from Jacobians computed once (cached) or by jvp (streaming).
+        trunk_cache: Compute activations below what is tuned once; on: on disk where memory is short.
         kernel_examples: At most so many training examples make the kernel.
     """
 
@@ -71,6 +72,7 @@ class SweepArguments:
     track_linearization: tuple[str, ...] = ()
     with_frozen_A: bool = False
     linear_mode: Literal["auto", "cached", "streaming"] = "auto"
+    trunk_cache: Literal["auto", "on", "off"] = "auto"
     kernel_examples: int = 1024
 
 

@@ -93,7 +93,7 @@ class EncoderConfig:
 
 def set_remat(module: Any, value: bool) -> Any:
     """Returns a module with `config.remat` set; one whose configuration knows no such thing as it is."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     if getattr(config, "remat", value) == value:
         return module
     return module.clone(config=dataclasses.replace(config, remat=value))

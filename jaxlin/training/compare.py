@@ -25,10 +25,13 @@ from jaxlin.training.checkpoint import Checkpoints, run_record
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.gaps import distances
 from jaxlin.training.losses import targets
+from jaxlin.training.modes import Choice, choose_cached, choose_trunk
 from jaxlin.training.report import KERNEL_EXAMPLES, LinearizationReport, Tracker
 from jaxlin.training.start import PhaseProgress, Start, factor_blocks
+from jaxlin.training.sweep import train_sweep
 from jaxlin.training.sweep_record import SweepCheckpoints
 from jaxlin.training.trainer import Row, TrainResult, TrainState, check_blocks, check_data, predict, train
+from jaxlin.trunk import cache_trunk, entered_alike
 from jaxlin.tunable import Tunable, leaf_paths
 
 AUTO_LAMS = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
@@ -37,6 +40,8 @@ AUTO_LAMS = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 FULL, LINEARIZED, REGRESSION = "full", "linearized", "kernel_regression"
 LATE = "linearized_at_step_"
 """Prefix of the arms that are linearized later; the step follows."""
+HOW = {"cached": "Jacobians computed once", "streaming": "jvp at every step"}
+"""The modes of the linearized arm, in words."""
 SPLITS = ("train", "eval")
 
 
@@ -123,6 +128,7 @@ def check_comparison(
     linearize_at: Sequence[int] = (),
     track_linearization: Sequence[int] = (),
     linear_mode: str = "auto",
+    trunk_cache: str = "auto",
     kernel_examples: int = 1024,
     memory_budget: int = MEMORY_BUDGET,
     mesh: Mesh | None = None,
@@ -137,6 +143,8 @@ def check_comparison(
     check_lams(lams, lam_rel, config.pull)
     if linear_mode not in ("auto", "cached", "streaming"):
         raise InputError(f'linear_mode={linear_mode!r} is unknown; expected "auto", "cached" or "streaming"')
+    if trunk_cache not in ("auto", "on", "off"):
+        raise InputError(f'trunk_cache={trunk_cache!r} is unknown; expected "auto", "on" or "off"')
     if kernel_examples < 1:
         raise InputError(f"kernel_examples={kernel_examples}; expected at least 1")
     steps = config.total_steps(len(data["train"]))
@@ -160,6 +168,27 @@ def check_comparison(
         )
 
 
+def _on_trunk(
+    tun: Tunable,
+    data: dict[str, Dataset],
+    extra_arms: Mapping[str, Tunable],
+    trunk_cache: str,
+    memory_budget: int,
+    progress: PhaseProgress | None,
+) -> tuple[Tunable, dict[str, Dataset], Mapping[str, Tunable], str]:
+    """Computes what lies below the tuned parameters once; returns arms and data that read it, and what was done."""
+    if trunk_cache == "off":
+        return tun, data, extra_arms, "the whole network at every step, as asked for"
+    trunk, choice = choose_trunk(tun, list(data.values()), memory_budget)
+    if trunk is None or (trunk_cache == "auto" and choice.mode != "trunk"):
+        return tun, data, extra_arms, choice.reason
+    report = None if progress is None else functools.partial(progress, "trunk")
+    tun, *parts = cache_trunk(tun, *data.values(), memory_budget=memory_budget, progress=report)
+    data = dict(zip(data, parts, strict=True))
+    arms = {name: entered_alike(arm, data["train"], tun) for name, arm in extra_arms.items()}
+    return tun, data, arms, choice.reason if choice.mode == "trunk" else f"{choice.reason}; on disk, as asked for"
+
+
 def _without_absent(tun: Tunable, config: TrainConfig) -> TrainConfig:
     """Drops block patterns that an arm does not have (LoRA's A, frozen)."""
     paths = leaf_paths(tun.theta0)
@@ -171,16 +200,18 @@ def _without_absent(tun: Tunable, config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, lam_blocks=pulls, learning_rate_blocks=rates)
 
 
-def _summary(start: Start, spec: Spectrum, tun: Tunable, config: TrainConfig, mu1: float, size: int) -> dict[str, Any]:
+def _summary(
+    start: Start, spec: Spectrum, tun: Tunable, config: TrainConfig, mu1: float, size: int, how: Mapping[str, str]
+) -> dict[str, Any]:
     n, c = start.f0["train"].shape
-    held = "Jacobians computed once" if start.jacobians is not None else "jvp at every step"
     return {
         "train_examples": n,
         "eval_examples": len(start.data["eval"]),
         "outputs": c,
         "trainable_parameters": tun.num_params,
         "steps": config.total_steps(n),
-        "linearized_arm": held,
+        "linearized_arm": HOW["cached" if start.jacobians is not None else "streaming"],
+        **how,
         "jacobian_bytes": size,
         "kernel_examples": len(start.chosen),
         "mu_1": mu1,
@@ -202,6 +233,7 @@ def compare(
     extra_arms: Mapping[str, Tunable] | None = None,
     baselines: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     linear_mode: str = "auto",
+    trunk_cache: str = "auto",
     kernel_examples: int = 1024,
     memory_budget: int = MEMORY_BUDGET,
     mesh: Mesh | None = None,
@@ -244,7 +276,9 @@ def compare(
         extra_arms: Other Tunables to train alike, by name, such as the same LoRA with A frozen.
         baselines: Outputs of other predictors, name to `{"train": [N, C], "eval": [M, C]}`.
         linear_mode: `"cached"`: the linearized arm trains on Jacobians computed once; `"streaming"`: by jvp at
-            every step; `"auto"`: cached where they fit half the budget.
+            every step; `"auto"`: cached where they fit half the budget. Cached, all λ are trained at once.
+        trunk_cache: Whether activations below what is tuned are computed once, for all arms and Jacobians: `"on"`, in a
+            temporary file where they exceed the budget; `"off"`; `"auto"`: where there are any and they fit.
         kernel_examples: At most so many training examples make K₀ and the kernel regression.
         memory_budget: Bytes for Jacobians.
         mesh: Devices that the arms are trained and evaluated on; see `train`. What is known at θ₀ (outputs, Jacobians,
@@ -268,7 +302,7 @@ def compare(
     """
     config = config or TrainConfig()
     data = {"train": as_dataset(train_data), "eval": as_dataset(eval_data)}
-    options: dict[str, Any] = {"lams": lams, "lam_rel": lam_rel, "linear_mode": linear_mode}
+    options: dict[str, Any] = {"lams": lams, "lam_rel": lam_rel, "linear_mode": linear_mode, "trunk_cache": trunk_cache}
     options |= {"linearize_at": linearize_at, "track_linearization": track_linearization}
     options |= {"kernel_examples": kernel_examples, "memory_budget": memory_budget, "mesh": mesh, "rules": rules}
     check_comparison(tun, data, config, **options)
@@ -305,13 +339,17 @@ def _compare(
     linearize_at: Sequence[int],
     track_linearization: Sequence[int],
     linear_mode: str,
+    trunk_cache: str,
     kernel_examples: int,
     memory_budget: int,
     mesh: Mesh | None,
     rules: Rules,
 ) -> Comparison:
     size = sum(jacobian_bytes(tun, part) for part in data.values())
-    cached = linear_mode == "cached" or (linear_mode == "auto" and 2 * size <= memory_budget)
+    linear_choice = choose_cached(size, memory_budget)
+    if linear_mode != "auto":
+        linear_choice = Choice(linear_mode, f"{HOW[linear_mode]}, as asked for")
+    cached = linear_choice.mode == "cached"
     inputs: dict[str, dict[str, str]] = {}
     sweep = None
     if checkpoints is not None:
@@ -323,6 +361,7 @@ def _compare(
         given: dict[str, Any] = {"lams": lams, "lam_rel": lam_rel, "linearize_at": linearize_at}
         given |= {"track_linearization": track_linearization, "kernel_examples": kernel_examples, "cached": cached}
         sweep = SweepCheckpoints(checkpoints, run_record(config, **given, **inputs[FULL], arms=list(inputs)), resume)
+    tun, data, extra_arms, below = _on_trunk(tun, data, extra_arms, trunk_cache, memory_budget, progress)
     start = Start.compute(tun, data, cached, kernel_examples, memory_budget, factor_blocks(tun, config), progress)
     spec = spectrum(start.kernel)
     n, c = start.f0["train"].shape
@@ -341,6 +380,10 @@ def _compare(
         linear = _Arm(linearize(tun), data)
     full = {name: _Arm(other, data) for name, other in {FULL: tun, **extra_arms}.items()}
     arms = {**full, LINEARIZED: linear}
+    tracked = sorted({*track_linearization})
+    if cached:  # all λ at once, each time anew: that takes less than it would to save them
+        held_out = None if config.eval_steps is None else linear.data["eval"]
+        swept = train_sweep(linear.tun, linear.data["train"], held_out, config, lams=grid, keep=tracked)
 
     table: list[Row] = []
     for name, fixed in {_constant_name(data): _constant(data, c, config.loss), "start": start.f0, **baselines}.items():
@@ -348,7 +391,7 @@ def _compare(
     results: dict[tuple[str, float], TrainResult] = {}
     total = config.total_steps(n)
     late = sorted({k for k in linearize_at if k})
-    tracked, tracker = sorted({*track_linearization}), None
+    tracker = None
     kept = {FULL: {*late, *tracked}, LINEARIZED: tracked}
     reports: dict[float, LinearizationReport] = {}
     if tracked:
@@ -377,6 +420,13 @@ def _compare(
                 if progress is not None and not replayed:  # its rate is of steps that are taken
                     progress("training", steps_done, steps_in_all)
 
+        if name == LINEARIZED and cached:
+            result, stopped = swept.results[grid.index(lam)], swept.diverged.get(grid.index(lam))
+            for row in result.history:
+                log_row(row)
+            if stopped is not None:
+                raise TrainingDivergedError(f"arm {name!r} at λ = {lam:g}: {stopped}") from stopped
+            return result
         options = _without_absent(arm.tun, dataclasses.replace(config, lam=lam))
         held_out = None if config.eval_steps is None else arm.data["eval"]
         keep = kept.get(name, ())
@@ -437,7 +487,7 @@ def _compare(
     columns = list(dict.fromkeys(key for row in sorted(table, key=len, reverse=True) for key in row))
     return Comparison(
         [{key: row.get(key) for key in columns} for row in table],
-        _summary(start, spec, tun, config, mu1, size),
+        _summary(start, spec, tun, config, mu1, size, {"linear_mode": linear_choice.reason, "trunk_cache": below}),
         results,
         spec,
         reports,
