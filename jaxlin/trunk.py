@@ -343,7 +343,7 @@ def _held(trunk: Trunk, data: Dataset, fill: Callable[[Put], None]) -> np.ndarra
     out = np.zeros((len(data), *trunk.shape), trunk.dtype)
 
     def put(indices: np.ndarray, found: np.ndarray) -> None:
-        out[(indices, *(slice(size) for size in found.shape[1:]))] = found
+        out[tuple([indices, *map(slice, found.shape[1:])])] = found
 
     fill(put)
     return out
