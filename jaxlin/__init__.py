@@ -6,9 +6,10 @@ from jaxlin.errors import DeviceMemoryError, InputError, Interrupted, ProcessLos
 from jaxlin.linearize import linearize
 from jaxlin.mesh import make_mesh
 from jaxlin.models.linen import from_hf_flax, from_linen
-from jaxlin.models.load import load_masked_lm, load_model
+from jaxlin.models.load import load_causal_lm, load_masked_lm, load_model, with_remat
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
+from jaxlin.models.prompt import prompt_batch, prompt_classifier
 from jaxlin.nnx import from_nnx
 from jaxlin.ntk.engine import ntk, ntk_estimate, ntk_plan
 from jaxlin.ntk.kernel import Kernel
@@ -28,7 +29,7 @@ from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
 from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, select
 from jaxlin.selection import LayerSelection, select_layers
-from jaxlin.sharding import ENCODER_RULES, shard
+from jaxlin.sharding import DECODER_RULES, ENCODER_RULES, shard
 from jaxlin.theory.blockwise import BlockwiseRegression, blockwise_regression
 from jaxlin.theory.calibration import Calibration, calibration
 from jaxlin.theory.early_stopping import EarlyStopping, early_stopping
@@ -38,11 +39,15 @@ from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.checkpoint import Checkpoints, load_checkpoint
 from jaxlin.training.compare import Comparison, compare
 from jaxlin.training.config import TrainConfig
+from jaxlin.training.modes import Prepared, prepare
 from jaxlin.training.report import LinearizationReport, linearization_report
+from jaxlin.training.sweep import Sweep, train_sweep
 from jaxlin.training.trainer import TrainResult, predict, train
+from jaxlin.trunk import cache_trunk
 from jaxlin.tunable import Tunable
 
 __all__ = [
+    "DECODER_RULES",
     "ENCODER_RULES",
     "BlockwiseRegression",
     "Calibration",
@@ -61,8 +66,10 @@ __all__ = [
     "LipschitzProfile",
     "Model",
     "NTKOperator",
+    "Prepared",
     "ProcessLostError",
     "Spectrum",
+    "Sweep",
     "TrainConfig",
     "TrainResult",
     "TrainingDivergedError",
@@ -70,6 +77,7 @@ __all__ = [
     "bias_only",
     "blockwise_regression",
     "bounds",
+    "cache_trunk",
     "calibration",
     "compare",
     "early_stopping",
@@ -89,6 +97,7 @@ __all__ = [
     "linearization_report",
     "linearize",
     "lipschitz_profile",
+    "load_causal_lm",
     "load_checkpoint",
     "load_kernel",
     "load_masked_lm",
@@ -102,7 +111,10 @@ __all__ = [
     "ntk_vector_product",
     "optim",
     "predict",
+    "prepare",
     "probe_head",
+    "prompt_batch",
+    "prompt_classifier",
     "select",
     "select_layers",
     "shard",
@@ -110,4 +122,6 @@ __all__ = [
     "spectral_density",
     "spectrum",
     "train",
+    "train_sweep",
+    "with_remat",
 ]

@@ -293,3 +293,42 @@ def test_majority_is_the_best_constant_under_each_loss():
     for loss, best in (("squared", 0.5 * (0.9 * 0.02 + 0.1 * 1.62)), ("cross_entropy", 0.325083)):
         comparison = jl.compare(tun, data, data, jl.TrainConfig(max_steps=1, loss=loss), lams=[1.0])
         assert rows_of(comparison, "majority_class")[0]["loss_eval"] == pytest.approx(best, abs=1e-6)
+
+
+def test_the_trunk_and_the_sweep_at_once_change_nothing(model):
+    """Cached trunk or not, one λ at a time or all: the same table and the same log to rounding, in the same order."""
+    train, held_out = cases.text_batch(9, longest=8), cases.text_batch(5, seed=1, longest=8)
+    tun = jl.lora(model, rank=2, layers=[1])
+    options = {
+        "config": jl.TrainConfig(max_steps=3, batch_size=4, learning_rate=0.01, eval_steps=2),
+        "lams": [0.0, 1.0],
+    }
+    options["extra_arms"] = {"frozen_A": jl.lora(model, rank=2, layers=[1], freeze_A=True)}
+    logs, found = [], []
+    for trunk_cache, linear_mode in (("off", "streaming"), ("auto", "cached")):
+        log = []
+        modes = {"trunk_cache": trunk_cache, "linear_mode": linear_mode}
+        found.append(jl.compare(tun, train, held_out, **options, **modes, log=log.append))
+        logs.append(log)
+    assert found[0].summary["trunk_cache"] == "the whole network at every step, as asked for"
+    assert "'encoder/layer_0', inclusive; its activations take" in found[1].summary["trunk_cache"]
+    assert found[1].summary["linear_mode"] == "Jacobians computed once, as asked for"
+    for key in ("full", "frozen_A"):
+        assert found[1].results[key, 1.0].theta.keys() == found[0].results[key, 1.0].theta.keys()
+    for rows in (logs, [result.table for result in found]):
+        for row, other in zip(*rows, strict=True):
+            assert list(row) == list(other)
+            for name, value in other.items():
+                wanted = pytest.approx(value, abs=2e-4, rel=2e-3) if isinstance(value, float) else value
+                assert row[name] == wanted, name
+
+
+def test_a_trunk_that_does_not_fit(model):
+    """Left out by itself, mapped from a file when it is asked for; words that are none are refused."""
+    train, held_out = cases.text_batch(6, longest=8), cases.text_batch(3, seed=1, longest=8)
+    options = {"config": jl.TrainConfig(max_steps=1, batch_size=6), "lams": [0.0], "memory_budget": 9000}
+    tun = jl.lora(model, rank=1, layers=[1], targets=("query",), train_head=False)
+    for trunk_cache, words in (("auto", "more than the budget"), ("on", "on disk, as asked for")):
+        assert words in jl.compare(tun, train, held_out, **options, trunk_cache=trunk_cache).summary["trunk_cache"]
+    with pytest.raises(jl.InputError, match="trunk_cache='always'"):
+        jl.compare(tun, train, held_out, trunk_cache="always")

@@ -13,6 +13,8 @@ from jaxlin.errors import InputError
 
 MAX_BUCKETS = 4
 _SEQUENCE_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
+TRUNK = "trunk:"
+"""Beginning of the names of columns of activations, `[N, T, …]` or one or none in place of T; see `jaxlin.trunk`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Dataset:
 
     Attributes:
         columns: Host arrays by name; the leading axis of each is the example. Sequence columns
-            (`input_ids`, `attention_mask`, `token_type_ids`) are padded on the right to one length.
+            (`input_ids`, `attention_mask`, `token_type_ids`, activations of every token) are padded on the right to
+            one length.
         lengths: Number of tokens of each example up to its last live one `[N]`; `None` for data
             without sequence columns, which is never cut.
         buckets: At most four ascending lengths; a batch is cut to the smallest that fits it, so that
@@ -88,12 +91,16 @@ class Dataset:
         rows = np.concatenate([indices, np.full(filler, indices[0])])
         weight = np.concatenate([np.ones(len(indices)), np.zeros(filler)]).astype(np.float32)
         rows, weight = rows[part], weight[part]
-        out = {name: value[rows] for name, value in self.columns.items()}
+        columns = self.columns
         if self.lengths is not None:
             longest = int(self.lengths[indices].max())
             width = next(bucket for bucket in self.buckets if bucket >= longest)
-            out.update({name: out[name][:, :width] for name in _SEQUENCE_COLUMNS if name in out})
-        return {**out, "weight": weight}
+            columns = {name: value[:, :width] if self._is_cut(name) else value for name, value in columns.items()}
+        return {**{name: value[rows] for name, value in columns.items()}, "weight": weight}
+
+    def _is_cut(self, name: str) -> bool:
+        """Whether a column has the tokens on its second axis."""
+        return name in _SEQUENCE_COLUMNS or (name.startswith(TRUNK) and self.columns[name].ndim > 2)
 
     def groups(self) -> list[np.ndarray]:
         """Returns the examples of every bucket, shortest first."""

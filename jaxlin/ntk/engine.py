@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from jaxlin.data.dataset import Dataset, as_dataset
+from jaxlin.data.dataset import TRUNK, Dataset, as_dataset
 from jaxlin.errors import InputError
 from jaxlin.ntk.factored import find_sites
 from jaxlin.ntk.jacobian import (
@@ -110,7 +110,7 @@ def ntk(
         raise InputError(f'dtype={dtype!r} is unknown; expected "float64", or None for that of the parameters')
     chosen_kind = kind_of(kind)
     _check_options(engine, kind, dtype, keep_jacobian=keep_jacobian, store=store, resume=resume, mesh=mesh)
-    data1, data2 = _datasets(tun, x1, x2)
+    data1, data2 = _datasets(tun, x1, x2, dtype)
     groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
     engine, note = _choose(engine, tun, data1, theta, keep_jacobian or mesh)
     options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
@@ -229,7 +229,7 @@ def _work(
     """
     if engine not in ENGINES[:3]:
         raise InputError(f"engine={engine!r} makes no plan; expected one of {', '.join(ENGINES[:3])}")
-    data1, data2 = _datasets(tun, x1, x2)
+    data1, data2 = _datasets(tun, x1, x2, dtype)
     groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
     engine, _ = _choose(engine, tun, data1, theta, None)
     options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
@@ -286,17 +286,24 @@ def _check_options(
 
 
 def _datasets(
-    tun: Tunable, x1: Dataset | Mapping[str, Any], x2: Dataset | Mapping[str, Any] | None
+    tun: Tunable, x1: Dataset | Mapping[str, Any], x2: Dataset | Mapping[str, Any] | None, dtype: str | None
 ) -> tuple[Dataset, Dataset | None]:
     """Returns the examples.
 
     Raises:
-        InputError: If they do not fit the model.
+        InputError: If they do not fit the model, or hold activations of less precision than the kernel's.
     """
     data1, data2 = as_dataset(x1), None if x2 is None else as_dataset(x2)
     for data in (data1, data2):
-        if data is not None:
-            tun.check_batch(data.columns)
+        if data is None:
+            continue
+        tun.check_batch(data.columns)
+        narrow = [k for k, v in data.columns.items() if k.startswith(TRUNK) and v.dtype != np.float64]
+        if dtype == "float64" and narrow:
+            raise InputError(
+                f"{narrow[0]!r} holds {data[narrow[0]].dtype}, and the kernel is to be in float64: "
+                'give cache_trunk dtype="float64" too'
+            )
     return data1, data2
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, PyTree
 
+from jaxlin.errors import InputError
 from jaxlin.models.model import check_text_batch
 from jaxlin.tunable import ADAPTER_NAMES, Batch, Tunable
 
@@ -75,6 +76,34 @@ def _modules(adapters: Mapping[str, Any]) -> set[str]:
     return {path.rpartition("/")[0] for path in adapters}
 
 
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Where a network is entered in place of its inputs; see `jaxlin.trunk`.
+
+    Attributes:
+        path: Of the module whose output is read from the batch instead of being computed.
+        column: Name of the batch's array that holds it; says by a hash which weights and which module it is of.
+    """
+
+    path: str
+    column: str
+
+    def holds(self, path: str) -> bool:
+        """Whether a module is the one that is not called, or part of it."""
+        return path == self.path or path.startswith(f"{self.path}/")
+
+    @contextlib.contextmanager
+    def made(self, output: Array) -> Iterator[None]:
+        """Returns `output` from the module's call, without what is in it; what led to it is then dead code."""
+
+        def interceptor(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+            called = context.method_name == "__call__" and "/".join(context.module.path) == self.path
+            return output if called else next_fun(*args, **kwargs)
+
+        with nn.intercept_methods(interceptor):
+            yield
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class PeftFunction:
@@ -88,11 +117,13 @@ class PeftFunction:
         frozen: Nested dict of the weights that are not tuned.
         module: The Linen module, or what applies one (`jaxlin.models.linen.LinenFunction`).
         scales: LoRA's α/r of every module that has factors, path and value.
+        cut: Where activations are read from the batch; what is below is not computed, under a `jit`.
     """
 
     frozen: PyTree
     module: Any = dataclasses.field(metadata={"static": True})
     scales: tuple[tuple[str, float], ...] = dataclasses.field(default=(), metadata={"static": True})
+    cut: Cut | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def transposed(self) -> tuple[str, ...]:
@@ -113,15 +144,20 @@ class PeftFunction:
         """
         params, adapters = self.variables(theta)
         variables = {"params": unflatten_dict(params, sep="/")}
-        if not adapters:
-            return cast(Array, self.module.apply(variables, batch))
-        variables[ADAPTERS] = unflatten_dict(adapters, sep="/")
-        # Entered inside the traced function: outside of it a cached trace would ignore the context.
-        with _adapters_added(dict(self.scales), self.transposed) as hits:
+        if adapters:
+            variables[ADAPTERS] = unflatten_dict(adapters, sep="/")
+        adapted = {path for path in _modules(adapters) if self.cut is None or not self.cut.holds(path)}
+        # Entered inside the traced function: outside of it a cached trace would ignore the context. The first is the
+        # outer one: what is cut off has no adapters added.
+        with contextlib.ExitStack() as stack:
+            if self.cut is not None:
+                stack.enter_context(self.cut.made(jnp.asarray(batch[self.cut.column])))
+                batch = {name: value for name, value in batch.items() if name != self.cut.column}
+            hits = stack.enter_context(_adapters_added(dict(self.scales), self.transposed)) if adapted else lambda: 0
             logits = cast(Array, self.module.apply(variables, batch))
-        if hits() != len(_modules(adapters)):
+        if hits() != len(adapted):
             raise RuntimeError(
-                f"{len(_modules(adapters))} modules have adapters, but {hits()} calls met one; the module must call "
+                f"{len(adapted)} modules have adapters, but {hits()} calls met one; the module must call "
                 f"each of them once, outside lifted loops that do not carry the {ADAPTERS!r} collection"
             )
         return logits
@@ -147,8 +183,20 @@ class PeftFunction:
         return _adapted(call, x, adapters, kernel, params.get("bias", 0.0), dict(self.scales).get(path, 1.0))
 
     def check_batch(self, batch: Batch) -> None:
-        """Checks inputs on the host; see `jaxlin.models.model.check_text_batch`."""
+        """Checks inputs on the host; see `jaxlin.models.model.check_text_batch`.
+
+        Args:
+            batch: Host arrays.
+
+        Raises:
+            InputError: If they do not fit, or the activations that the network is entered with are not among them.
+        """
         check_text_batch(self.module, batch)
+        if self.cut is not None and self.cut.column not in batch:
+            raise InputError(
+                f"the batch has no {self.cut.column!r}, the output of {self.cut.path!r} that this Tunable reads (it "
+                f"has {sorted(batch)}); use the data that cache_trunk returned with it"
+            )
 
 
 def merge(tun: Tunable, theta: PyTree | None = None) -> dict[str, Any]:

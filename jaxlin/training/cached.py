@@ -14,8 +14,17 @@ from jaxlin.data.dataset import Dataset
 from jaxlin.ntk.jacobian import Jacobian
 from jaxlin.tunable import Batch, Tunable, leaf_paths
 
-INDEX = "index"
-"""Column that says which row of the cache an example is."""
+_INDEX, _ALL = "index", "all"
+
+
+def index_column(part: int) -> str:
+    """Name of the column that says which row of a data set's cache an example is; its number is static in a trace."""
+    return f"{_INDEX}:{part}"
+
+
+def all_column(part: int) -> str:
+    """Name of the column, of any content, that says a batch is a whole data set in order: no row is copied then."""
+    return f"{_ALL}:{part}"
 
 
 @jax.tree_util.register_dataclass
@@ -25,21 +34,25 @@ class CachedLinear:
 
     Attributes:
         at: Point of expansion.
-        outputs: `f(at)`, `[N, C]`.
-        rows: Leaf path to Jacobian `[N, C, size]`; leaves left out have a vanishing one.
+        outputs: Of every data set `f(at)`, `[N, C]`.
+        rows: Of every data set leaf path to Jacobian `[N, C, size]`, in theta's dtype or a narrower one, from which
+            it is widened to be multiplied; leaves left out have a vanishing one.
     """
 
     at: PyTree
-    outputs: Array
-    rows: Mapping[str, Array]
+    outputs: tuple[Array, ...]
+    rows: tuple[Mapping[str, Array], ...]
 
     def __call__(self, theta: PyTree, batch: Batch) -> Float[Array, "B C"]:
-        """Returns `f̄(theta)` of the examples at `batch["index"]`, `[B, C]`."""
-        index = batch[INDEX]
+        """Returns `f̄(theta)` of the examples at `batch[index_column(…)]`, or of all, `[B, C]`."""
+        (part,) = [k for k in range(len(self.outputs)) if index_column(k) in batch or all_column(k) in batch]
+        index = batch.get(index_column(part))
         delta = dict(zip(leaf_paths(theta), jax.tree.leaves(jax.tree.map(jnp.subtract, theta, self.at)), strict=True))
-        outputs = self.outputs[index]
-        for path, rows in self.rows.items():
-            outputs += jnp.einsum("bcp,p->bc", rows[index], delta[path].reshape(-1))
+        outputs = self.outputs[part] if index is None else self.outputs[part][index]
+        for path, whole in self.rows[part].items():
+            rows = whole if index is None else whole[index]
+            change = delta[path].reshape(-1)
+            outputs += jnp.einsum("bcp,p->bc", rows.astype(change.dtype), change)
         return outputs
 
 
@@ -59,21 +72,10 @@ def cached_linearized(
     Returns:
         The cached linear model and one dataset for each of `data`.
     """
-    paths = [path for path in leaf_paths(tun.theta0) if any(path in jac.rows for jac in jacobians)]
-
-    def stack(path: str) -> Array:
-        shape = next(jac.rows[path].shape for jac in jacobians if path in jac.rows)
-        parts = [
-            jac.rows.get(path, np.zeros((len(part), *shape[1:]), jac.outputs.dtype))
-            for part, jac in zip(data, jacobians, strict=True)
-        ]
-        return jnp.asarray(np.concatenate(parts))
-
-    outputs = jnp.asarray(np.concatenate([jac.outputs for jac in jacobians]))
-    out, start = [], 0
-    for part in data:
-        columns = {INDEX: np.arange(start, start + len(part)), "labels": part["labels"]}
+    out = []
+    for k, part in enumerate(data):
+        columns = {index_column(k): np.arange(len(part)), "labels": part["labels"]}
         out.append(Dataset(columns, part.lengths, part.buckets))
-        start += len(part)
-    linear = CachedLinear(tun.theta0, outputs, {path: stack(path) for path in paths})
-    return dataclasses.replace(tun, apply=linear), out
+    outputs = tuple(jnp.asarray(jac.outputs) for jac in jacobians)
+    rows = tuple({path: jnp.asarray(leaf) for path, leaf in jac.rows.items()} for jac in jacobians)
+    return dataclasses.replace(tun, apply=CachedLinear(tun.theta0, outputs, rows)), out

@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.linearize import linearize
 from jaxlin.ntk.jacobian import MEMORY_BUDGET, jacobian_bytes
 from jaxlin.ntk.store import fingerprint
+from jaxlin.sharding import Rules, require_data_axis, shard, specs_of
 from jaxlin.theory.drift import relative
 from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.cached import cached_linearized
@@ -23,10 +25,13 @@ from jaxlin.training.checkpoint import Checkpoints, run_record
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.gaps import distances
 from jaxlin.training.losses import targets
+from jaxlin.training.modes import Choice, choose_cached, choose_trunk
 from jaxlin.training.report import KERNEL_EXAMPLES, LinearizationReport, Tracker
 from jaxlin.training.start import PhaseProgress, Start, factor_blocks
+from jaxlin.training.sweep import train_sweep
 from jaxlin.training.sweep_record import SweepCheckpoints
 from jaxlin.training.trainer import Row, TrainResult, TrainState, check_blocks, check_data, predict, train
+from jaxlin.trunk import cache_trunk, entered_alike
 from jaxlin.tunable import Tunable, leaf_paths
 
 AUTO_LAMS = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
@@ -35,6 +40,8 @@ AUTO_LAMS = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 FULL, LINEARIZED, REGRESSION = "full", "linearized", "kernel_regression"
 LATE = "linearized_at_step_"
 """Prefix of the arms that are linearized later; the step follows."""
+HOW = {"cached": "Jacobians computed once", "streaming": "jvp at every step"}
+"""The modes of the linearized arm, in words."""
 SPLITS = ("train", "eval")
 
 
@@ -121,8 +128,11 @@ def check_comparison(
     linearize_at: Sequence[int] = (),
     track_linearization: Sequence[int] = (),
     linear_mode: str = "auto",
+    trunk_cache: str = "auto",
     kernel_examples: int = 1024,
     memory_budget: int = MEMORY_BUDGET,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
 ) -> None:
     """Checks all that `compare` is given, without computing anything; arguments as there.
 
@@ -133,6 +143,8 @@ def check_comparison(
     check_lams(lams, lam_rel, config.pull)
     if linear_mode not in ("auto", "cached", "streaming"):
         raise InputError(f'linear_mode={linear_mode!r} is unknown; expected "auto", "cached" or "streaming"')
+    if trunk_cache not in ("auto", "on", "off"):
+        raise InputError(f'trunk_cache={trunk_cache!r} is unknown; expected "auto", "on" or "off"')
     if kernel_examples < 1:
         raise InputError(f"kernel_examples={kernel_examples}; expected at least 1")
     steps = config.total_steps(len(data["train"]))
@@ -140,6 +152,11 @@ def check_comparison(
         for k in listed:
             if k != int(k) or not 0 <= k <= steps:
                 raise InputError(f"{name}={k} is no step of this run; expected 0 to {steps}")
+    if mesh is not None:
+        require_data_axis(mesh)
+        specs_of(tun, mesh.shape, rules)
+        if mesh.is_multi_process and len(track_linearization):
+            raise InputError("track_linearization works within one process; leave it out where there are several")
     check_blocks(tun, config)
     for part in data.values():
         check_data(tun, part, config.loss)
@@ -149,6 +166,27 @@ def check_comparison(
             f"linear_mode='cached' needs {size / 2**30:.1f} GiB for Jacobians, more than the budget of "
             f"{memory_budget / 2**30:.1f} GiB; use 'streaming' or fewer examples"
         )
+
+
+def _on_trunk(
+    tun: Tunable,
+    data: dict[str, Dataset],
+    extra_arms: Mapping[str, Tunable],
+    trunk_cache: str,
+    memory_budget: int,
+    progress: PhaseProgress | None,
+) -> tuple[Tunable, dict[str, Dataset], Mapping[str, Tunable], str]:
+    """Computes what lies below the tuned parameters once; returns arms and data that read it, and what was done."""
+    if trunk_cache == "off":
+        return tun, data, extra_arms, "the whole network at every step, as asked for"
+    trunk, choice = choose_trunk(tun, list(data.values()), memory_budget)
+    if trunk is None or (trunk_cache == "auto" and choice.mode != "trunk"):
+        return tun, data, extra_arms, choice.reason
+    report = None if progress is None else functools.partial(progress, "trunk")
+    tun, *parts = cache_trunk(tun, *data.values(), memory_budget=memory_budget, progress=report)
+    data = dict(zip(data, parts, strict=True))
+    arms = {name: entered_alike(arm, data["train"], tun) for name, arm in extra_arms.items()}
+    return tun, data, arms, choice.reason if choice.mode == "trunk" else f"{choice.reason}; on disk, as asked for"
 
 
 def _without_absent(tun: Tunable, config: TrainConfig) -> TrainConfig:
@@ -162,16 +200,18 @@ def _without_absent(tun: Tunable, config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, lam_blocks=pulls, learning_rate_blocks=rates)
 
 
-def _summary(start: Start, spec: Spectrum, tun: Tunable, config: TrainConfig, mu1: float, size: int) -> dict[str, Any]:
+def _summary(
+    start: Start, spec: Spectrum, tun: Tunable, config: TrainConfig, mu1: float, size: int, how: Mapping[str, str]
+) -> dict[str, Any]:
     n, c = start.f0["train"].shape
-    held = "Jacobians computed once" if start.jacobians is not None else "jvp at every step"
     return {
         "train_examples": n,
         "eval_examples": len(start.data["eval"]),
         "outputs": c,
         "trainable_parameters": tun.num_params,
         "steps": config.total_steps(n),
-        "linearized_arm": held,
+        "linearized_arm": HOW["cached" if start.jacobians is not None else "streaming"],
+        **how,
         "jacobian_bytes": size,
         "kernel_examples": len(start.chosen),
         "mu_1": mu1,
@@ -193,8 +233,11 @@ def compare(
     extra_arms: Mapping[str, Tunable] | None = None,
     baselines: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     linear_mode: str = "auto",
+    trunk_cache: str = "auto",
     kernel_examples: int = 1024,
     memory_budget: int = MEMORY_BUDGET,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
     log: Callable[[Row], None] | None = None,
@@ -233,9 +276,14 @@ def compare(
         extra_arms: Other Tunables to train alike, by name, such as the same LoRA with A frozen.
         baselines: Outputs of other predictors, name to `{"train": [N, C], "eval": [M, C]}`.
         linear_mode: `"cached"`: the linearized arm trains on Jacobians computed once; `"streaming"`: by jvp at
-            every step; `"auto"`: cached where they fit half the budget.
+            every step; `"auto"`: cached where they fit half the budget. Cached, all λ are trained at once.
+        trunk_cache: Whether activations below what is tuned are computed once, for all arms and Jacobians: `"on"`, in a
+            temporary file where they exceed the budget; `"off"`; `"auto"`: where there are any and they fit.
         kernel_examples: At most so many training examples make K₀ and the kernel regression.
         memory_budget: Bytes for Jacobians.
+        mesh: Devices that the arms are trained and evaluated on; see `train`. What is known at θ₀ (outputs, Jacobians,
+            kernel) is computed on one device, and by every process for itself: the model must fit one.
+        rules: How parameters are split over the mesh; see `shard`.
         checkpoints: Where (a folder for the whole sweep) and when every run is saved; `None`: never.
         resume: Go on with the sweep in that folder: runs that are finished are not run again, the one that was going on
             continues from its last checkpoint, as for `train`. Outputs, Jacobians and kernel at θ₀ are computed again.
@@ -254,9 +302,9 @@ def compare(
     """
     config = config or TrainConfig()
     data = {"train": as_dataset(train_data), "eval": as_dataset(eval_data)}
-    options: dict[str, Any] = {"lams": lams, "lam_rel": lam_rel, "linear_mode": linear_mode}
+    options: dict[str, Any] = {"lams": lams, "lam_rel": lam_rel, "linear_mode": linear_mode, "trunk_cache": trunk_cache}
     options |= {"linearize_at": linearize_at, "track_linearization": track_linearization}
-    options |= {"kernel_examples": kernel_examples, "memory_budget": memory_budget}
+    options |= {"kernel_examples": kernel_examples, "memory_budget": memory_budget, "mesh": mesh, "rules": rules}
     check_comparison(tun, data, config, **options)
     with jax.default_matmul_precision(config.precision):
         return _compare(
@@ -291,11 +339,17 @@ def _compare(
     linearize_at: Sequence[int],
     track_linearization: Sequence[int],
     linear_mode: str,
+    trunk_cache: str,
     kernel_examples: int,
     memory_budget: int,
+    mesh: Mesh | None,
+    rules: Rules,
 ) -> Comparison:
     size = sum(jacobian_bytes(tun, part) for part in data.values())
-    cached = linear_mode == "cached" or (linear_mode == "auto" and 2 * size <= memory_budget)
+    linear_choice = choose_cached(size, memory_budget)
+    if linear_mode != "auto":
+        linear_choice = Choice(linear_mode, f"{HOW[linear_mode]}, as asked for")
+    cached = linear_choice.mode == "cached"
     inputs: dict[str, dict[str, str]] = {}
     sweep = None
     if checkpoints is not None:
@@ -307,6 +361,7 @@ def _compare(
         given: dict[str, Any] = {"lams": lams, "lam_rel": lam_rel, "linearize_at": linearize_at}
         given |= {"track_linearization": track_linearization, "kernel_examples": kernel_examples, "cached": cached}
         sweep = SweepCheckpoints(checkpoints, run_record(config, **given, **inputs[FULL], arms=list(inputs)), resume)
+    tun, data, extra_arms, below = _on_trunk(tun, data, extra_arms, trunk_cache, memory_budget, progress)
     start = Start.compute(tun, data, cached, kernel_examples, memory_budget, factor_blocks(tun, config), progress)
     spec = spectrum(start.kernel)
     n, c = start.f0["train"].shape
@@ -315,6 +370,9 @@ def _compare(
     if sweep is not None:
         grid = sweep.grid(grid)
 
+    if mesh is not None:
+        tun = shard(tun, mesh, rules)
+        extra_arms = {name: shard(other, mesh, rules) for name, other in extra_arms.items()}
     if start.jacobians is not None:
         on_cache, rows = cached_linearized(tun, [data[s] for s in SPLITS], [start.jacobians[s] for s in SPLITS])
         linear = _Arm(on_cache, dict(zip(SPLITS, rows, strict=True)))
@@ -322,6 +380,10 @@ def _compare(
         linear = _Arm(linearize(tun), data)
     full = {name: _Arm(other, data) for name, other in {FULL: tun, **extra_arms}.items()}
     arms = {**full, LINEARIZED: linear}
+    tracked = sorted({*track_linearization})
+    if cached:  # all λ at once, each time anew: that takes less than it would to save them
+        held_out = None if config.eval_steps is None else linear.data["eval"]
+        swept = train_sweep(linear.tun, linear.data["train"], held_out, config, lams=grid, keep=tracked)
 
     table: list[Row] = []
     for name, fixed in {_constant_name(data): _constant(data, c, config.loss), "start": start.f0, **baselines}.items():
@@ -329,7 +391,7 @@ def _compare(
     results: dict[tuple[str, float], TrainResult] = {}
     total = config.total_steps(n)
     late = sorted({k for k in linearize_at if k})
-    tracked, tracker = sorted({*track_linearization}), None
+    tracker = None
     kept = {FULL: {*late, *tracked}, LINEARIZED: tracked}
     reports: dict[float, LinearizationReport] = {}
     if tracked:
@@ -358,6 +420,13 @@ def _compare(
                 if progress is not None and not replayed:  # its rate is of steps that are taken
                     progress("training", steps_done, steps_in_all)
 
+        if name == LINEARIZED and cached:
+            result, stopped = swept.results[grid.index(lam)], swept.diverged.get(grid.index(lam))
+            for row in result.history:
+                log_row(row)
+            if stopped is not None:
+                raise TrainingDivergedError(f"arm {name!r} at λ = {lam:g}: {stopped}") from stopped
+            return result
         options = _without_absent(arm.tun, dataclasses.replace(config, lam=lam))
         held_out = None if config.eval_steps is None else arm.data["eval"]
         keep = kept.get(name, ())
@@ -374,6 +443,7 @@ def _compare(
                 resume=True,  # of the sweep's own folder
                 log=log_row,
                 replay=functools.partial(log_row, replayed=True),
+                mesh=mesh,
             )
         except TrainingDivergedError as error:
             raise TrainingDivergedError(f"arm {name!r} at λ = {lam:g}: {error}") from error
@@ -417,7 +487,7 @@ def _compare(
     columns = list(dict.fromkeys(key for row in sorted(table, key=len, reverse=True) for key in row))
     return Comparison(
         [{key: row.get(key) for key in columns} for row in table],
-        _summary(start, spec, tun, config, mu1, size),
+        _summary(start, spec, tun, config, mu1, size, {"linear_mode": linear_choice.reason, "trunk_cache": below}),
         results,
         spec,
         reports,

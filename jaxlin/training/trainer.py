@@ -186,7 +186,9 @@ def train(
     by_block = [tuple((patterns or {}).items()) for patterns in (config.lam_blocks, config.learning_rate_blocks)]
     parts = config.gradient_accumulation_steps
     tx, step = compiled_step(config.loss, config.optimizer, schedule, config.pull, *by_block, parts)
-    given, mesh = tun, mesh or mesh_of((tun.apply, tun.theta0))
+    given = tun
+    if mesh is None:
+        mesh = mesh_of((tun.apply, tun.theta0))
     if mesh is not None:
         tun = shard(tun, mesh, rules)
     elif rules:
@@ -203,7 +205,8 @@ def train(
     state = state._replace(lam=jnp.asarray(lam, dtype), rate=jnp.asarray(rate, dtype))
     layout = None
     if mesh is not None:
-        theta, state = place((theta, state), mesh)
+        like = place((tun.theta0, tx.init(tun.theta0)), mesh)  # a start may come from another mesh, or from none
+        theta, state = jax.tree.map(lambda leaf, to: place(leaf, mesh, to.sharding.spec), (theta, state), like)
         layout = layout_of(theta, state)
     stepped = tun.apply if config.compute_dtype == "float32" else in_dtype(tun, config.compute_dtype).apply
     history: list[Row] = []
