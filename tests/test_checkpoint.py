@@ -168,20 +168,25 @@ def test_a_sweep_goes_on_in_the_middle(sweep, tmp_path, mode):
         with pytest.raises(Stopped):
             jl.compare(*arguments, **options, checkpoints=saving, resume=True, log=stop, replay=seen.append)
         assert seen == rows[:last]
-    replayed, new = [], []
-    logs = {"log": new.append, "replay": replayed.append}
+    order, new = [], []
+    logs = {"log": lambda row: (order.append(row), new.append(row)), "replay": order.append}
     result = jl.compare(*arguments, **options, checkpoints=saving, resume=True, **logs)
     assert result.table == whole.table
-    assert len(replayed) == 40
-    assert new == rows[40:]
+    assert order == rows
+
+    def saved(rows):  # the cached arm is trained anew: that takes less than to save it
+        return [row for row in rows if not (mode == "cached" and row["arm"] == "linearized")]
+
+    assert saved(new) == rows[40:]
     assert list(result.results) == list(whole.results)
     for key, run in whole.results.items():
         assert_same(result.results[key], run)
     for lam, report in whole.linearization.items():
         assert result.linearization[lam].table == report.table
         assert result.linearization[lam].summary == report.summary
-    again = jl.compare(*arguments, **options, checkpoints=saving, resume=True, log=lambda row: pytest.fail(str(row)))
+    again = jl.compare(*arguments, **options, checkpoints=saving, resume=True, log=(new := []).append)
     assert again.table == whole.table
+    assert saved(new) == []
 
 
 # --- the command line ----------------------------------------------------------------------------------
@@ -223,12 +228,12 @@ def test_a_signal_saves_and_says_how_to_go_on(run, long_run, tmp_path, signum):
     code, _, err = run(*cases.flags({**long_run, "output_dir": whole}))
     assert code == 0, err
     process = start_of({**long_run, "output_dir": cut})
-    wait_for_rows(process, cut, 65)  # in the second arm, between two checkpoints
+    wait_for_rows(process, cut, 30)  # between two checkpoints
     process.send_signal(signum)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signum, err
     last = err.splitlines()[-1]
-    assert "interrupted after step" in last
+    assert last.startswith(("jaxlin: interrupted", "jaxlin: terminated"))  # in a step, or between two arms
     assert f"go on with: jaxlin compare --resume_from_checkpoint {cut}" in last
     rows = (cut / "log.jsonl").read_text().splitlines()
     code, _, err = run(*last.partition("go on with: jaxlin ")[2].split())
@@ -407,7 +412,7 @@ def cut_run(tmp_path_factory):
     return folder, options, run_with(folder.with_name("whole"), **options)
 
 
-@pytest.mark.filterwarnings("ignore:coroutine")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_left_for_the_one_before(cut_run, tmp_path, damage, recwarn):
     whole_folder, options, whole = cut_run
@@ -425,7 +430,8 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(cut_run, tmp_path, dama
     assert steps_in(folder) == [3, 9]
 
 
-def test_a_damaged_state_that_is_kept_is_made_again(cut_run, tmp_path):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's own, of a reader it gave up
+def test_what_comes_before_a_damaged_state_that_is_kept_is_needed(cut_run, tmp_path):
     whole_folder, options, _ = cut_run
     folder = tmp_path / "run"
     shutil.copytree(whole_folder, folder)
