@@ -1,5 +1,4 @@
 import csv
-import dataclasses
 import json
 import re
 import subprocess
@@ -51,7 +50,9 @@ def folder_of(tmp_path, name, tensors=None, **config):
     return folder
 
 
-@pytest.mark.parametrize("name", cases.DECODERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * ("full length" in name)) for name in cases.DECODERS]
+)
 def test_every_family_equals_pytorch(tmp_path, name):
     case, folder = cases.DECODERS[name], folder_of(tmp_path, name)
     batch, expected = inputs(case), np.array(case["logits"])
@@ -152,9 +153,8 @@ def test_tuned_decoders_meet_the_dense_reference(family):
     cases.check(TUNED[family](model), text(3, 7), model)
 
 
-@pytest.mark.parametrize(
-    "family", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "mistral", "qwen2", "qwen3"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", cases.DECODER_FAMILIES)
 def test_engines_meet_the_dense_reference(family):
     tun = jl.full(cases.decoder(family, 2))
     jac, _ = cases.reference_jacobian(tun, text(4, 9))
@@ -189,15 +189,21 @@ def test_blocks_and_layers_are_found_by_the_usual_names():
 
 def test_rematerialised_layers_are_the_same_function():
     model = cases.decoder("qwen2")
-    again = dataclasses.replace(model.module, config=dataclasses.replace(model.module.config, remat=True))
+    again = jl.with_remat(model)
 
     def gradient(model):
         return jax.grad(lambda p: (model.apply(p, {k: jnp.asarray(v) for k, v in text(3, 7).items()}) ** 2).sum())
 
-    plain, remat = (
-        jax.jit(gradient(dataclasses.replace(model, module=m)))(model.params) for m in (model.module, again)
-    )
+    plain, remat = (jax.jit(gradient(m))(model.params) for m in (model, again))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max() + 1e-7), remat, plain)
+
+
+def test_the_trunk_of_a_decoder_is_cached():
+    tun = jl.lora(cases.decoder("llama"), rank=2, layers=[1])
+    batch = text(4, 9)
+    fast, data = jl.cache_trunk(tun, batch)
+    assert fast.apply.cut.path.startswith("decoder/layer_")
+    np.testing.assert_allclose(fast.apply(fast.theta0, data.columns), tun.apply(tun.theta0, batch), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2: LM", "qwen2: LM", "llama: LM"])
@@ -389,6 +395,7 @@ def test_text_ends_fill_rows_where_a_tokenizer_knows_no_padding(stories):
     assert set(data["input_ids"][data["attention_mask"] == 0]) == {2}
 
 
+@pytest.mark.slow
 def test_a_large_checkpoint_is_never_held_twice(tmp_path):
     """As the process's own memory is seen while 80 MB are read; the file's pages, mapped, are not its own."""
     case = cases.DECODERS["llama: LM"]

@@ -58,7 +58,7 @@ def test_what_is_too_long_loses_text_and_never_template(masked):
         jl.prompt_batch(model, TEXTS, len(fixed))
 
 
-@pytest.mark.parametrize("how", ["lora", "bias"])
+@pytest.mark.parametrize("how", ["lora", pytest.param("bias", marks=pytest.mark.slow)])
 def test_a_prompt_classifier_is_tuned_like_any_model(masked, how):
     model = jl.prompt_classifier(masked, "{text} is {mask}.", ["good", "bad"])
     tun = jl.lora(model, rank=2) if how == "lora" else jl.bias_only(model)
@@ -74,6 +74,17 @@ def test_a_prompt_classifier_is_trained_and_compared(masked):
     losses = {row["arm"]: row["loss_train"] for row in found.table}
     assert losses["full"] < losses["start"]
     assert losses["linearized"] < losses["start"]
+
+
+def test_layers_of_a_prompted_model_are_rematerialised_and_its_trunk_cached(masked):
+    model = jl.prompt_classifier(masked, "{text} is {mask}.", ["good", "bad"])
+    batch = jl.prompt_batch(model, TEXTS)
+    again = jl.with_remat(model)
+    assert again.module.module.config.remat
+    expected = model.apply(model.params, batch)
+    np.testing.assert_allclose(again.apply(again.params, batch), expected, atol=1e-6)
+    fast, data = jl.cache_trunk(jl.lora(model, rank=2, layers=[1]), batch)
+    np.testing.assert_allclose(fast.apply(fast.theta0, data.columns), expected, atol=1e-6)
 
 
 def test_label_words_are_one_token_each(masked):

@@ -39,6 +39,10 @@ class PromptClassifier:
         """Shape of the language model."""
         return self.module.config
 
+    def clone(self, config: DecoderConfig | EncoderConfig) -> PromptClassifier:
+        """Returns the same with the language model in another configuration, as Flax's modules do."""
+        return dataclasses.replace(self, module=self.module.clone(config=config))
+
     @property
     def head(self) -> str:
         """What makes the logits, for logs and records."""
