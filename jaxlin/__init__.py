@@ -6,9 +6,10 @@ from jaxlin.errors import DeviceMemoryError, InputError, Interrupted, ProcessLos
 from jaxlin.linearize import linearize
 from jaxlin.mesh import make_mesh
 from jaxlin.models.linen import from_hf_flax, from_linen
-from jaxlin.models.load import load_masked_lm, load_model
+from jaxlin.models.load import load_causal_lm, load_masked_lm, load_model, with_remat
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
+from jaxlin.models.prompt import prompt_batch, prompt_classifier
 from jaxlin.nnx import from_nnx
 from jaxlin.ntk.engine import ntk, ntk_estimate, ntk_plan
 from jaxlin.ntk.kernel import Kernel
@@ -28,7 +29,7 @@ from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
 from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, select
 from jaxlin.selection import LayerSelection, select_layers
-from jaxlin.sharding import ENCODER_RULES, shard
+from jaxlin.sharding import DECODER_RULES, ENCODER_RULES, shard
 from jaxlin.theory.blockwise import BlockwiseRegression, blockwise_regression
 from jaxlin.theory.calibration import Calibration, calibration
 from jaxlin.theory.early_stopping import EarlyStopping, early_stopping
@@ -46,6 +47,7 @@ from jaxlin.trunk import cache_trunk
 from jaxlin.tunable import Tunable
 
 __all__ = [
+    "DECODER_RULES",
     "ENCODER_RULES",
     "BlockwiseRegression",
     "Calibration",
@@ -95,6 +97,7 @@ __all__ = [
     "linearization_report",
     "linearize",
     "lipschitz_profile",
+    "load_causal_lm",
     "load_checkpoint",
     "load_kernel",
     "load_masked_lm",
@@ -110,6 +113,8 @@ __all__ = [
     "predict",
     "prepare",
     "probe_head",
+    "prompt_batch",
+    "prompt_classifier",
     "select",
     "select_layers",
     "shard",
@@ -118,4 +123,5 @@ __all__ = [
     "spectrum",
     "train",
     "train_sweep",
+    "with_remat",
 ]

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from jaxlin.errors import InputError, TrainingDivergedError
+from jaxlin.errors import RUN_ERRORS, InputError
 from jaxlin.experiments import config_file
 from jaxlin.experiments.bounds import BoundsConfig
 from jaxlin.experiments.bounds import run as run_bounds
@@ -81,10 +81,12 @@ def one_sentence(debug: bool = False) -> Iterator[None]:
     Raises:
         InputError: With `debug`, as it came.
         TrainingDivergedError: Likewise.
+        DeviceMemoryError: Likewise.
+        ProcessLostError: Likewise.
     """
     try:
         yield
-    except (InputError, TrainingDivergedError) as error:
+    except (InputError, *RUN_ERRORS) as error:
         if debug:
             raise
         print(f"jaxlin: {error}", file=sys.stderr)

@@ -29,3 +29,7 @@ class DeviceMemoryError(MemoryError):
 
 class ProcessLostError(RuntimeError):
     """A computation over several processes failed since one of them has ended; the message says how to go on."""
+
+
+RUN_ERRORS = (TrainingDivergedError, DeviceMemoryError, ProcessLostError)
+"""Those that end a run that had begun."""

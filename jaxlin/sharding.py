@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +39,16 @@ the second by its inputs, so that a layer takes two sums over the axis (Megatron
 Embeddings are split by their width, not by the vocabulary: RoBERTa's has 50,265 words, an odd number, and a look-up in
 a table split by width needs no exchange."""
 
+DECODER_RULES: Rules = (
+    (r"attention/(query|key|value)/(kernel|lora_B)$|mlp/(gate|up)/(kernel|lora_B)$", PartitionSpec(None, "model")),
+    (r"attention/(query|key|value)/bias$|mlp/(gate|up)/bias$", PartitionSpec("model")),
+    (r"attention/output/(kernel|lora_A)$|mlp/down/(kernel|lora_A)$", PartitionSpec("model", None)),
+    (r"embeddings/(word|position)/embedding$", PartitionSpec(None, "model")),
+    (r"lm_head/kernel$", PartitionSpec("model", None)),
+)
+"""Rules for this package's decoders, likewise; with grouped heads the axis `model` should divide the number of key and
+value heads, else a head is split. The untied head is split by its inputs, as a tied one is with the embedding."""
+
 
 _WRAPPING = re.compile(r"^(?:(?:apply|frozen|at|theta0)/)+")
 """What stands before a parameter's own path in that of a leaf of a Tunable."""
@@ -47,21 +57,54 @@ _CACHE = re.compile(r"^(?:rows|outputs)(?:/|$)")
 """Leaves that are no parameters but what was computed of examples, under the names of parameters."""
 
 
-def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+def _check_spec(path: str, shape: tuple[int, ...], spec: PartitionSpec, sizes: Mapping[str, int]) -> None:
     what = f"the rule for {path}, of shape {shape}, is {spec}"
     if len(spec) > len(shape):
         raise InputError(f"{what}, which names {len(spec)} dimensions; expected at most {len(shape)}")
     for size, names in zip(shape, spec, strict=False):
         axes = () if names is None else (names,) if isinstance(names, str) else tuple(names)
         for axis in axes:
-            if axis not in mesh.shape:
-                raise InputError(f"{what}, but the mesh has no axis {axis!r}; its axes are {dict(mesh.shape)}")
-        parts = math.prod(mesh.shape[axis] for axis in axes)
+            if axis not in sizes:
+                raise InputError(f"{what}, but the mesh has no axis {axis!r}; its axes are {dict(sizes)}")
+        parts = math.prod(sizes[axis] for axis in axes)
         if size % parts:
             raise InputError(
                 f"{what}, but its dimension of size {size} cannot be split evenly over {parts} devices (axis "
                 f"{', '.join(axes)}); make that axis a divisor of {size}, or put a rule for this parameter before"
             )
+
+
+def specs_of(tun: Tunable, sizes: Mapping[str, int], rules: Rules) -> list[PartitionSpec | None]:
+    """Returns how the rules split each leaf of `(tun.apply, tun.theta0)`, in order; `None` where none matches.
+
+    Args:
+        tun: The model.
+        sizes: Axes of the mesh and their sizes.
+        rules: The rules.
+
+    Raises:
+        InputError: If a rule is no regular expression, none matches anything, or one names an axis that the mesh has
+            not, or a dimension cannot be split evenly.
+    """
+    compiled = []
+    for pattern, spec in rules:
+        try:
+            compiled.append((re.compile(pattern), spec))
+        except re.error as error:
+            raise InputError(f"the rule {pattern!r} is no regular expression: {error}") from error
+    given = {"apply": tun.apply, "theta0": tun.theta0}
+    paths = [_WRAPPING.sub("", path) for path in leaf_paths(given)]
+    specs: list[PartitionSpec | None] = [
+        None if _CACHE.match(path) else next((spec for pattern, spec in compiled if pattern.search(path)), None)
+        for path in paths
+    ]
+    if rules and all(how is None for how in specs):
+        patterns = ", ".join(pattern for pattern, _ in rules)
+        raise InputError(f"no rule ({patterns}) matches a parameter; their paths are such as {paths[-1]}")
+    for path, leaf, how in zip(paths, jax.tree.leaves(given), specs, strict=True):
+        if how is not None:
+            _check_spec(path, np.shape(leaf), how, sizes)
+    return specs
 
 
 def shard(tun: Tunable, mesh: Mesh, rules: Rules = ()) -> Tunable:
@@ -90,30 +133,14 @@ def shard(tun: Tunable, mesh: Mesh, rules: Rules = ()) -> Tunable:
         >>> mesh = jl.make_mesh({"data": 1, "model": 1}, devices=jax.devices()[:1])
         >>> tun = jl.Tunable(lambda theta, batch: batch["x"] @ theta["w"], {"w": jax.numpy.ones((4, 2))})
         >>> jl.shard(tun, mesh, [("w$", PartitionSpec(None, "model"))]).theta0["w"].sharding.spec
-        PartitionSpec(None, 'model')
+        P(None, 'model')
     """
     require_data_axis(mesh)
-    compiled = []
-    for pattern, spec in rules:
-        try:
-            compiled.append((re.compile(pattern), spec))
-        except re.error as error:
-            raise InputError(f"the rule {pattern!r} is no regular expression: {error}") from error
-    given = {"apply": tun.apply, "theta0": tun.theta0}
-    leaves, tree = jax.tree.flatten(given)
-    paths = [_WRAPPING.sub("", path) for path in leaf_paths(given)]
-    specs: list[PartitionSpec | None] = [
-        None if _CACHE.match(path) else next((spec for pattern, spec in compiled if pattern.search(path)), None)
-        for path in paths
-    ]
-    if rules and all(spec is None for spec in specs):
-        patterns = ", ".join(pattern for pattern, _ in rules)
-        raise InputError(f"no rule ({patterns}) matches a parameter; their paths are such as {paths[-1]}")
-    for path, leaf, spec in zip(paths, leaves, specs, strict=True):
-        if spec is not None:
-            _check_spec(path, np.shape(leaf), spec, mesh)
+    specs = specs_of(tun, mesh.shape, rules)
+    leaves, tree = jax.tree.flatten((tun.apply, tun.theta0))
     placed = [place(leaf, mesh, how) for leaf, how in zip(leaves, specs, strict=True)]
-    return dataclasses.replace(tun, **jax.tree.unflatten(tree, placed))
+    apply, theta0 = jax.tree.unflatten(tree, placed)
+    return dataclasses.replace(tun, apply=apply, theta0=theta0)
 
 
 def require_data_axis(mesh: Mesh) -> None:

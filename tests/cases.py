@@ -25,13 +25,25 @@ ENCODERS = {
     for case in json.loads((GOLDEN / "encoders.json").read_text())
 }
 """Golden encoders of every family: configuration, tensor shapes, inputs, PyTorch's logits."""
+DECODERS = {
+    f"{case['config']['model_type']}: {case['name']}": case
+    for case in json.loads((GOLDEN / "decoders.json").read_text())
+}
+"""Golden decoders, likewise."""
 FAMILIES = ("bert", "roberta", "distilbert", "electra")
+DECODER_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
 
 def write_checkpoint(folder, case, num_labels=None):
-    """Writes a golden encoder as transformers would; `num_labels` gives its head another number of outputs."""
+    """Writes a golden model as transformers would; `num_labels` gives its head another number of outputs."""
     folder.mkdir(parents=True, exist_ok=True)
-    last = ("classifier.weight", "classifier.bias", "classifier.out_proj.weight", "classifier.out_proj.bias")
+    last = (
+        "classifier.weight",
+        "classifier.bias",
+        "classifier.out_proj.weight",
+        "classifier.out_proj.bias",
+        "score.weight",
+    )
     shapes = {k: [num_labels or v[0], *v[1:]] if k in last else v for k, v in case["shapes"].items()}
     (folder / "config.json").write_text(json.dumps(case["config"]))
     save_file(weights(shapes), folder / "model.safetensors")
@@ -56,6 +68,13 @@ def encoder(family, num_labels=3, **options):
     """A golden encoder: 2 layers, width 16, with its family's classification head."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_checkpoint(Path(folder), ENCODERS[f"{family}: uneven, C = 2"], num_labels)
+        return jl.load_model(path, num_labels, **options)
+
+
+def decoder(family, num_labels=3, **options):
+    """A golden decoder: 2 layers, width 16, with its family's classification head."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_checkpoint(Path(folder), DECODERS[f"{family}: uneven, C = 2"], num_labels)
         return jl.load_model(path, num_labels, **options)
 
 

@@ -59,6 +59,11 @@ def data_folder():
     return _folder("JAXLIN_DATA")
 
 
+@pytest.fixture(scope="session")
+def models_folder():
+    return _folder("JAXLIN_MODELS")
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     def call(*arguments):

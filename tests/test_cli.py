@@ -312,7 +312,7 @@ def test_help_of_a_group_fits_a_screen(run, monkeypatch):
     code, out, _ = run("compare", "--help")
     assert code == 0
     groups = re.split(r"^ \w+ options\s*$", out, flags=re.MULTILINE)[1:]
-    assert len(groups) == 7
+    assert len(groups) == 8
     assert max(group.count("\n") for group in groups) <= 40
 
 

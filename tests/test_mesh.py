@@ -53,7 +53,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def run_processes(folder, count, pace):
+def run_processes(folder, count, pace, module="tests.ring_check"):
     """What each of some processes found, that have 8 virtual CPU devices together."""
     flags = f"--xla_force_host_platform_device_count={8 // count}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -61,7 +61,7 @@ def run_processes(folder, count, pace):
     try:
         for index in range(count):
             together = [str(port), str(count), str(index)] if count > 1 else []
-            command = [sys.executable, "-m", "tests.ring_check", str(folder / f"{index}.npz"), pace, *together]
+            command = [sys.executable, "-m", module, str(folder / f"{index}.npz"), pace, *together]
             with open(folder / f"{index}.log", "w") as log:
                 process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment)
             running.append(process)

@@ -455,17 +455,20 @@ def test_repeated_rows_and_more_outputs_than_parameters():
     assert found.peft_config("bert") is None
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra", "llama", "gpt2"])
 def test_peft_names_pick_exactly_what_is_meant(family):
     from jaxlin.models.families import FAMILIES
 
     names = FAMILIES[family].modules
     ours = {
-        theirs.replace("{i}", str(i)): path.replace("{i}", str(i)) for theirs, path in names.items() for i in (0, 1)
+        (FAMILIES[family].prefix + theirs).replace("{i}", str(i)): path.replace("{i}", str(i))
+        for theirs, path in names.items()
+        for i in (0, 1)
     }
-    whole = tuple(path.removeprefix("encoder/layer_{i}/") for path in names.values() if "{i}" in path)
+    stem = "decoder" if FAMILIES[family].is_decoder else "encoder"
+    whole = tuple(path.removeprefix(f"{stem}/layer_{{i}}/") for path in names.values() if "{i}" in path)
     modules = [module for module in whole if not module.endswith("norm")]
-    for size in (1, 2, 6):
+    for size in (1, 2, min(6, len(modules))):
         for chosen in itertools.combinations(modules, size):
             config = peft_lora_config([1], chosen, 8, 16, family)
             targets = config["target_modules"]
@@ -474,8 +477,10 @@ def test_peft_names_pick_exactly_what_is_meant(family):
             if "layers_to_transform" in config:
                 assert config["layers_to_transform"] == [1]
                 hit = {theirs for theirs in hit if f".{config['layers_pattern']}.1." in theirs}
-            assert {ours[theirs] for theirs in hit} == {f"encoder/layer_1/{module}" for module in chosen}
-    assert peft_lora_config([1], ["attention/query"], 8, 16, family)["target_modules"] == [
-        "q_lin" if family == "distilbert" else "query"
-    ]
+            assert {ours[theirs] for theirs in hit} == {f"{stem}/layer_1/{module}" for module in chosen}
+    query = peft_lora_config([1], ["attention/query"], 8, 16, family)
+    if family == "gpt2":  # whose c_attn is query, key and value at once
+        assert query is None
+    else:
+        assert query["target_modules"] == [{"distilbert": "q_lin", "llama": "q_proj"}.get(family, "query")]
     assert peft_lora_config([0], ["no/such"], 8, 16, family) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -144,6 +144,20 @@ def _shares(counts: np.ndarray, size: int) -> np.ndarray:
     return shares
 
 
+def padding_id(tokenizer: Any) -> int:
+    """Returns the id that fills up rows, masked: the end of text where a tokenizer knows no padding (GPT-2)."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(token) for token in ids if token is not None)
+
+
+def padded(rows: Sequence[Sequence[int]], value: int) -> np.ndarray:
+    """Returns rows of uneven lengths as one int32 array, filled up on the right with `value`."""
+    out = np.full((len(rows), max(map(len, rows))), value, np.int32)
+    for row, ids in zip(out, rows, strict=True):
+        row[: len(ids)] = ids
+    return out
+
+
 def tokenize(split: TextSplit, tokenizer: Any, max_length: int, token_types: bool = True) -> tuple[Dataset, int]:
     """Turns texts into a `Dataset`.
 
@@ -170,12 +184,9 @@ def tokenize(split: TextSplit, tokenizer: Any, max_length: int, token_types: boo
     truncated = sum(len(ids) > max_length for ids in full["input_ids"])
     options: dict[str, Any] = {"truncation": True, "max_length": max_length, "padding": False}
     encoded = tokenizer(*fields, **options, return_token_type_ids=token_types)
-    longest = max(len(ids) for ids in encoded["input_ids"])
     columns: dict[str, np.ndarray] = {"labels": split.labels}
-    pad = {"input_ids": tokenizer.pad_token_id or 0, "attention_mask": 0, "token_type_ids": 0}
+    pad = {"input_ids": padding_id(tokenizer), "attention_mask": 0, "token_type_ids": 0}
     for name, value in pad.items():
         if name in encoded:
-            columns[name] = np.full((len(split), longest), value, np.int32)
-            for row, ids in zip(columns[name], encoded[name], strict=True):
-                row[: len(ids)] = ids
+            columns[name] = padded(encoded[name], value)
     return Dataset.from_columns(columns), truncated

@@ -10,16 +10,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
 from jaxlin import plots
-from jaxlin.errors import Interrupted, TrainingDivergedError
+from jaxlin.errors import RUN_ERRORS, InputError, Interrupted
 from jaxlin.experiments.data_arguments import DataArguments
+from jaxlin.experiments.device_arguments import DeviceArguments, mesh_and_rules
 from jaxlin.experiments.observe import RunClock, StepProfiler
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
 from jaxlin.experiments.resume import check_same, command, run_to_resume
-from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
+from jaxlin.experiments.run_folder import RunFolder, SilentFolder, write_csv, write_json
 from jaxlin.experiments.setting import (
     STEP_OPTIONS,
     CheckpointArguments,
@@ -35,6 +37,7 @@ from jaxlin.experiments.setting import (
 )
 from jaxlin.experiments.tables import gap_tables, late_table, linearization_table, score_table, spectrum_line
 from jaxlin.experiments.tuned_arguments import FROZEN_A, TunedArguments
+from jaxlin.sharding import DATA
 from jaxlin.training.compare import Comparison, check_comparison, compare
 from jaxlin.training.report import LinearizationReport
 from jaxlin.training.trainer import Row
@@ -50,6 +53,7 @@ class CompareConfig:
         tuned: What is tuned.
         sweep: What is compared.
         training: How.
+        devices: On what.
         checkpoints: When it is saved, and whether it goes on.
         output: Where results go.
     """
@@ -59,6 +63,7 @@ class CompareConfig:
     tuned: TunedArguments = dataclasses.field(default_factory=TunedArguments)
     sweep: SweepArguments = dataclasses.field(default_factory=SweepArguments)
     training: TrainingArguments = dataclasses.field(default_factory=TrainingArguments)
+    devices: DeviceArguments = dataclasses.field(default_factory=DeviceArguments)
     checkpoints: CheckpointArguments = dataclasses.field(default_factory=CheckpointArguments)
     output: OutputArguments = dataclasses.field(default_factory=OutputArguments)
 
@@ -110,14 +115,22 @@ def run(config: CompareConfig) -> Comparison:
     Raises:
         InputError: If anything given cannot be used; nothing has been written then.
         TrainingDivergedError: If an arm diverges; the logs up to there are kept.
-        Interrupted: On Ctrl-C or SIGTERM (a `KeyboardInterrupt`); says how to go on, where there are checkpoints.
+        DeviceMemoryError: If a device's memory is too small; likewise.
+        ProcessLostError: If another process has ended; likewise.
+        Interrupted: If interrupted, with checkpoints; says how to go on.
+        KeyboardInterrupt: If interrupted without checkpoints.
     """
     begin = time.monotonic()
     default = Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
+    mesh, rules = mesh_and_rules(config.devices)
+    first = jax.process_index() == 0  # the one that writes and shows
     resumed = run_to_resume(config.checkpoints, config.output)
     path = resumed or config.output.output_dir or default
-    folder = RunFolder(path, config.output.overwrite_output_dir, resumed is not None)
+    overwrite, going_on = config.output.overwrite_output_dir, resumed is not None
+    folder = RunFolder(path, overwrite, going_on) if first else SilentFolder(path, overwrite, going_on)
     checkpoints = checkpoints_in(path, config.checkpoints)
+    if checkpoints is not None and jax.process_count() > 1:
+        raise InputError("--save_steps works within one process; leave it out where there are several")
     if config.output.quiet:  # read by the libraries when they are imported, which is when data or a model are loaded
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
@@ -129,8 +142,10 @@ def run(config: CompareConfig) -> Comparison:
         "linear_mode": config.sweep.linear_mode,
         "trunk_cache": config.sweep.trunk_cache,
         "kernel_examples": config.sweep.kernel_examples,
+        "mesh": mesh,
+        "rules": rules,
     }
-    training = train_config(config.training, config.sweep)
+    training = train_config(config.training, config.sweep, 1 if mesh is None else mesh.shape[DATA])
     check_comparison(setting.tun, setting.data, training, **options)
     if checkpoints is not None:
         checkpoints.check(training, True)
@@ -141,9 +156,9 @@ def run(config: CompareConfig) -> Comparison:
     assert source is not None  # loaded by name
     sizes = {name: len(part) for name, part in setting.data.items()}
     clock = RunClock()
-    profiler = StepProfiler(folder.path / "profile" if config.training.profile else None)
+    profiler = StepProfiler(folder.path / "profile" if config.training.profile and first else None)
     try:
-        with ProgressReporter(folder.line, config.output.quiet) as progress, clock.running():
+        with ProgressReporter(folder.line, config.output.quiet or not first) as progress, clock.running():
 
             def log(row: Row) -> None:
                 clock.step(row["arm"])
@@ -176,11 +191,12 @@ def run(config: CompareConfig) -> Comparison:
             f"{result.summary['steps']} steps, seed {config.training.seed}"
         )
         taken = {"seconds": time.monotonic() - begin, **clock.summary()}
-        _write(folder, record, result, title, taken)
-    except (TrainingDivergedError, KeyboardInterrupt) as error:
+        if first:
+            _write(folder, record, result, title, taken)
+    except (*RUN_ERRORS, KeyboardInterrupt) as error:
         folder.line(f"stopped: {str(error) or 'interrupted'}")
-        if isinstance(error, TrainingDivergedError):
-            raise TrainingDivergedError(f"{error}; the log is in {folder.path}") from error
+        if isinstance(error, RUN_ERRORS):
+            raise type(error)(f"{error}; the log is in {folder.path}") from error
         if checkpoints is None:
             raise
         signum = error.signal if isinstance(error, Interrupted) else signal.SIGINT
@@ -189,7 +205,8 @@ def run(config: CompareConfig) -> Comparison:
     finally:
         profiler.stop()
         folder.close()
-    _print(result, setting.task.metrics, folder.path, taken)
+    if first:
+        _print(result, setting.task.metrics, folder.path, taken)
     return result
 
 
@@ -211,7 +228,8 @@ def _print(result: Comparison, metrics: Sequence[str], path: Path, taken: Mappin
     console.print(score_table(result.table, metrics))
     means = ", ".join(f"{arm} {1e3 * seconds:.3g} ms" for arm, seconds in taken["step_seconds"].items())
     memory = f"peak memory of the {taken['peak_memory_of']} {taken['peak_memory_bytes'] / 2**30:.1f} GiB"
-    costs = f"a step took {means}; compiling {taken['compile_seconds']:.0f} s; {memory}"
+    steps = f"a step took {means}; " if means else ""  # none, where a finished run is gone on with
+    costs = f"{steps}compiling {taken['compile_seconds']:.0f} s; {memory}"
     console.print(costs, highlight=False, soft_wrap=True)
     console.print(f"written to {path} in {taken['seconds']:.0f} s", highlight=False)
 

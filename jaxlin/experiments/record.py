@@ -56,6 +56,7 @@ _NOT_OF_A_RUN = (
     "resume",
     "resume_from_checkpoint",
     "estimate",
+    "process_id",
 )
 
 

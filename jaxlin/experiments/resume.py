@@ -17,7 +17,9 @@ from jaxlin.ntk.store import differences
 
 LATEST = "latest"
 _FREE = ("save_steps", "save_total_limit", "metric_for_best_model", "profile", "quiet")
-"""Options that change nothing of what is computed."""
+_FREE += ("mesh", "coordinator_address", "num_processes", "per_device_train_batch_size", "gradient_checkpointing")
+"""Options that change nothing of what is computed; the devices do to rounding, and the trainer holds the batch of a step
+to be the same."""
 
 
 def _run_of(path: Path) -> Path | None:

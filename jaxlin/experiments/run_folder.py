@@ -148,3 +148,22 @@ class RunFolder:
         if self._steps is not None:
             self._steps.close()
         self._lines.close()
+
+
+class SilentFolder(RunFolder):
+    """The output folder as all processes but the first have it: they write nothing, and so check nothing."""
+
+    def __init__(self, path: Path, overwrite: bool, resume: bool = False) -> None:
+        self.path, self.resume = path, resume
+
+    def open(self, config: Mapping[str, Any], options: str) -> None:
+        """Makes nothing."""
+
+    def line(self, text: str) -> None:
+        """Writes nothing."""
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def close(self) -> None:
+        """Closes nothing."""

@@ -15,7 +15,7 @@ from jaxlin.data.task import Task, TextSplit, subsample, tokenize
 from jaxlin.errors import InputError
 from jaxlin.experiments.data_arguments import DataArguments, load_task
 from jaxlin.experiments.tuned_arguments import TunedArguments, pairs, tune
-from jaxlin.models.load import load_model
+from jaxlin.models.load import load_model, with_remat
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
 from jaxlin.models.resolve import EMBEDDED_MODEL
@@ -35,14 +35,14 @@ class ModelArguments:
     Attributes:
         model_name_or_path: Local folder in Hugging Face's layout, hub id, or the embedded default.
         model_revision: Branch, tag or commit of a hub model.
-        head: What the classification head reads; auto: as the checkpoint was trained.
+        head: What the classification head reads (decoders: last or mean); auto: as the checkpoint was trained.
         head_init: Start of a new head; probe: closed-form ridge on the frozen features.
         new_head: Draw the map to the logits anew where the checkpoint has one.
     """
 
     model_name_or_path: str = EMBEDDED_MODEL
     model_revision: str | None = None
-    head: Literal["auto", "mean", "cls", "pooler"] = "auto"
+    head: Literal["auto", "mean", "cls", "pooler", "last"] = "auto"
     head_init: Literal["probe", "random", "zero"] = "probe"
     new_head: bool = False
 
@@ -88,7 +88,11 @@ class TrainingArguments:
         loraplus_lr_ratio: Factor of it for LoRA's B (LoRA+).
         lr_scheduler_type: Learning rate over the steps.
         warmup_ratio: Share of the steps with growing rate.
-        per_device_train_batch_size: Examples a step.
+        per_device_train_batch_size: Examples that a device has at a time; a step has as many times these as the mesh
+            has devices along data, times gradient_accumulation_steps.
+        gradient_accumulation_steps: Times that a device computes before each step, for less memory.
+        gradient_checkpointing: Compute the activations of each layer anew in derivatives: less memory, more time.
+        bf16: Compute with bfloat16 weights and activations; parameters, optimizer, loss and evaluation stay float32.
         num_train_epochs: Passes over the training examples.
         max_steps: Number of steps, in place of num_train_epochs.
         group_by_length: Batches of like length: less padding.
@@ -106,6 +110,9 @@ class TrainingArguments:
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
     warmup_ratio: float = 0.0
     per_device_train_batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    bf16: bool = False
     num_train_epochs: float = 6.0
     max_steps: int | None = None
     group_by_length: bool = True
@@ -202,8 +209,13 @@ def steps_of(arguments: SweepArguments, option: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def train_config(arguments: TrainingArguments, sweep: SweepArguments) -> TrainConfig:
+def train_config(arguments: TrainingArguments, sweep: SweepArguments, devices: int = 1) -> TrainConfig:
     """Returns the trainer's configuration; λ is set apart.
+
+    Args:
+        arguments: Of training.
+        sweep: Of the pull.
+        devices: Number of devices that share a batch.
 
     Raises:
         InputError: If a factor by block is none, or the rate of LoRA's B is given twice.
@@ -219,7 +231,9 @@ def train_config(arguments: TrainingArguments, sweep: SweepArguments) -> TrainCo
         learning_rate=arguments.learning_rate,
         lr_scheduler_type=arguments.lr_scheduler_type,
         warmup_ratio=arguments.warmup_ratio,
-        batch_size=arguments.per_device_train_batch_size,
+        batch_size=arguments.per_device_train_batch_size * devices * max(arguments.gradient_accumulation_steps, 1),
+        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        compute_dtype="bfloat16" if arguments.bf16 else "float32",
         num_train_epochs=arguments.num_train_epochs,
         max_steps=arguments.max_steps,
         pull=sweep.pull,
@@ -411,6 +425,8 @@ def prepare(
         steps_of(sweep, option)
     sizes = {"train": arguments.max_train_samples, "eval": arguments.max_eval_samples}
     loaded = load(model_arguments, arguments, sizes, seed, training.loss)
+    if training.gradient_checkpointing:
+        loaded = dataclasses.replace(loaded, model=with_remat(loaded.model))
     # For its errors, before the probe's pass over the data.
     check_blocks(tune(loaded.model, tuned, seed, sweep.with_frozen_A)[0], config)
     probed = loaded.probed()

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
@@ -16,21 +18,24 @@ from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 
 from jaxlin.errors import InputError
-from jaxlin.models.families import Family
+from jaxlin.models.family import Family
 from jaxlin.tunable import CLASSIFIER, in_head
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 WORDS = "embeddings/word/embedding"
-BODY = ("embeddings", "encoder", "transformer")
-"""First words of the names of an encoder's own tensors; one of them that is not known is an error."""
+BUFFERS = re.compile(r"embeddings\.position_ids|h\.\d+\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")
+"""Tensors that older versions of transformers saved and that hold no parameter."""
+
+Modules = Mapping[str, tuple[str, ...]]
+"""Checkpoint module names to our module paths: one, or those whose outputs the checkpoint's holds side by side."""
 
 
-def _tensor_names(family: Family, num_layers: int) -> dict[str, str]:
-    """Checkpoint module names to our module paths, layers written out."""
-    names: dict[str, str] = {}
-    for theirs, ours in family.modules.items():
+def _tensor_names(family: Family, num_layers: int) -> Modules:
+    """Names and paths with the layers written out."""
+    names: dict[str, tuple[str, ...]] = {}
+    for theirs, ours in {**{name: (path,) for name, path in family.modules.items()}, **family.fused}.items():
         for i in range(num_layers) if "{i}" in theirs else (0,):
-            names[theirs.format(i=i)] = ours.format(i=i)
+            names[theirs.format(i=i)] = tuple(path.format(i=i) for path in ours)
     return names
 
 
@@ -103,80 +108,92 @@ def _opened(file: Path) -> Iterator[Any]:
         raise InputError(f"{file} cannot be read as safetensors: {error}") from error
 
 
-def _flax_path(name: str, family: Family, modules: Mapping[str, str], file: Path) -> str | None:
-    """Returns the path of a checkpoint's tensor in our parameters; `None` for what no module of ours has.
+def _flax_paths(name: str, family: Family, modules: Modules, tied: bool, file: Path) -> tuple[str, ...]:
+    """Returns the paths of a checkpoint's tensor in our parameters; none for what no module of ours has.
 
     Raises:
         InputError: If the family has no such tensor.
     """
     bare = name.removeprefix(family.prefix)
-    if bare == f"{family.decoder}.weight":
-        return WORDS
-    if bare == "embeddings.position_ids":  # a buffer of older versions
-        return None
+    if tied and bare == f"{family.decoder}.weight":
+        return (WORDS,)
+    if BUFFERS.fullmatch(bare):
+        return ()
     module, _, kind = bare.rpartition(".")
     kind = {"gamma": "weight", "beta": "bias"}.get(kind, kind)
-    if module not in modules and bare.partition(".")[0] not in BODY:
-        return None  # another head's
+    if module not in modules and bare.partition(".")[0] not in family.body:
+        return ()  # another head's
     if module not in modules or kind not in ("weight", "bias"):
         near = difflib.get_close_matches(module, modules, 1)
         hint = f" (did it mean {near[0]!r}?)" if near else ""
         raise InputError(f"{file} holds an unexpected tensor {name!r}{hint}")
-    return f"{modules[module]}/{_flax_leaf(modules[module], kind)}"
+    return tuple(f"{path}/{_flax_leaf(path, kind)}" for path in modules[module])
 
 
-def _flax_array(value: np.ndarray, path: str, expected: tuple[int, ...], where: str) -> np.ndarray:
-    """Returns a tensor in Flax's layout.
+def _flax_arrays(
+    value: np.ndarray, paths: tuple[str, ...], family: Family, expected: Mapping[str, Any], where: str
+) -> dict[str, np.ndarray]:
+    """Returns a tensor in Flax's layout by path, cut where it holds several of ours side by side.
 
     Raises:
         InputError: If its shape, dtype or a value is not what it should be.
     """
-    value = value.T if path.endswith("kernel") else value
-    if value.shape != expected:
-        if path.startswith(f"{CLASSIFIER}/"):
-            raise InputError(
-                f"{where}: the checkpoint's head has {value.shape[-1]} outputs, the task {expected[-1]}; "
-                "new_head=True (--new_head) draws another in its place"
-            )
-        raise InputError(f"{where} gives {path} shape {value.shape}; the configuration says {expected}")
+    stored_as_ours = family.untransposed is not None and paths[0].startswith(family.untransposed)
+    value = value.T if paths[0].endswith("kernel") and not stored_as_ours else value
+    if len(paths) > 1 and (not value.ndim or value.shape[-1] % len(paths)):
+        raise InputError(f"{where} has shape {value.shape}; expected {len(paths)} equal parts along its last axis")
+    parts = np.split(value, len(paths), axis=-1) if len(paths) > 1 else [value]
+    for path, part in zip(paths, parts, strict=True):
+        shape = expected[path].shape
+        if part.shape != shape:
+            if path.startswith(f"{CLASSIFIER}/"):
+                raise InputError(
+                    f"{where}: the checkpoint's head has {part.shape[-1]} outputs, the task {shape[-1]}; "
+                    "new_head=True (--new_head) draws another in its place"
+                )
+            raise InputError(f"{where} gives {path} shape {part.shape}; the configuration says {shape}")
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise InputError(f"{where} has dtype {value.dtype}; expected floating point")
     if not np.isfinite(value).all():
         raise InputError(f"{where} holds NaN or infinity")
-    return value
+    return dict(zip(paths, parts, strict=True))
 
 
-def load_params(folder: Path, family: Family, num_layers: int, expected: Mapping[str, Any]) -> tuple[PyTree, set[str]]:
-    """Reads a checkpoint's tensors as Flax parameters.
+def load_params(
+    folder: Path, family: Family, num_layers: int, expected: Mapping[str, Any], dtype: Any = None, tied: bool = True
+) -> tuple[PyTree, set[str]]:
+    """Reads a checkpoint's tensors as Flax parameters, one at a time: the model is never held twice.
 
     Args:
         folder: Folder with `model.safetensors`, or shards and their index.
         family: Name mapping.
         num_layers: Number of layers of the configuration.
         expected: Path to shape struct of the parameters wanted.
+        dtype: Of the parameters; `None` for each tensor's own.
+        tied: Whether the language-modelling head's output map is the word embedding.
 
     Returns:
-        Nested dict of NumPy arrays (kernels transposed to Flax's `[in, out]`), and the paths of leaves
-        of `expected` that the checkpoint does not have, which can only be of the classification head.
+        Nested dict of arrays (kernels in Flax's `[in, out]`), and the paths of leaves of `expected` that the
+        checkpoint does not have, which can only be of the classification head.
 
     Raises:
         InputError: If a file is damaged, a tensor is missing, unexpected, of another shape, not
             floating point, or holds NaN or infinity. The message names the tensor.
     """
     modules = _tensor_names(family, num_layers)
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, jax.Array] = {}
     for file in weights_files(folder):
         with _opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                path = _flax_path(name, family, modules, file)
-                again = path == WORDS and WORDS in found and name.endswith(f"{family.decoder}.weight")
-                if path is not None and path in expected and not again:  # else of a head that is not wanted
-                    where = f"{file}: tensor {name!r}"
-                    found[path] = _flax_array(tensors.get_tensor(name), path, expected[path].shape, where)
+                paths = _flax_paths(name, family, modules, tied, file)
+                again = paths == (WORDS,) and WORDS in found and name.endswith(f"{family.decoder}.weight")
+                if paths and set(paths) <= set(expected) and not again:  # else of a head that is not wanted
+                    parts = _flax_arrays(tensors.get_tensor(name), paths, family, expected, f"{file}: tensor {name!r}")
+                    found |= {path: jnp.asarray(part, dtype) for path, part in parts.items()}
     missing = set(expected) - set(found)
     lost = sorted(path for path in missing if not in_head(path))
     if lost:
-        theirs = {ours: name for name, ours in modules.items()}
+        theirs = {path: name for name, paths in modules.items() for path in paths}
         named = [f"{theirs[path.rpartition('/')[0]]} ({path})" for path in lost[:3]]
         hint = "; the head 'mean' or 'cls' does without it" if lost[0].startswith("pooler/") else ""
         raise InputError(

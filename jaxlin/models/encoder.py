@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -88,6 +89,14 @@ class EncoderConfig:
     def max_length(self) -> int:
         """Tokens that an input can have."""
         return self.max_positions - (0 if self.padding_id is None else self.padding_id + 1)
+
+
+def set_remat(module: Any, value: bool) -> Any:
+    """Returns a module with `config.remat` set; one whose configuration knows no such thing as it is."""
+    config: Any = getattr(module, "config", None)
+    if getattr(config, "remat", value) == value:
+        return module
+    return module.clone(config=dataclasses.replace(config, remat=value))
 
 
 def _layer_norm(config: EncoderConfig, name: str) -> nn.LayerNorm:
@@ -192,6 +201,13 @@ class Encoder(nn.Module):
         return x
 
 
+def mean_state(x: Float[Array, "B T D"], mask: Int[Array, "B T"]) -> Float[Array, "B D"]:
+    """Returns the mean of the live tokens' states; zero where there is none."""
+    weight = mask.astype(x.dtype)
+    weight /= jnp.maximum(weight.sum(axis=1, keepdims=True), 1)
+    return jnp.einsum("bt,btd->bd", weight, x)
+
+
 class SequenceClassifier(nn.Module):
     """Encoder, pooling, and a linear head.
 
@@ -216,9 +232,7 @@ class SequenceClassifier(nn.Module):
         embedded = Embeddings(self.config, name="embeddings")(batch)
         x = Encoder(self.config, name="encoder")(embedded, mask, None if self.head == "mean" else 1)
         if self.head == "mean":
-            weight = mask.astype(x.dtype)
-            weight /= jnp.maximum(weight.sum(axis=1, keepdims=True), 1)
-            features = jnp.einsum("bt,btd->bd", weight, x)
+            features = mean_state(x, mask)
         else:
             features = x[:, 0]
             if self.head == "pooler":

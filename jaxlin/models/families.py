@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxlin.errors import InputError
+from jaxlin.models.decoder_families import DECODERS
 from jaxlin.models.encoder import ACTIVATIONS, EncoderConfig
+from jaxlin.models.family import Family
 from jaxlin.tunable import CLASSIFIER, CLASSIFIER_DENSE
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """How the checkpoints of one architecture map to our modules.
-
-    Attributes:
-        prefix: Prefix that a checkpoint with a head puts before the encoder's tensors.
-        modules: Module names in the checkpoint to our paths; `{i}` stands for the layer.
-        decoder: The masked-LM head's output map, which is the word embedding under another name.
-        config: Builds our configuration from the Hugging Face one.
-        pretrained_pooler: Whether the dense map in front of the classifier is part of the pretrained body.
-    """
-
-    prefix: str
-    modules: Mapping[str, str]
-    decoder: str
-    config: Callable[[Any], EncoderConfig]
-    pretrained_pooler: bool = False
 
 
 def _checked(config: EncoderConfig, hf: Any) -> EncoderConfig:
@@ -35,7 +18,7 @@ def _checked(config: EncoderConfig, hf: Any) -> EncoderConfig:
     if positions != "absolute":
         raise InputError(f"position_embedding_type={positions!r} is not supported; only 'absolute' is")
     if getattr(hf, "is_decoder", False):
-        raise InputError(f"the checkpoint is a {hf.model_type} decoder (is_decoder=true); only encoders are supported")
+        raise InputError(f"the checkpoint is a {hf.model_type} decoder (is_decoder=true), which is not supported")
     if config.activation not in ACTIVATIONS:
         raise InputError(f"hidden_act={config.activation!r} is not supported; supported: {sorted(ACTIVATIONS)}")
     if config.hidden_size % config.num_heads:
@@ -184,5 +167,6 @@ FAMILIES: Mapping[str, Family] = {
         decoder="generator_lm_head",
         config=_electra_config,
     ),
+    **DECODERS,
 }
 """By `model_type` of `config.json`."""

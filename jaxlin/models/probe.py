@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError
+from jaxlin.models.decoder import DecoderClassifier
 from jaxlin.models.encoder import SequenceClassifier
 from jaxlin.models.model import Model, with_head
 from jaxlin.tunable import CLASSIFIER
@@ -53,7 +54,7 @@ def probe_head(
         InputError: If `y` does not fit the examples and outputs, `ridge` is negative, or the model is one of
             `from_linen`.
     """
-    if not isinstance(model.module, SequenceClassifier):
+    if not isinstance(model.module, SequenceClassifier | DecoderClassifier):
         raise InputError("probe_head needs a model of load_model, whose head reads known features")
     data, num_labels = as_dataset(batch), model.params[CLASSIFIER]["bias"].shape[0]
     if np.shape(y) != (len(data), num_labels):

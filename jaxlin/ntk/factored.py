@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
+from jaxlin.models.encoder import set_remat
 from jaxlin.ntk.threads import in_parallel, num_threads, split
 from jaxlin.peft.function import PeftFunction
 from jaxlin.tunable import ADAPTER_NAMES, Batch, Tunable, leaf_paths
@@ -88,6 +89,11 @@ class _Call:
         return args[0].shape[:1] == self.out.shape[:1] and self.out.shape[0] in (1, 2)
 
 
+def _kept(apply: PeftFunction) -> PeftFunction:
+    """The same function without rematerialised layers: what modules read in those cannot be had from outside."""
+    return dataclasses.replace(apply, module=set_remat(apply.module, False))
+
+
 def _types(tree: Any) -> Any:
     """Arrays as their types; what else a method may take or return, as it is."""
     return jax.tree.map(lambda leaf: jax.typeof(leaf) if hasattr(leaf, "shape") else leaf, tree)
@@ -149,6 +155,11 @@ def _owners(structure: Any, shapes: tuple[jax.ShapeDtypeStruct, ...]) -> dict[st
         InputError: As `find_sites`.
     """
     apply, theta, batch = jax.tree.unflatten(structure, shapes)
+    traced = jax.make_jaxpr(lambda *given: given[0](*given[1:]))(apply, theta, batch)
+    if any(eqn.primitive.name in ("remat2", "checkpoint") for eqn in traced.jaxpr.eqns):  # the name has changed
+        raise InputError(
+            'engine="factored" does not see into modules under nn.remat or jax.checkpoint; use engine="jacobian"'
+        )
     calls = _traced_calls(apply, theta, batch)
     owners = {path.rpartition("/")[0] for path in leaf_paths(theta)}
     for path in sorted(owners):
@@ -193,9 +204,10 @@ def find_sites(tun: Tunable, data: Dataset, theta: PyTree, k: int) -> tuple[Site
         InputError: If `tun` was not made of a `Model`, or a tuned leaf does not belong to a module that is called
             once on one array, examples first.
     """
-    apply = tun.apply
-    if not isinstance(apply, PeftFunction):
-        raise InputError(f'engine="factored" needs a Tunable made of a Model; its apply is a {type(apply).__name__}')
+    if not isinstance(tun.apply, PeftFunction):
+        given = type(tun.apply).__name__
+        raise InputError(f'engine="factored" needs a Tunable made of a Model; its apply is a {given}')
+    apply = _kept(tun.apply)
     batch = data.batch(np.array([0 if data.lengths is None else np.argmax(data.lengths)]), 2)
     leaves, structure = jax.tree.flatten((apply, theta, batch))
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, jnp.result_type(leaf)) for leaf in leaves)
@@ -237,7 +249,7 @@ def derivatives_and_factors(
         `[B, …]` and the cotangents at it `[B, k, …]`, by `Site.names`.
     """
     size = next(iter(batch.values())).shape[0]
-    network = _without_adapters(apply, theta, {site.path for site in sites if site.idle})
+    network = _without_adapters(_kept(apply), theta, {site.path for site in sites if site.idle})
 
     def outputs_and_inputs(taps: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
         inputs: dict[str, Array] = {}

@@ -36,10 +36,13 @@ _DIMENSIONS = ("block", "example_1", "example_2", "output_1", "output_2")
 
 
 def fingerprint(tun: Tunable, theta: PyTree) -> dict[str, str]:
-    """Returns hashes of the model and of theta, from every weight and its path."""
+    """Returns hashes of the model and of theta, from every weight (where one process holds it) and its path."""
     model, point = hashlib.sha256(_ADDRESS.sub("", str(jax.tree.structure(tun.apply))).encode()), hashlib.sha256()
     for digest, tree in ((model, tun.apply), (point, theta)):
         for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True):
+            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # no process holds all of it
+                digest.update(f"{path}{leaf.dtype}{leaf.shape}".encode())
+                continue
             value = np.ascontiguousarray(leaf)
             digest.update(f"{path}{value.dtype}{value.shape}".encode())
             digest.update(value.tobytes())

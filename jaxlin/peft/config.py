@@ -8,8 +8,6 @@ from typing import Any
 from jaxlin.models.families import FAMILIES
 from jaxlin.tunable import in_head
 
-_OF_LAYER = "encoder/layer_{i}/"
-
 
 def peft_lora_config(
     layers: Sequence[int],
@@ -37,11 +35,12 @@ def peft_lora_config(
     """
     family = FAMILIES.get(model_type or "")
     theirs = {} if family is None else {ours: name for name, ours in family.modules.items()}
-    if family is None or any(_OF_LAYER + module not in theirs for module in modules):
+    of_layer = "decoder/layer_{i}/" if family and family.is_decoder else "encoder/layer_{i}/"
+    if family is None or any(of_layer + module not in theirs for module in modules):
         return None
     stem = next(name for name in family.modules if "{i}" in name).split("{i}")[0]
     within = {ours: name.split("{i}.")[1] for ours, name in theirs.items() if "{i}" in name}
-    wanted = [within[_OF_LAYER + module] for module in modules]
+    wanted = [within[of_layer + module] for module in modules]
     ends = [_shortest(name) for name in wanted]
     hit = {name for name in within.values() if any(f".{name}".endswith(f".{end}") for end in ends)}
     config: dict[str, Any] = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": rank, "lora_alpha": alpha}

@@ -12,11 +12,12 @@ import warnings
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from jaxlin.errors import InputError
@@ -24,6 +25,9 @@ from jaxlin.ntk.store import NO_SPACE, differences
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.state import Row, TrainState, copied
 from jaxlin.tunable import Tunable
+
+if TYPE_CHECKING:
+    from orbax.checkpoint import CheckpointManager
 
 _FULL = ("No space left", "Disk quota exceeded", "File too large")
 """How the libraries that write say it, where they do not say it by number."""
@@ -34,12 +38,22 @@ class Checkpoints:
     """Where and when a training run is saved.
 
     Attributes:
-        folder: Folder of this one run's checkpoints.
+        folder: Folder of this one run's checkpoints (for `compare`: of all the sweep's).
         every: Steps between two; `None`: only at the end, when interrupted, and where a state is kept anyway.
         keep: How many of the latest are kept while the run goes on; of one that is finished, the last.
         best: Column of the history (`"loss"`, `"eval_accuracy"`, …): the checkpoint where it is best is kept too;
             lower is better where the name ends in `loss`, higher elsewhere.
         inputs: What the run is of, by name, which a resumed run must be of too; `None`: hashes of model, θ₀ and data.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, numpy as np, jaxlin as jl
+        >>> tun = jl.Tunable(lambda theta, batch: batch["x"] @ theta["w"], {"w": jnp.zeros((3, 2))})
+        >>> data = {"x": np.eye(3, dtype=np.float32), "labels": np.array([0, 1, 1])}
+        >>> saving = jl.Checkpoints(tempfile.mkdtemp(), every=2)
+        >>> run = jl.train(tun, data, config=jl.TrainConfig(max_steps=4), checkpoints=saving)
+        >>> again = jl.train(tun, data, config=jl.TrainConfig(max_steps=4), checkpoints=saving, resume=True)
+        >>> again.history == run.history
+        True
     """
 
     folder: str | Path
@@ -106,6 +120,13 @@ def run_record(config: TrainConfig, **more: Any) -> dict[str, Any]:
     return record
 
 
+def _scores(history: Sequence[Row], name: str | None) -> dict[int, float]:
+    """Returns by step what a column says, more being better."""
+    found = {row["step"]: row[name] for row in history if name is not None and row.get(name) is not None}
+    sign = -1 if str(name).endswith("loss") else 1
+    return {step: sign * value for step, value in found.items() if math.isfinite(value)}
+
+
 class RunCheckpoints:
     """The checkpoints of one run, by step, through Orbax: written by threads while the run goes on."""
 
@@ -133,7 +154,7 @@ class RunCheckpoints:
         if not resume and self.path.exists() and (self.path.is_file() or any(self.path.iterdir())):
             raise InputError(f"{self.path} holds checkpoints already; go on with resume=True, or give another folder")
         if jax.process_count() > 1:  # no process makes it while another looks
-            jax.experimental.multihost_utils.sync_global_devices("jaxlin checkpoints")
+            multihost_utils.sync_global_devices("jaxlin checkpoints")
         options = ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True)
         try:
             self._manager = ocp.CheckpointManager(self.path, options=options)
@@ -148,13 +169,6 @@ class RunCheckpoints:
         if scored:
             kept.add(max(scored, key=lambda step: self._scores[step]))
         return [step in kept for step in steps]
-
-    def _score(self, history: Sequence[Row]) -> None:
-        name = self.config.best
-        for row in history if name is not None else ():
-            value = row.get(name)
-            if value is not None and math.isfinite(value):
-                self._scores[row["step"]] = -value if str(name).endswith("loss") else value
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint is to be saved after `step`."""
@@ -183,10 +197,10 @@ class RunCheckpoints:
             "run": self._run,
             "step": state.step,
             "input": dict(at),
-            "checksums": [_checksum(leaf) for leaf in jax.tree.leaves(arrays)],
+            "checksums": {"theta": _checksums(arrays[0]), "optimizer": _checksums(arrays[1])},
             "history": list(history),
         }
-        self._score(history[-1:])
+        self._scores |= _scores(history[-1:], self.config.best)
         self._finish()
         self._being_written = state.step, sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         with self._room():
@@ -214,8 +228,9 @@ class RunCheckpoints:
             whole = [done for done in self._manager.all_steps() if (self.path / str(done)).is_dir()]
             good = f"that of step {max(whole)} is whole" if whole else "there is none before it"
             raise InputError(
-                f"no space is left for the checkpoint of step {step}, which takes {size / 2**20:.1f} MiB, in {self.path}, "
-                f"where {free / 2**20:.1f} MiB are free; {good}: free some and go on (resume=True, --resume_from_checkpoint)"
+                f"no space is left for the checkpoint of step {step}, which takes {size / 2**20:.1f} MiB, in "
+                f"{self.path}, where {free / 2**20:.1f} MiB are free; {good}: free some and go on "
+                "(resume=True, --resume_from_checkpoint)"
             ) from error
 
     def _finish(self) -> None:
@@ -253,39 +268,21 @@ class RunCheckpoints:
                 warnings.warn(f"{'; '.join(damaged)}; going on from step {step}", RuntimeWarning, stacklevel=2)
                 for later in steps[: steps.index(step)]:  # made again, the same to the bit
                     self._manager.delete(later)
-            self._score(about["history"])
+            self._scores = _scores(about["history"], self.config.best)
             return Saved(state, about["history"], about["input"], states)
         if steps:
             raise InputError(f"no checkpoint in {self.path} can be read: {'; '.join(damaged)}; give another folder")
         return None
 
     def _load(self, step: int, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        import orbax.checkpoint as ocp
-
         if step not in self._manager.all_steps():
             raise _DamagedError(f"the checkpoint of step {step} is missing")
-        try:
-            about = dict(self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about)
-            if about.pop("crc32") != _text_checksum(about):
-                raise ValueError("its record was changed")
-            other = differences(about["run"], self._run)
-            if other:
-                raise InputError(
-                    f"{self.path} is of another run ({other}); resume with the same, or give another folder"
-                )
-            want = {"theta": template.theta, "optimizer": template.optimizer}
-            arguments = {name: ocp.args.StandardRestore(jax.tree.map(_target, tree)) for name, tree in want.items()}
-            found = self._manager.restore(step, args=ocp.args.Composite(**arguments))
-            theta, optimizer = (jax.tree.map(_as_device_array, found[name], tree) for name, tree in want.items())
-            if about["checksums"] != [_checksum(leaf) for leaf in jax.tree.leaves((theta, optimizer))]:
-                raise ValueError("an array is not what was written")
-        except (InputError, PermissionError):
-            raise
-        except Exception as error:  # Orbax and TensorStore raise all kinds
-            reason = (str(error).splitlines() or [""])[0][:160]
-            raise _DamagedError(
-                f"the checkpoint of step {step} is damaged ({type(error).__name__}: {reason})"
-            ) from error
+        about = _about(self._manager, step)
+        other = differences(about["run"], self._run)
+        if other:
+            raise InputError(f"{self.path} is of another run ({other}); resume with the same, or give another folder")
+        theta = _arrays(self._manager, step, about, "theta", template.theta)
+        optimizer = _arrays(self._manager, step, about, "optimizer", template.optimizer)
         return TrainState(theta, optimizer, about["step"]), about
 
     def close(self) -> None:
@@ -298,6 +295,43 @@ class RunCheckpoints:
             self._finish()
         finally:
             self._manager.close()
+
+
+@contextlib.contextmanager
+def _reading(step: int) -> Iterator[None]:
+    """Turns what reading a checkpoint raises into `_DamagedError`; Orbax and TensorStore raise all kinds."""
+    try:
+        yield
+    except PermissionError:  # it may be whole
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        raise _DamagedError(f"the checkpoint of step {step} is damaged ({reason})") from error
+
+
+def _about(manager: CheckpointManager, step: int) -> dict[str, Any]:
+    """Reads the record of a checkpoint."""
+    import orbax.checkpoint as ocp
+
+    with _reading(step):
+        about = dict(manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about)
+        if about.pop("crc32") != _text_checksum(about):
+            raise ValueError("its record is not what was written")
+    return about
+
+
+def _arrays(manager: CheckpointManager, step: int, about: Mapping[str, Any], item: str, template: PyTree) -> PyTree:
+    """Reads `theta` or `optimizer` of a checkpoint."""
+    import orbax.checkpoint as ocp
+
+    with _reading(step):
+        target = ocp.args.StandardRestore(jax.tree.map(_target, template))
+        found = manager.restore(step, args=ocp.args.Composite(**{item: target}))[item]
+        arrays = jax.tree.map(_as_device_array, found, template)
+        for was, now in zip(about["checksums"][item], _checksums(arrays), strict=True):
+            if None not in (was, now) and was != now:
+                raise ValueError(f"an array of {item} is not what was written")
+    return arrays
 
 
 def _is_key(leaf: jax.Array) -> bool:
@@ -315,12 +349,18 @@ def _as_device_array(found: Any, leaf: jax.Array) -> jax.Array:
     return found if leaf.committed or _is_key(leaf) else jnp.asarray(found, leaf.dtype)
 
 
-def _checksum(leaf: jax.Array) -> int | None:
-    """CRC-32 of an array that this process holds all of."""
-    if not leaf.is_fully_addressable:
-        return None
-    value = np.ascontiguousarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-    return zlib.crc32(value.reshape(-1).view(np.uint8))
+def _checksums(arrays: PyTree) -> list[int | None]:
+    """CRC-32 of every array that this process holds all of; `None` of the others."""
+
+    def checksum(leaf: jax.Array) -> int | None:
+        if leaf.is_fully_replicated:
+            leaf = leaf.addressable_data(0)
+        elif not leaf.is_fully_addressable:
+            return None
+        value = np.ascontiguousarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+        return zlib.crc32(value.reshape(-1).view(np.uint8).data)
+
+    return [checksum(leaf) for leaf in jax.tree.leaves(arrays)]
 
 
 def _text_checksum(about: Mapping[str, Any]) -> int:
@@ -363,22 +403,11 @@ def load_checkpoint(folder: str | Path, tun: Tunable, step: int | None = None, b
             raise InputError(f"{path} has no checkpoint{'' if step is None else f' of step {step}'}; it has {steps}")
         try:
             chosen = steps[-1] if step is None else step
-            about = manager.restore(chosen, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
             if best is not None:
-                scores = {row["step"]: row[best] for row in about["history"] if row.get(best) is not None}
-                among = [k for k in steps if k in scores]
-                if not among:
+                scores = _scores(_about(manager, steps[-1])["history"], best)
+                if not (among := [k for k in steps if k in scores]):
                     raise InputError(f"no checkpoint in {path} has {best!r}")
-                chosen = (min if best.endswith("loss") else max)(among, key=lambda k: scores[k])
-                about = manager.restore(chosen, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
-            target = jax.tree.map(_target, tun.theta0)
-            found = manager.restore(chosen, args=ocp.args.Composite(theta=ocp.args.StandardRestore(target))).theta
-            theta = jax.tree.map(_as_device_array, found, tun.theta0)
-            leaves = jax.tree.leaves(theta)
-            if about["checksums"][: len(leaves)] != [_checksum(leaf) for leaf in leaves]:
-                raise ValueError("an array is not what was written")
-        except (InputError, PermissionError):
-            raise
-        except Exception as error:
-            raise InputError(f"the checkpoint of step {chosen} in {path} cannot be read: {error}") from error
-    return theta
+                chosen = max(among, key=lambda k: scores[k])
+            return _arrays(manager, chosen, _about(manager, chosen), "theta", tun.theta0)
+        except _DamagedError as error:
+            raise InputError(f"{path}: {error}") from error

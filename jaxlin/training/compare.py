@@ -10,12 +10,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.linearize import linearize
 from jaxlin.ntk.jacobian import MEMORY_BUDGET, jacobian_bytes
 from jaxlin.ntk.store import fingerprint
+from jaxlin.sharding import Rules, require_data_axis, shard, specs_of
 from jaxlin.theory.drift import relative
 from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.cached import cached_linearized
@@ -128,6 +130,8 @@ def check_comparison(
     trunk_cache: str = "auto",
     kernel_examples: int = 1024,
     memory_budget: int = MEMORY_BUDGET,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
 ) -> None:
     """Checks all that `compare` is given, without computing anything; arguments as there.
 
@@ -147,6 +151,11 @@ def check_comparison(
         for k in listed:
             if k != int(k) or not 0 <= k <= steps:
                 raise InputError(f"{name}={k} is no step of this run; expected 0 to {steps}")
+    if mesh is not None:
+        require_data_axis(mesh)
+        specs_of(tun, mesh.shape, rules)
+        if mesh.is_multi_process and len(track_linearization):
+            raise InputError("track_linearization works within one process; leave it out where there are several")
     check_blocks(tun, config)
     for part in data.values():
         check_data(tun, part, config.loss)
@@ -226,6 +235,8 @@ def compare(
     trunk_cache: str = "auto",
     kernel_examples: int = 1024,
     memory_budget: int = MEMORY_BUDGET,
+    mesh: Mesh | None = None,
+    rules: Rules = (),
     checkpoints: Checkpoints | None = None,
     resume: bool = False,
     log: Callable[[Row], None] | None = None,
@@ -269,6 +280,9 @@ def compare(
             temporary file where they exceed the budget; `"off"`; `"auto"`: where there are any and they fit.
         kernel_examples: At most so many training examples make K₀ and the kernel regression.
         memory_budget: Bytes for Jacobians.
+        mesh: Devices that the arms are trained and evaluated on; see `train`. What is known at θ₀ (outputs, Jacobians,
+            kernel) is computed on one device, and by every process for itself: the model must fit one.
+        rules: How parameters are split over the mesh; see `shard`.
         checkpoints: Where (a folder for the whole sweep) and when every run is saved; `None`: never.
         resume: Go on with the sweep in that folder: runs that are finished are not run again, the one that was going on
             continues from its last checkpoint, as for `train`. Outputs, Jacobians and kernel at θ₀ are computed again.
@@ -289,7 +303,7 @@ def compare(
     data = {"train": as_dataset(train_data), "eval": as_dataset(eval_data)}
     options: dict[str, Any] = {"lams": lams, "lam_rel": lam_rel, "linear_mode": linear_mode, "trunk_cache": trunk_cache}
     options |= {"linearize_at": linearize_at, "track_linearization": track_linearization}
-    options |= {"kernel_examples": kernel_examples, "memory_budget": memory_budget}
+    options |= {"kernel_examples": kernel_examples, "memory_budget": memory_budget, "mesh": mesh, "rules": rules}
     check_comparison(tun, data, config, **options)
     with jax.default_matmul_precision(config.precision):
         return _compare(
@@ -327,6 +341,8 @@ def _compare(
     trunk_cache: str,
     kernel_examples: int,
     memory_budget: int,
+    mesh: Mesh | None,
+    rules: Rules,
 ) -> Comparison:
     size = sum(jacobian_bytes(tun, part) for part in data.values())
     linear_choice = choose_cached(size, memory_budget)
@@ -341,7 +357,7 @@ def _compare(
         inputs = {
             name: {**fingerprint(other, other.theta0), **hashes} for name, other in {FULL: tun, **extra_arms}.items()
         }
-        given = {"lams": lams, "lam_rel": lam_rel, "linearize_at": linearize_at}
+        given: dict[str, Any] = {"lams": lams, "lam_rel": lam_rel, "linearize_at": linearize_at}
         given |= {"track_linearization": track_linearization, "kernel_examples": kernel_examples}
         given |= {"cached": cached, "trunk_cache": trunk_cache}
         sweep = SweepCheckpoints(checkpoints, run_record(config, **given, **inputs[FULL], arms=list(inputs)), resume)
@@ -354,6 +370,9 @@ def _compare(
     if sweep is not None:
         grid = sweep.grid(grid)
 
+    if mesh is not None:
+        tun = shard(tun, mesh, rules)
+        extra_arms = {name: shard(other, mesh, rules) for name, other in extra_arms.items()}
     if start.jacobians is not None:
         on_cache, rows = cached_linearized(tun, [data[s] for s in SPLITS], [start.jacobians[s] for s in SPLITS])
         linear = _Arm(on_cache, dict(zip(SPLITS, rows, strict=True)))
@@ -413,6 +432,7 @@ def _compare(
                 resume=True,  # of the sweep's own folder
                 log=log_row,
                 replay=functools.partial(log_row, replayed=True),
+                mesh=mesh,
             )
         except TrainingDivergedError as error:
             raise TrainingDivergedError(f"arm {name!r} at λ = {lam:g}: {error}") from error

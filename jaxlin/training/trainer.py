@@ -96,6 +96,10 @@ def check_data(tun: Tunable, data: Dataset, loss: str) -> None:
     check_labels(data["labels"], num_outputs(tun, data), loss)
 
 
+def _nothing(*_: Any) -> None:
+    return None
+
+
 def _open(
     checkpoints: Checkpoints,
     tun: Tunable,
@@ -145,7 +149,7 @@ def train(
         keep: Steps after which the state is kept, in `result.states` (0: before the first).
         checkpoints: Where and when the state is saved, also when interrupted; `None`: never.
         resume: Go on from the last checkpoint (from `start` where there is none yet): the result is that of the run
-            without interruption, to the bit where equal inputs give equal bits. A run that is finished is not run again.
+            without interruption, to the bit where equal inputs give equal bits. A finished run is not run again.
         log: Called with every row of the history as it is made.
         replay: Called with every row that a checkpoint brought.
         mesh: Devices to train on, of one process or of several that all make this call; the examples of a batch are
@@ -163,7 +167,8 @@ def train(
         TrainingDivergedError: If the loss becomes NaN or infinite; says at which step, and which checkpoint is the
             last. Rows before it have been logged.
         Interrupted: With checkpoints, on Ctrl-C, or on SIGTERM where it has a handler: after the step that was being
-            taken is saved. It is a `KeyboardInterrupt`.
+            taken is saved. It is a `KeyboardInterrupt`. (Where several processes train together, a signal ends them at
+            once, and the last checkpoint counts.)
     """
     config = config or TrainConfig()
     config.check()
@@ -181,7 +186,9 @@ def train(
     by_block = [tuple((patterns or {}).items()) for patterns in (config.lam_blocks, config.learning_rate_blocks)]
     parts = config.gradient_accumulation_steps
     tx, step = compiled_step(config.loss, config.optimizer, schedule, config.pull, *by_block, parts)
-    mesh = mesh or mesh_of((tun.apply, tun.theta0))
+    given = tun
+    if mesh is None:
+        mesh = mesh_of((tun.apply, tun.theta0))
     if mesh is not None:
         tun = shard(tun, mesh, rules)
     elif rules:
@@ -198,16 +205,19 @@ def train(
     state = state._replace(lam=jnp.asarray(lam, dtype), rate=jnp.asarray(rate, dtype))
     layout = None
     if mesh is not None:
-        theta, state = place((theta, state), mesh)
+        like = place((tun.theta0, tx.init(tun.theta0)), mesh)  # a start may come from another mesh, or from none
+        theta, state = jax.tree.map(lambda leaf, to: place(leaf, mesh, to.sharding.spec), (theta, state), like)
         layout = layout_of(theta, state)
     stepped = tun.apply if config.compute_dtype == "float32" else in_dtype(tun, config.compute_dtype).apply
     history: list[Row] = []
     states = {0: TrainState(copied(theta), copied(state), 0)} if 0 in keep else {}
     with contextlib.ExitStack() as stack:
-        signalled = saver = None
+        saver: RunCheckpoints | None = None
+        signalled: Callable[[], int | None] = _nothing
         if checkpoints is not None:
-            saver = _open(checkpoints, tun, data, held_out, config, start.step, keep, resume)
-            signalled = stack.enter_context(held_back())
+            saver = _open(checkpoints, given, data, held_out, config, start.step, keep, resume)
+            if jax.process_count() == 1:  # several would be stopped at different steps, and save together
+                signalled = stack.enter_context(held_back())
             stack.callback(saver.close)
         source = stack.enter_context(contextlib.closing(step_input(data, config, start.step)))
         if saver is not None:
@@ -216,8 +226,8 @@ def train(
                 theta, state = saved.state.theta, saved.state.optimizer
                 history, states = saved.history, saved.states
                 source.set_state(saved.input)
-                for row in history if replay is not None else ():
-                    replay(row)
+                for done in history:
+                    (replay or _nothing)(done)
             elif states:
                 saver.save(states[0], history, source.get_state())
         for i, (indices, batch) in enumerate(source, start=start.step + len(history) + 1):
@@ -240,9 +250,10 @@ def train(
                 states[i] = TrainState(copied(theta), copied(state), i)
             if log is not None:
                 log(row)
-            signum = None if signalled is None else signalled()
-            if saver is not None and (signum is not None or saver.due(i)):
-                saver.save(TrainState(theta, state, i), history, source.get_state())
-            if signum is not None:
-                raise Interrupted(f"interrupted after step {i} of {total}, which is saved in {saver.path}", signum)
+            if saver is not None:
+                signum = signalled()
+                if signum is not None or saver.due(i):
+                    saver.save(TrainState(theta, state, i), history, source.get_state())
+                if signum is not None:
+                    raise Interrupted(f"interrupted after step {i} of {total}, which is saved in {saver.path}", signum)
     return TrainResult(theta, history, states)
