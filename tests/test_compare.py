@@ -295,8 +295,8 @@ def test_majority_is_the_best_constant_under_each_loss():
         assert rows_of(comparison, "majority_class")[0]["loss_eval"] == pytest.approx(best, abs=1e-6)
 
 
-def test_the_trunk_and_the_sweep_at_once_change_nothing(model):
-    """Cached trunk or not, one λ at a time or all: the same table and the same log to rounding, in the same order."""
+def test_the_modes_change_nothing(model):
+    """Cached trunk and Jacobians or neither: the same table and the same log to rounding, in the same order."""
     train, held_out = cases.text_batch(9, longest=8), cases.text_batch(5, seed=1, longest=8)
     tun = jl.lora(model, rank=2, layers=[1])
     options = {

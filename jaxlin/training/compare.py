@@ -28,7 +28,6 @@ from jaxlin.training.losses import targets
 from jaxlin.training.modes import Choice, choose_cached, choose_trunk
 from jaxlin.training.report import KERNEL_EXAMPLES, LinearizationReport, Tracker
 from jaxlin.training.start import PhaseProgress, Start, factor_blocks
-from jaxlin.training.sweep import train_sweep
 from jaxlin.training.sweep_record import SweepCheckpoints
 from jaxlin.training.trainer import Row, TrainResult, TrainState, check_blocks, check_data, predict, train
 from jaxlin.trunk import cache_trunk, entered_alike
@@ -276,7 +275,7 @@ def compare(
         extra_arms: Other Tunables to train alike, by name, such as the same LoRA with A frozen.
         baselines: Outputs of other predictors, name to `{"train": [N, C], "eval": [M, C]}`.
         linear_mode: `"cached"`: the linearized arm trains on Jacobians computed once; `"streaming"`: by jvp at
-            every step; `"auto"`: cached where they fit half the budget. Cached, all λ are trained at once.
+            every step; `"auto"`: cached where they fit half the budget.
         trunk_cache: Whether activations below what is tuned are computed once, for all arms and Jacobians: `"on"`, in a
             temporary file where they exceed the budget; `"off"`; `"auto"`: where there are any and they fit.
         kernel_examples: At most so many training examples make K₀ and the kernel regression.
@@ -359,7 +358,8 @@ def _compare(
             name: {**fingerprint(other, other.theta0), **hashes} for name, other in {FULL: tun, **extra_arms}.items()
         }
         given: dict[str, Any] = {"lams": lams, "lam_rel": lam_rel, "linearize_at": linearize_at}
-        given |= {"track_linearization": track_linearization, "kernel_examples": kernel_examples, "cached": cached}
+        given |= {"track_linearization": track_linearization, "kernel_examples": kernel_examples}
+        given |= {"cached": cached, "trunk_cache": trunk_cache}
         sweep = SweepCheckpoints(checkpoints, run_record(config, **given, **inputs[FULL], arms=list(inputs)), resume)
     tun, data, extra_arms, below = _on_trunk(tun, data, extra_arms, trunk_cache, memory_budget, progress)
     start = Start.compute(tun, data, cached, kernel_examples, memory_budget, factor_blocks(tun, config), progress)
@@ -380,10 +380,6 @@ def _compare(
         linear = _Arm(linearize(tun), data)
     full = {name: _Arm(other, data) for name, other in {FULL: tun, **extra_arms}.items()}
     arms = {**full, LINEARIZED: linear}
-    tracked = sorted({*track_linearization})
-    if cached:  # all λ at once, each time anew: that takes less than it would to save them
-        held_out = None if config.eval_steps is None else linear.data["eval"]
-        swept = train_sweep(linear.tun, linear.data["train"], held_out, config, lams=grid, keep=tracked)
 
     table: list[Row] = []
     for name, fixed in {_constant_name(data): _constant(data, c, config.loss), "start": start.f0, **baselines}.items():
@@ -391,7 +387,7 @@ def _compare(
     results: dict[tuple[str, float], TrainResult] = {}
     total = config.total_steps(n)
     late = sorted({k for k in linearize_at if k})
-    tracker = None
+    tracked, tracker = sorted({*track_linearization}), None
     kept = {FULL: {*late, *tracked}, LINEARIZED: tracked}
     reports: dict[float, LinearizationReport] = {}
     if tracked:
@@ -420,13 +416,6 @@ def _compare(
                 if progress is not None and not replayed:  # its rate is of steps that are taken
                     progress("training", steps_done, steps_in_all)
 
-        if name == LINEARIZED and cached:
-            result, stopped = swept.results[grid.index(lam)], swept.diverged.get(grid.index(lam))
-            for row in result.history:
-                log_row(row)
-            if stopped is not None:
-                raise TrainingDivergedError(f"arm {name!r} at λ = {lam:g}: {stopped}") from stopped
-            return result
         options = _without_absent(arm.tun, dataclasses.replace(config, lam=lam))
         held_out = None if config.eval_steps is None else arm.data["eval"]
         keep = kept.get(name, ())
