@@ -16,10 +16,11 @@ from jaxlin.experiments.setting import CheckpointArguments, OutputArguments
 from jaxlin.ntk.store import differences
 
 LATEST = "latest"
-_FREE = ("save_steps", "save_total_limit", "metric_for_best_model", "profile", "quiet")
-_FREE += ("mesh", "coordinator_address", "num_processes", "per_device_train_batch_size", "gradient_checkpointing")
-"""Options that change nothing of what is computed; the devices do to rounding, and the trainer holds the batch of a step
-to be the same."""
+_FREE = (
+    *("save_steps", "save_total_limit", "metric_for_best_model", "profile", "quiet"),
+    *("mesh", "coordinator_address", "num_processes", "per_device_train_batch_size", "gradient_checkpointing"),
+)
+"""Options that change nothing of what is computed; devices do to rounding, and the trainer checks the batch of a step."""
 
 
 def _run_of(path: Path) -> Path | None:
