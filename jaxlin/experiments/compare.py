@@ -129,8 +129,10 @@ def run(config: CompareConfig) -> Comparison:
     overwrite, going_on = config.output.overwrite_output_dir, resumed is not None
     folder = RunFolder(path, overwrite, going_on) if first else SilentFolder(path, overwrite, going_on)
     checkpoints = checkpoints_in(path, config.checkpoints)
-    if checkpoints is not None and jax.process_count() > 1:
-        raise InputError("--save_steps works within one process; leave it out where there are several")
+    if jax.process_count() > 1:
+        if resumed is not None:
+            raise InputError("--resume_from_checkpoint works within one process; start anew where there are several")
+        checkpoints = None
     if config.output.quiet:  # read by the libraries when they are imported, which is when data or a model are loaded
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
