@@ -343,7 +343,8 @@ def _held(trunk: Trunk, data: Dataset, fill: Callable[[Put], None]) -> np.ndarra
     out = np.zeros((len(data), *trunk.shape), trunk.dtype)
 
     def put(indices: np.ndarray, found: np.ndarray) -> None:
-        out[tuple([indices, *map(slice, found.shape[1:])])] = found
+        where: Any = (indices, *map(slice, found.shape[1:]))
+        out[where] = found
 
     fill(put)
     return out

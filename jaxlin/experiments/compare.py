@@ -117,8 +117,8 @@ def run(config: CompareConfig) -> Comparison:
         TrainingDivergedError: If an arm diverges; the logs up to there are kept.
         DeviceMemoryError: If a device's memory is too small; likewise.
         ProcessLostError: If another process has ended; likewise.
-        Interrupted: If interrupted, with checkpoints; says how to go on.
-        KeyboardInterrupt: If interrupted without checkpoints.
+        Interrupted: On Ctrl-C or SIGTERM, where there are checkpoints; says how to go on.
+        KeyboardInterrupt: Likewise, where there are none.
     """
     begin = time.monotonic()
     default = Path("runs") / time.strftime("compare-%Y%m%d-%H%M%S")
@@ -129,12 +129,12 @@ def run(config: CompareConfig) -> Comparison:
     overwrite, going_on = config.output.overwrite_output_dir, resumed is not None
     folder = RunFolder(path, overwrite, going_on) if first else SilentFolder(path, overwrite, going_on)
     checkpoints = checkpoints_in(path, config.checkpoints)
-    if checkpoints is not None and jax.process_count() > 1:
-        raise InputError("--save_steps works within one process; leave it out where there are several")
+    if jax.process_count() > 1 and resumed is None and config.output.output_dir is None:
+        checkpoints = None  # the processes may have begun in different seconds: their default folders are not one
     if config.output.quiet:  # read by the libraries when they are imported, which is when data or a model are loaded
         for library in ("HF_HUB", "HF_DATASETS"):
             os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
-    setting = prepare(config.model, config.data, config.tuned, config.sweep, config.training)
+    setting = prepare(config.model, config.data, config.tuned, config.sweep, config.training, config.devices)
     options: dict[str, Any] = {
         "lams": lam_grid(config.sweep),
         "lam_rel": config.sweep.lam_rel or None,
@@ -145,7 +145,7 @@ def run(config: CompareConfig) -> Comparison:
         "mesh": mesh,
         "rules": rules,
     }
-    training = train_config(config.training, config.sweep, 1 if mesh is None else mesh.shape[DATA])
+    training = train_config(config.training, config.sweep, config.devices, 1 if mesh is None else mesh.shape[DATA])
     check_comparison(setting.tun, setting.data, training, **options)
     if checkpoints is not None:
         checkpoints.check(training, True)

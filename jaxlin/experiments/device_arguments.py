@@ -15,7 +15,7 @@ from jaxlin.sharding import DATA, ENCODER_RULES, Rules
 
 @dataclasses.dataclass(frozen=True)
 class DeviceArguments:
-    """Devices.
+    """Devices and their memory.
 
     Attributes:
         mesh: Devices to train on, such as data=4,model=2: examples over 4, parameters over 2; auto: data=all of
@@ -23,12 +23,18 @@ class DeviceArguments:
         coordinator_address: host:port of process 0, where the environment does not say.
         num_processes: Number of processes, all with this command, likewise.
         process_id: Which of them this is, from 0, likewise.
+        gradient_accumulation_steps: Times that a device computes before each step, for less memory.
+        gradient_checkpointing: Compute the activations of each layer anew in derivatives: less memory, more time.
+        bf16: Compute with bfloat16 weights and activations; parameters, optimizer, loss and evaluation stay float32.
     """
 
     mesh: str | None = None
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    bf16: bool = False
 
 
 def mesh_axes(text: str) -> dict[str, int]:

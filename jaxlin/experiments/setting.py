@@ -14,6 +14,7 @@ from jaxlin.data.labels import Scale, label_order, reorder, scale_of, standardis
 from jaxlin.data.task import Task, TextSplit, subsample, tokenize
 from jaxlin.errors import InputError
 from jaxlin.experiments.data_arguments import DataArguments, load_task
+from jaxlin.experiments.device_arguments import DeviceArguments
 from jaxlin.experiments.tuned_arguments import TunedArguments, pairs, tune
 from jaxlin.models.load import load_model, with_remat
 from jaxlin.models.model import Model
@@ -88,11 +89,8 @@ class TrainingArguments:
         loraplus_lr_ratio: Factor of it for LoRA's B (LoRA+).
         lr_scheduler_type: Learning rate over the steps.
         warmup_ratio: Share of the steps with growing rate.
-        per_device_train_batch_size: Examples that a device has at a time; a step has as many times these as the mesh
-            has devices along data, times gradient_accumulation_steps.
-        gradient_accumulation_steps: Times that a device computes before each step, for less memory.
-        gradient_checkpointing: Compute the activations of each layer anew in derivatives: less memory, more time.
-        bf16: Compute with bfloat16 weights and activations; parameters, optimizer, loss and evaluation stay float32.
+        per_device_train_batch_size: Examples that a device has at a time; a step has these of each device along data,
+            as often as gradient_accumulation_steps says.
         num_train_epochs: Passes over the training examples.
         max_steps: Number of steps, in place of num_train_epochs.
         group_by_length: Batches of like length: less padding.
@@ -110,9 +108,6 @@ class TrainingArguments:
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
     warmup_ratio: float = 0.0
     per_device_train_batch_size: int = 32
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    bf16: bool = False
     num_train_epochs: float = 6.0
     max_steps: int | None = None
     group_by_length: bool = True
@@ -209,17 +204,21 @@ def steps_of(arguments: SweepArguments, option: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def train_config(arguments: TrainingArguments, sweep: SweepArguments, devices: int = 1) -> TrainConfig:
+def train_config(
+    arguments: TrainingArguments, sweep: SweepArguments, devices: DeviceArguments, sharing: int = 1
+) -> TrainConfig:
     """Returns the trainer's configuration; λ is set apart.
 
     Args:
         arguments: Of training.
         sweep: Of the pull.
-        devices: Number of devices that share a batch.
+        devices: Of parts of a batch and bfloat16.
+        sharing: Number of devices that share a batch.
 
     Raises:
         InputError: If a factor by block is none, or the rate of LoRA's B is given twice.
     """
+    parts = devices.gradient_accumulation_steps
     rates = pairs(arguments.learning_rate_blocks, "learning_rate_blocks")
     if arguments.loraplus_lr_ratio is not None:
         if "lora_B" in rates:
@@ -231,9 +230,9 @@ def train_config(arguments: TrainingArguments, sweep: SweepArguments, devices: i
         learning_rate=arguments.learning_rate,
         lr_scheduler_type=arguments.lr_scheduler_type,
         warmup_ratio=arguments.warmup_ratio,
-        batch_size=arguments.per_device_train_batch_size * devices * max(arguments.gradient_accumulation_steps, 1),
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
-        compute_dtype="bfloat16" if arguments.bf16 else "float32",
+        batch_size=arguments.per_device_train_batch_size * sharing * max(parts, 1),
+        gradient_accumulation_steps=parts,
+        compute_dtype="bfloat16" if devices.bf16 else "float32",
         num_train_epochs=arguments.num_train_epochs,
         max_steps=arguments.max_steps,
         pull=sweep.pull,
@@ -401,6 +400,7 @@ def prepare(
     tuned: TunedArguments,
     sweep: SweepArguments,
     training: TrainingArguments,
+    devices: DeviceArguments,
 ) -> Setting:
     """Loads model and data and checks that they fit.
 
@@ -410,6 +410,7 @@ def prepare(
         tuned: What is tuned.
         sweep: Pulls, extra arms.
         training: Loss and seed.
+        devices: Of memory.
 
     Returns:
         The setting of the run; the only long part is one pass of the frozen model, for the probe.
@@ -418,14 +419,14 @@ def prepare(
         InputError: If anything given cannot be used.
     """
     seed = training.seed
-    config = train_config(training, sweep)
+    config = train_config(training, sweep, devices)
     config.check()
     check_lams(lam_grid(sweep), sweep.lam_rel or None, sweep.pull)
     for option in STEP_OPTIONS:
         steps_of(sweep, option)
     sizes = {"train": arguments.max_train_samples, "eval": arguments.max_eval_samples}
     loaded = load(model_arguments, arguments, sizes, seed, training.loss)
-    if training.gradient_checkpointing:
+    if devices.gradient_checkpointing:
         loaded = dataclasses.replace(loaded, model=with_remat(loaded.model))
     # For its errors, before the probe's pass over the data.
     check_blocks(tune(loaded.model, tuned, seed, sweep.with_frozen_A)[0], config)
