@@ -14,7 +14,7 @@ import jax
 from rich.console import Console
 
 from jaxlin import plots
-from jaxlin.errors import RUN_ERRORS, InputError, Interrupted
+from jaxlin.errors import RUN_ERRORS, Interrupted
 from jaxlin.experiments.data_arguments import DataArguments
 from jaxlin.experiments.device_arguments import DeviceArguments, mesh_and_rules
 from jaxlin.experiments.observe import RunClock, StepProfiler
