@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jaxlin.errors import InputError
@@ -162,21 +162,52 @@ def mesh_of(tree: PyTree) -> Mesh | None:
     return next((mesh for mesh in meshes if isinstance(mesh, Mesh) and DATA in mesh.shape), None)
 
 
-def spread(batch: Batch, mesh: Mesh | None, parts: int = 1) -> dict[str, Any]:
+def share_of(owners: Sequence[set[int]], process: int) -> tuple[int, int]:
+    """Returns which share of a batch a process needs, and of how many.
+
+    Args:
+        owners: Processes that hold each device's part of the batch, along the axis `data`.
+        process: Which process.
+
+    Returns:
+        Number of the share and of shares; 0 and 1, all of it, where processes do not hold as many successive parts
+        each, and no part in common (an axis `model` that goes over processes).
+    """
+    order = list(dict.fromkeys(min(part) for part in owners))
+    each = len(owners) // len(order)
+    if list(owners) != [{owner} for owner in order for _ in range(each)]:
+        return 0, 1
+    return order.index(process), len(order)
+
+
+def process_share(mesh: Mesh | None) -> tuple[int, int]:
+    """Returns `share_of` this process on a mesh; all of the batch where there is none."""
+    if mesh is None:
+        return 0, 1
+    rows = np.moveaxis(mesh.devices, mesh.axis_names.index(DATA), 0).reshape(mesh.shape[DATA], -1)
+    return share_of([{device.process_index for device in row} for row in rows], jax.process_index())
+
+
+def spread(batch: Batch, mesh: Mesh | None, parts: int = 1, shares: int = 1) -> dict[str, Any]:
     """Puts a batch on the devices that compute it, its examples split over the axis `data`.
 
     Args:
-        batch: Host arrays, with `weight`, the same in every process, which hands its own devices their rows.
+        batch: Host arrays, with `weight`: the whole batch, the same in every process, or this process's share of it.
         mesh: The mesh; `None` for one device, which JAX puts the batch on when it is used.
         parts: Number of parts, of equal size, that each device's examples are to be cut into.
+        shares: Number of shares of equal size that the batch came in; see `process_share`.
 
     Returns:
         The batch; rows are added that make its size a multiple of the devices and parts. They repeat the first
         example and have weight 0.
     """
     size = len(batch["weight"])
-    missing = -size % (parts * (1 if mesh is None else mesh.shape[DATA]))
+    missing = -size % (parts * (1 if mesh is None else mesh.shape[DATA] // shares))
     rows = np.concatenate([np.arange(size), np.zeros(missing, int)])
     out = {name: value[rows] if missing else value for name, value in batch.items()}
     out["weight"] = np.where(np.arange(len(rows)) < size, out["weight"], 0).astype(np.float32)
-    return out if mesh is None else place(out, mesh, DATA)
+    if mesh is None or shares == 1:
+        return out if mesh is None else place(out, mesh, DATA)
+    along = NamedSharding(mesh, PartitionSpec(DATA))
+    local = {name: value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False) for name, value in out.items()}
+    return {name: jax.make_array_from_process_local_data(along, value) for name, value in local.items()}

@@ -1,9 +1,12 @@
 """`jaxlin compare` over a mesh and over several processes."""
 
+import contextlib
 import csv
+import json
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -84,14 +87,13 @@ def test_parts_and_rematerialisation_change_nothing(run, arguments, tmp_path):
     assert_same([table_of(folder) for folder in (tmp_path / "less", tmp_path / "out")], 1e-3)
 
 
-@pytest.mark.slow
-def test_two_processes_write_one_folder(run, arguments, tmp_path):
-    plain = {**arguments, "lam_rel": [0.1], "linear_mode": "streaming"}
-    assert run(*cases.flags(plain))[0] == 0
+@contextlib.contextmanager
+def two_processes(options):
+    """The command in two processes of four devices each; they end with the block."""
     port, running = free_port(), []
     flags = "--xla_force_host_platform_device_count=4"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    many = {**plain, "output_dir": tmp_path / "many", "per_device_train_batch_size": 1, "mesh": "auto"}
+    many = {**options, "per_device_train_batch_size": 1, "mesh": "auto"}
     many |= {"coordinator_address": f"127.0.0.1:{port}", "num_processes": 2}
     try:
         for index in range(2):
@@ -99,15 +101,49 @@ def test_two_processes_write_one_folder(run, arguments, tmp_path):
             command = [sys.executable, "-c", "from jaxlin.cli import main; main()", *words]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
             running.append(subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes))
-        said = [process.communicate(timeout=300) for process in running]
+        yield running
     finally:
         for process in running:
             process.kill()
             process.wait()
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_folder(run, arguments, tmp_path):
+    plain = {**arguments, "lam_rel": [0.1], "linear_mode": "streaming"}
+    assert run(*cases.flags(plain))[0] == 0
+    with two_processes({**plain, "output_dir": tmp_path / "many"}) as running:
+        said = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0, 0], said
     assert "written to" in said[0][0]
-    assert all(line.startswith("[Gloo]") for line in said[1][0].splitlines())  # the library's own
+    assert not said[1][0]
     assert "training:" in said[0][1]
     assert "training:" not in said[1][1]
     assert len((tmp_path / "many" / "log.jsonl").read_text().splitlines()) == 2 * 3
+    assert_same([table_of(tmp_path / name) for name in ("many", "out")], 1e-3)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_job_which_goes_on(run, arguments, tmp_path):
+    plain = {**arguments, "lam_rel": [0.1], "linear_mode": "streaming", "max_steps": 60, "save_steps": 3}
+    assert run(*cases.flags(plain))[0] == 0
+    many = {**plain, "output_dir": tmp_path / "many", "resume_from_checkpoint": "latest"}
+    log = tmp_path / "many" / "log.jsonl"
+    with two_processes(many) as running:
+        deadline = time.monotonic() + 300
+        while not log.exists() or len(log.read_text().splitlines()) < 8:
+            assert time.monotonic() < deadline
+            assert running[0].poll() is None, running[0].communicate()
+            time.sleep(0.02)
+        running[1].kill()
+        _, err = running[0].communicate(timeout=60)
+        assert running[0].returncode not in (0, None)
+        assert err
+    assert len(log.read_text().splitlines()) < 2 * 60
+    assert (tmp_path / "many" / "checkpoints").is_dir()
+    with two_processes(many) as running:
+        said = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [*range(1, 61)] * 2
     assert_same([table_of(tmp_path / name) for name in ("many", "out")], 1e-3)

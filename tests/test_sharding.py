@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as Spec
 import jaxlin as jl
 from jaxlin import distributed
 from jaxlin.mesh import make_mesh
-from jaxlin.sharding import mesh_of, specs_of, spread
+from jaxlin.sharding import mesh_of, share_of, specs_of, spread
 from jaxlin.tunable import leaf_paths
 from tests import cases, shard_check
 from tests.test_mesh import ROOT, free_port, run_processes
@@ -130,6 +130,22 @@ def test_bad_meshes():
         jl.train(tun, data, mesh=one_device(model=1))
     with pytest.raises(jl.InputError, match="rules are given and no mesh"):
         jl.train(tun, data, rules=jl.ENCODER_RULES)
+
+
+SHARES = {
+    "one process": ([{0}, {0}], 0, (0, 1)),
+    "two": ([{0}, {0}, {1}, {1}], 1, (1, 2)),
+    "in another order": ([{1}, {0}], 1, (0, 2)),
+    "a model over processes": ([{0, 1}, {0, 1}], 1, (0, 1)),
+    "unequal": ([{0}, {0}, {1}], 1, (0, 1)),
+    "by turns": ([{0}, {1}, {0}, {1}], 0, (0, 1)),
+}
+
+
+@pytest.mark.parametrize("case", SHARES)
+def test_a_process_reads_its_share_where_it_has_one(case):
+    owners, process, expected = SHARES[case]
+    assert share_of(owners, process) == expected
 
 
 @pytest.mark.parametrize("parts", [1, 3])

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from jaxlin.distributed import initialize
 from jaxlin.errors import InputError
 from jaxlin.mesh import make_mesh
-from jaxlin.sharding import DATA, ENCODER_RULES, Rules
+from jaxlin.sharding import DATA, DECODER_RULES, ENCODER_RULES, Rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,4 +71,4 @@ def mesh_and_rules(arguments: DeviceArguments) -> tuple[Mesh | None, Rules]:
     if arguments.mesh is None and jax.process_count() == 1:
         return None, ()
     mesh = make_mesh(axes)
-    return mesh, ENCODER_RULES if "model" in mesh.shape else ()
+    return mesh, (*ENCODER_RULES, *DECODER_RULES) if "model" in mesh.shape else ()

@@ -20,7 +20,7 @@ from jaxlin.interrupt import held_back
 from jaxlin.mesh import fetch, place
 from jaxlin.ntk.jacobian import num_outputs
 from jaxlin.ntk.store import fingerprint
-from jaxlin.sharding import Rules, mesh_of, shard, spread
+from jaxlin.sharding import Rules, mesh_of, process_share, shard, spread
 from jaxlin.training.checkpoint import Checkpoints, RunCheckpoints, run_record
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.failure import explained
@@ -219,7 +219,8 @@ def train(
             if jax.process_count() == 1:  # several would be stopped at different steps, and save together
                 signalled = stack.enter_context(held_back())
             stack.callback(saver.close)
-        source = stack.enter_context(contextlib.closing(step_input(data, config, start.step)))
+        share, shares = process_share(mesh)
+        source = stack.enter_context(contextlib.closing(step_input(data, config, start.step, share, shares)))
         if saver is not None:
             saved = saver.restore(TrainState(theta, state, start.step))
             if saved is not None:
@@ -231,7 +232,7 @@ def train(
             elif states:
                 saver.save(states[0], history, source.get_state())
         for i, (indices, batch) in enumerate(source, start=start.step + len(history) + 1):
-            batch = spread(batch, mesh, parts)
+            batch = spread(batch, mesh, parts, shares)
             with jax.default_matmul_precision(config.precision), explained(i, config, tun, batch, mesh):
                 theta, state, metrics = step(stepped, theta, state, batch, layout)
                 row: Row = {"step": i, "epoch": i / config.steps_per_epoch(n)}
