@@ -116,7 +116,7 @@ def test_two_processes_write_one_folder(run, arguments, tmp_path):
         said = [process.communicate(timeout=300) for process in running]
     assert [process.returncode for process in running] == [0, 0], said
     assert "written to" in said[0][0]
-    assert not said[1][0]
+    assert all(line.startswith("[Gloo]") for line in said[1][0].splitlines())  # the library's own
     assert "training:" in said[0][1]
     assert "training:" not in said[1][1]
     assert len((tmp_path / "many" / "log.jsonl").read_text().splitlines()) == 2 * 3

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 PLAIN_INTERVAL_S = 10.0
 UNITS = {
     "Jacobians": "examples",
+    "trunk": "examples",
     "training": "steps",
     "linearization report": "steps",
     "kernel tiles": "tiles",
