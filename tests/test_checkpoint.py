@@ -222,7 +222,8 @@ def wait_for_rows(process, folder, count):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(run, long_run, tmp_path, signum):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     code, _, err = run(*cases.flags({**long_run, "output_dir": whole}))
@@ -463,6 +464,8 @@ def test_divergence_names_the_last_checkpoint(tmp_path):
 
 
 def test_control_c_saves_the_step_that_was_taken(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+
     def interrupt(row):
         if row["step"] == 5:
             os.kill(os.getpid(), signal.SIGINT)
@@ -474,6 +477,7 @@ def test_control_c_saves_the_step_that_was_taken(tmp_path):
     result = run_with(tmp_path / "run", resume=True, log=(rows := []).append)
     assert [row["step"] for row in rows] == [6, 7, 8, 9]
     assert_same(result, run_with(tmp_path / "whole"))
+    signal.signal(signal.SIGINT, before)
 
 
 FULL = """

@@ -75,7 +75,7 @@ PEFT = {
 
 
 @pytest.mark.parametrize(
-    "peft", [pytest.param(name, marks=() if name in ("head", "select") else pytest.mark.slow) for name in PEFT]
+    "peft", [pytest.param(name, marks=() if name == "head" else pytest.mark.slow) for name in PEFT]
 )
 def test_other_peft(run, arguments, tmp_path, peft):
     options = {**arguments, "lora_rank": False, "peft": peft, **PEFT[peft]}
@@ -87,6 +87,7 @@ def test_other_peft(run, arguments, tmp_path, peft):
         assert all(row["output_gap_relative_eval"] < 1e-3 for row in table if row["arm"] == "full")
 
 
+@pytest.mark.slow
 def test_everything_of_lora(run, arguments, tmp_path):
     options = {
         "lora_targets": [r".*/(query|mlp/up)"],

@@ -295,6 +295,7 @@ def test_majority_is_the_best_constant_under_each_loss():
         assert rows_of(comparison, "majority_class")[0]["loss_eval"] == pytest.approx(best, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_modes_change_nothing(model):
     """Cached trunk and Jacobians or neither: the same table and the same log to rounding, in the same order."""
     train, held_out = cases.text_batch(9, longest=8), cases.text_batch(5, seed=1, longest=8)
@@ -323,6 +324,7 @@ def test_the_modes_change_nothing(model):
                 assert row[name] == wanted, name
 
 
+@pytest.mark.slow
 def test_a_trunk_that_does_not_fit(model):
     """Left out by itself, mapped from a file when it is asked for; words that are none are refused."""
     train, held_out = cases.text_batch(6, longest=8), cases.text_batch(3, seed=1, longest=8)

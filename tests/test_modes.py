@@ -160,6 +160,7 @@ def test_only_cached_models_are_swept():
 # --- prepare -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_auto_takes_the_fastest_that_fits(model):
     batch = cases.text_batch(8)
     tun = jl.lora(model, rank=3, layers=[1])

@@ -60,6 +60,7 @@ def test_a_step_holds_less(linear):
     assert temporary(dataclasses.replace(CONFIG, remat=True)) < temporary(CONFIG) / 2
 
 
+@pytest.mark.slow
 def test_the_factored_engine_turns_it_off(model, batch):
     kernels = [
         jl.ntk(jl.lora(one, rank=2, layers=[1]), batch, engine=engine, check_examples=0).matrix()

@@ -310,7 +310,7 @@ def test_the_report(report, batch, y):
     assert {row["criterion"] for row in report.by_criterion} == set(SELECTION_CRITERIA) - {"validation_error"}
     assert report.peft_config("bert")["r"] == 2
     assert report.peft_config("bert")["lora_alpha"] == 6
-    assert report.peft_config("gpt2") is None
+    assert report.peft_config("t5") is None
     assert json.loads(report.to_json())["summary"]["layers"] == list(report.choice.layers)
 
 

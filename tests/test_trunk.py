@@ -22,7 +22,7 @@ TOP = {
     "head": (jl.head_only, "pooler"),
 }
 
-QUICK = ("lora", "mlp")
+QUICK = ("mlp",)
 
 
 def widened(tun):
@@ -204,6 +204,7 @@ def test_other_data_or_weights_are_refused(model, batch):
     np.testing.assert_allclose(jl.predict(tun, tun.theta0, data), jl.predict(tun, tun.theta0, batch), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_kernel_in_float64_needs_a_trunk_in_float64(model, batch):
     tun, fast, data = pair("lora", model, batch)
     with pytest.raises(jl.InputError, match='dtype="float64"'):
