@@ -507,9 +507,12 @@ def test_a_full_disk_says_so_and_leaves_the_last_checkpoint(tmp_path):
     assert "refused: no space is left for the checkpoint of step" in done.stdout, done.stderr
     assert f"in {tmp_path / 'run'}" in done.stdout
     assert "that of step 2 is whole: free some and go on" in done.stdout
-    theta = {"w": jnp.zeros((9000, 2))}
+    theta = {"w": jnp.zeros((9000, 2), jnp.float32)}
     tun = jl.Tunable(lambda theta, batch: batch["x"] @ theta["w"], theta)
     assert np.abs(jl.load_checkpoint(tmp_path / "run", tun)["w"]).max() > 1
+    half = jl.Tunable(tun.apply, {"w": theta["w"].astype(jnp.bfloat16)})
+    with pytest.raises(jl.InputError, match="holds theta in float32; expected bfloat16, as the model's is"):
+        jl.load_checkpoint(tmp_path / "run", half)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_written(tmp_path, monkeypatch):

@@ -171,7 +171,7 @@ def test_decoders_survive_jit_vmap_jvp_vjp(family):
 
     def products(apply, theta):
         outputs, pullback = jax.vjp(lambda p: apply(p, batch), theta)
-        columns = jnp.eye(outputs.size).reshape(-1, *outputs.shape)
+        columns = jnp.eye(outputs.size, dtype=outputs.dtype).reshape(-1, *outputs.shape)
         return jax.vmap(lambda ct: jax.jvp(lambda p: apply(p, batch), (theta,), (pullback(ct)[0],))[1])(columns)
 
     theta = cases.moved(tun)

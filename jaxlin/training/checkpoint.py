@@ -197,6 +197,7 @@ class RunCheckpoints:
             "run": self._run,
             "step": state.step,
             "input": dict(at),
+            "dtypes": {"theta": _dtypes(arrays[0]), "optimizer": _dtypes(arrays[1])},
             "checksums": {"theta": _checksums(arrays[0]), "optimizer": _checksums(arrays[1])},
             "history": list(history),
         }
@@ -321,9 +322,26 @@ def _about(manager: CheckpointManager, step: int) -> dict[str, Any]:
 
 
 def _arrays(manager: CheckpointManager, step: int, about: Mapping[str, Any], item: str, template: PyTree) -> PyTree:
-    """Reads `theta` or `optimizer` of a checkpoint."""
+    """Reads an item of a checkpoint.
+
+    Args:
+        manager: Orbax's.
+        step: Which checkpoint.
+        about: Its record.
+        item: `"theta"` or `"optimizer"`.
+        template: Arrays of the same shapes and dtypes.
+
+    Returns:
+        The arrays, on the devices of the template.
+
+    Raises:
+        InputError: If it is in another dtype, which Orbax would convert.
+    """
     import orbax.checkpoint as ocp
 
+    held, want = (", ".join(sorted(set(dtypes))) for dtypes in (about["dtypes"][item], _dtypes(template)))
+    if held != want:
+        raise InputError(f"the checkpoint of step {step} holds {item} in {held}; expected {want}, as the model's is")
     with _reading(step):
         target = ocp.args.StandardRestore(jax.tree.map(_target, template))
         found = manager.restore(step, args=ocp.args.Composite(**{item: target}))[item]
@@ -347,6 +365,10 @@ def _target(leaf: jax.Array) -> jax.ShapeDtypeStruct | np.ndarray:
 
 def _as_device_array(found: Any, leaf: jax.Array) -> jax.Array:
     return found if leaf.committed or _is_key(leaf) else jnp.asarray(found, leaf.dtype)
+
+
+def _dtypes(arrays: PyTree) -> list[str]:
+    return [str(leaf.dtype) for leaf in jax.tree.leaves(arrays)]
 
 
 def _checksums(arrays: PyTree) -> list[int | None]:

@@ -134,7 +134,7 @@ def prepare(
 
     Example:
         >>> import jax.numpy as jnp, numpy as np, jaxlin as jl
-        >>> tun = jl.Tunable(lambda theta, batch: batch["x"] @ theta["w"], {"w": jnp.zeros((2, 1))})
+        >>> tun = jl.Tunable(lambda theta, batch: batch["x"] @ theta["w"], {"w": jnp.zeros((2, 1), jnp.float32)})
         >>> data = {"x": np.eye(2, dtype=np.float32), "labels": np.array([1.0, -1.0])}
         >>> jl.prepare(jl.linearize(tun), data).reason
         'Jacobians computed once: Jacobians take 16 bytes, within half the budget of 4.0 GiB'
