@@ -336,6 +336,7 @@ def _arrays(manager: CheckpointManager, step: int, about: Mapping[str, Any], ite
 
     Raises:
         InputError: If it is in another dtype, which Orbax would convert.
+        ValueError: Within `_reading`, which turns it into `_DamagedError`.
     """
     import orbax.checkpoint as ocp
 
