@@ -35,7 +35,8 @@ def _to_lower(config: TrainConfig, tun: Tunable, batch: Batch, mesh: Mesh | None
     if "input_ids" in batch and held == 1:
         listed.append(f"max_seq_length from {batch['input_ids'].shape[1]} to {batch['input_ids'].shape[1] // 2}")
     split = "a mesh with more devices on its axis 'model'" if mesh is not None else "a mesh with an axis 'model'"
-    listed.append(f"the parameters on each device, by {split} and rules (ENCODER_RULES), where they are what is large")
+    rules = "rules (ENCODER_RULES, DECODER_RULES)"
+    listed.append(f"the parameters on each device, by {split} and {rules}, where they are what is large")
     return listed
 
 
