@@ -110,3 +110,11 @@ def test_costs_of_a_model_by_hand():
     products = 4 * (5 * 2 * 2) + 2 * (5 * 2 * 3) + 2 * (5 * 5 * 2)  # q k v o; up and down; scores and their mean of v
     assert shape.forward == 2 * products
     assert shape.live == 2 * 2
+
+
+def test_training_ratios_are_those_measured():
+    record = json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text())
+    for model, found in record.items():
+        for row in found["rows"]:
+            numbers = [f"{row['value']:.3g}", f"{row['limit']:.3g}"]
+            assert f"| {model} | {row['ratio']} | {' | '.join(numbers)} |" in README
