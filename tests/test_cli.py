@@ -156,6 +156,7 @@ def test_tracking_the_linearization(run, arguments, tmp_path, monkeypatch):
     assert "track_linearization=4 is no step of this run; expected 0 to 3" in err
 
 
+@pytest.mark.slow
 def test_the_file_that_a_run_wrote_runs_it_again(run, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # relative paths in, absolute ones in the file
     relative = {**arguments, "train_file": "train.tsv", "validation_file": "validation.tsv"}

@@ -45,6 +45,7 @@ def rows_of(file):
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 def test_a_run_and_going_on(config, monkeypatch):
     found = experiment.run(config)
     table = rows_of(config.output_dir / "table.csv")

@@ -17,7 +17,7 @@ from jaxlin.tunable import leaf_paths
 from tests import cases
 
 # The rest: tests/test_table.py.
-FAST = {("lora", True), ("full", True)}
+FAST = {("lora", True)}
 
 
 @pytest.mark.parametrize(

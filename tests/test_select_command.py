@@ -90,6 +90,7 @@ def test_it_writes_tables_a_configuration_and_a_page(run, options, tmp_path):
         np.testing.assert_allclose(float(one["trace"]), float(other["trace"]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_command_line_that_it_prints_runs(run, options, tmp_path):
     code, _, err = run(*words({**options, "contrasts": True, "no-train_head": True}))
     assert code == 0, err
