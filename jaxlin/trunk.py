@@ -8,10 +8,9 @@ import functools
 import hashlib
 import math
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +24,7 @@ from jaxtyping import Array, PyTree
 
 from jaxlin.data.dataset import TRUNK, Dataset, as_dataset
 from jaxlin.errors import InputError
+from jaxlin.hashing import add_array, without_addresses
 from jaxlin.linearize import Linearized, Remainder
 from jaxlin.ntk.jacobian import MEMORY_BUDGET, Progress, to_float64
 from jaxlin.peft.function import Cut, PeftFunction
@@ -58,15 +58,20 @@ class Trunk:
         return num_examples * math.prod(self.shape) * self.dtype.itemsize
 
 
+def _innermost(apply: Any) -> Any:
+    """Returns what a linearization is of, and anything else as it is."""
+    while isinstance(apply, Linearized | Remainder):
+        apply = apply.apply
+    return apply
+
+
 def _network(tun: Tunable) -> PeftFunction:
     """Returns the network of a Tunable, or of the one that it is the linearization of.
 
     Raises:
         InputError: If it has none whose modules can be told apart, or it is entered above its inputs already.
     """
-    apply: Any = tun.apply
-    while isinstance(apply, Linearized | Remainder):
-        apply = apply.apply
+    apply = _innermost(tun.apply)
     if not isinstance(apply, PeftFunction):
         raise InputError(
             f"a trunk can be cached for Tunables made of a Model; this one's apply is a {type(apply).__name__}"
@@ -213,10 +218,9 @@ def find_trunk(tun: Tunable, data: Dataset | Mapping[str, Any]) -> Trunk:
         path: leaf for path, leaf, var in zip(paths, jax.tree.leaves(apply), invars, strict=True) if var in below
     }
     scales = [(path, scale) for path, scale in apply.scales if f"{path}/lora_B" in weights]
-    digest = hashlib.sha256(re.sub(r" at 0x[0-9a-f]+", "", f"{name} {apply.module} {scales}").encode())
+    digest = hashlib.sha256(without_addresses(f"{name} {apply.module} {scales}").encode())
     for path, leaf in weights.items():
-        digest.update(f"{path}{leaf.dtype}{leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf).data)
+        add_array(digest, path, leaf)
     cut = Cut(name, f"{TRUNK}{name}:{digest.hexdigest()[:16]}")
     return Trunk(cut, (whole - work) / whole, var.aval.shape[1:], var.aval.dtype)
 
@@ -284,6 +288,36 @@ def cache_trunk(
     trunk = find_trunk(tun, sets[0])
     if dtype == "float64":
         trunk = dataclasses.replace(trunk, dtype=np.dtype(np.float64))
+    fast, held = cache_found(tun, trunk, sets, memory_budget, folder, precision, progress)
+    return (fast, *held)
+
+
+def cache_found(
+    tun: Tunable,
+    trunk: Trunk,
+    sets: Sequence[Dataset],
+    memory_budget: int = MEMORY_BUDGET,
+    folder: str | Path | None = None,
+    precision: str = "highest",
+    progress: Progress | None = None,
+) -> tuple[Tunable, list[Dataset]]:
+    """Does what `cache_trunk` does, with the trunk that `find_trunk` found: its weights are hashed once.
+
+    Args:
+        tun: The Tunable.
+        trunk: Of it.
+        sets: Data sets that fit it.
+        memory_budget: As in `cache_trunk`; so are the others.
+        folder: For a file.
+        precision: Of matrix products on the device.
+        progress: Called with examples done and in all.
+
+    Returns:
+        The Tunable that reads the activations, and the data sets with them.
+
+    Raises:
+        InputError: If the disk has too little space.
+    """
     total = sum(map(len, sets))
     in_memory = trunk.nbytes(total) <= memory_budget
     if not in_memory:
@@ -295,7 +329,7 @@ def cache_trunk(
         column = _held(trunk, part, fill) if in_memory else _on_disk(trunk, part, folder, fill)
         out.append(dataclasses.replace(part, columns={**part.columns, trunk.cut.column: column}))
         done += len(part)
-    return (dataclasses.replace(tun, apply=_entered(tun.apply, trunk.cut)), *out)
+    return dataclasses.replace(tun, apply=_entered(tun.apply, trunk.cut)), out
 
 
 def entered_alike(tun: Tunable, data: Dataset, like: Tunable) -> Tunable:
@@ -306,11 +340,9 @@ def entered_alike(tun: Tunable, data: Dataset, like: Tunable) -> Tunable:
         data: Examples.
         like: What `cache_trunk` returned.
     """
-    apply: Any = like.apply
-    while isinstance(apply, Linearized | Remainder):
-        apply = apply.apply
+    entered = _innermost(like.apply)
     with contextlib.suppress(InputError):
-        if (cut := find_trunk(tun, data).cut) == apply.cut:
+        if (cut := find_trunk(tun, data).cut) == entered.cut:
             return dataclasses.replace(tun, apply=_entered(tun.apply, cut))
     return tun
 
@@ -382,7 +414,8 @@ def _on_disk(trunk: Trunk, data: Dataset, folder: str | Path | None, fill: Calla
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r")
+    # A dtype that NumPy does not know by itself (bfloat16) is in the file as bytes of its width.
+    return np.load(path, mmap_mode="r").view(trunk.dtype)
 
 
 def _write(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, fill: Callable[[Put], None]) -> int:
@@ -405,7 +438,7 @@ def _write(file: IO[bytes], shape: tuple[int, ...], dtype: np.dtype, fill: Calla
     def put(indices: np.ndarray, found: np.ndarray) -> None:
         for i, value in zip(indices.tolist(), found, strict=True):
             file.seek(begin + i * row)
-            file.write(np.ascontiguousarray(value).data)
+            file.write(value.tobytes())
 
     fill(put)
     file.flush()

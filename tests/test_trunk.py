@@ -291,3 +291,14 @@ def test_buckets_cut_activations_of_tokens_alone():
     data = Dataset(columns, np.array([2, 4, 8]), (4, 8))
     shapes = {name: value.shape for name, value in data.batch(np.array([0, 1])).items()}
     assert shapes == {"attention_mask": (2, 4), f"{TRUNK}a": (2, 4, 2), f"{TRUNK}b": (2, 16), "weight": (2,)}
+
+
+def test_activations_in_bfloat16_are_kept_in_memory_and_in_files(model, batch, tmp_path):
+    half = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params))
+    tun = jl.lora(half, rank=2, layers=[1])
+    plain = jl.predict(tun, tun.theta0, batch)
+    for options in ({}, {"memory_budget": 1}, {"memory_budget": 1, "folder": tmp_path}):
+        fast, held = jl.cache_trunk(tun, batch, **options)
+        (name,) = [name for name in held.columns if name.startswith("trunk:")]
+        assert held[name].dtype == jnp.bfloat16
+        np.testing.assert_allclose(jl.predict(fast, tun.theta0, held), plain, atol=1e-2 * np.abs(plain).max())

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxlin.errors import InputError
+from jaxlin.hashing import add_array
 
 MAX_BUCKETS = 4
 _SEQUENCE_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
@@ -134,9 +135,7 @@ class Dataset:
         """Hash of the content of all columns."""
         digest = hashlib.sha256()
         for name in sorted(self.columns):
-            value = np.ascontiguousarray(self.columns[name])
-            digest.update(f"{name}{value.dtype}{value.shape}".encode())
-            digest.update(value.tobytes())
+            add_array(digest, name, self.columns[name])
         return digest.hexdigest()
 
 

@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,30 +21,26 @@ import zarr.errors
 from jaxtyping import Float, PyTree
 
 from jaxlin.errors import InputError
+from jaxlin.hashing import add_array, without_addresses
 from jaxlin.ntk.kernel import Kernel, KernelInfo
 from jaxlin.ntk.work import Plan
 from jaxlin.tunable import Blocks, Tunable, leaf_paths
 
 _FORMAT = 1
 _ARRAY, _ROWS, _ATTRIBUTE = "blocks", "rows", "jaxlin"
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
-"""Where a function lies in memory: another place in every process."""
-
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _DIMENSIONS = ("block", "example_1", "example_2", "output_1", "output_2")
 
 
 def fingerprint(tun: Tunable, theta: PyTree) -> dict[str, str]:
     """Returns hashes of the model and of theta, from every weight (where one process holds it) and its path."""
-    model, point = hashlib.sha256(_ADDRESS.sub("", str(jax.tree.structure(tun.apply))).encode()), hashlib.sha256()
+    model, point = hashlib.sha256(without_addresses(str(jax.tree.structure(tun.apply))).encode()), hashlib.sha256()
     for digest, tree in ((model, tun.apply), (point, theta)):
         for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True):
             if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # no process holds all of it
                 digest.update(f"{path}{leaf.dtype}{leaf.shape}".encode())
                 continue
-            value = np.ascontiguousarray(leaf)
-            digest.update(f"{path}{value.dtype}{value.shape}".encode())
-            digest.update(value.tobytes())
+            add_array(digest, path, leaf)
     return {"model_sha256": model.hexdigest(), "theta_sha256": point.hexdigest()}
 
 

@@ -30,7 +30,7 @@ from jaxlin.training.report import KERNEL_EXAMPLES, LinearizationReport, Tracker
 from jaxlin.training.start import PhaseProgress, Start, factor_blocks
 from jaxlin.training.sweep_record import SweepCheckpoints
 from jaxlin.training.trainer import Row, TrainResult, TrainState, check_blocks, check_data, predict, train
-from jaxlin.trunk import cache_trunk, entered_alike
+from jaxlin.trunk import cache_found, entered_alike
 from jaxlin.tunable import Tunable, leaf_paths
 
 AUTO_LAMS = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
@@ -182,7 +182,7 @@ def _on_trunk(
     if trunk is None or (trunk_cache == "auto" and choice.mode != "trunk"):
         return tun, data, extra_arms, choice.reason
     report = None if progress is None else functools.partial(progress, "trunk")
-    tun, *parts = cache_trunk(tun, *data.values(), memory_budget=memory_budget, progress=report)
+    tun, parts = cache_found(tun, trunk, list(data.values()), memory_budget, progress=report)
     data = dict(zip(data, parts, strict=True))
     arms = {name: entered_alike(arm, data["train"], tun) for name, arm in extra_arms.items()}
     return tun, data, arms, choice.reason if choice.mode == "trunk" else f"{choice.reason}; on disk, as asked for"

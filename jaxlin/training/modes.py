@@ -12,7 +12,7 @@ from jaxlin.errors import InputError
 from jaxlin.linearize import Linearized
 from jaxlin.ntk.jacobian import MEMORY_BUDGET, Progress, jacobian, jacobian_bytes
 from jaxlin.training.cached import cached_linearized
-from jaxlin.trunk import Trunk, cache_trunk, find_trunk
+from jaxlin.trunk import Trunk, cache_found, find_trunk
 from jaxlin.tunable import Tunable
 
 MODES = ("auto", "streaming", "trunk", "cached")
@@ -153,22 +153,21 @@ def prepare(
     linear = tun.apply if isinstance(tun.apply, Linearized) else None
     if mode == "cached" and linear is None:
         raise InputError("mode='cached' is for linearized models: give linearize(tun)")
-    choice = Choice(mode, f"{mode}, as asked for")
+    choice, trunk = Choice(mode, f"{mode}, as asked for"), None
     if mode == "auto":
         notes = []
         if linear is not None:
             choice = choose_cached(sum(jacobian_bytes(tun, part, jacobian_dtype) for part in sets), memory_budget)
             notes.append(choice.reason)
         if choice.mode != "cached":
-            choice = choose_trunk(tun, sets, memory_budget)[1]
+            trunk, choice = choose_trunk(tun, sets, memory_budget)
             notes.append(choice.reason)
         choice = Choice(choice.mode, "; ".join(notes))
     if choice.mode == "streaming":
         return Prepared(tun, tuple(sets), choice.mode, choice.reason)
     if choice.mode == "trunk":
-        tun, *rest = cache_trunk(
-            tun, *sets, memory_budget=memory_budget, folder=folder, precision=precision, progress=progress
-        )
+        trunk = trunk or find_trunk(tun, sets[0])
+        tun, rest = cache_found(tun, trunk, sets, memory_budget, folder, precision, progress)
         return Prepared(tun, tuple(rest), choice.mode, choice.reason)
     assert linear is not None  # checked
     needed = sum(jacobian_bytes(tun, part, jacobian_dtype) for part in sets)
