@@ -13,8 +13,8 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
-from jaxlin.training.config import OPTIMIZERS
-from jaxlin.training.losses import LOSSES
+from jaxlin.training.config import OPTIMIZERS, TrainConfig
+from jaxlin.training.losses import LOSSES, to_mean
 from jaxlin.training.optim import proximal
 from jaxlin.tunable import Batch
 
@@ -99,6 +99,23 @@ def loss_and_gradient(
     kinds = jax.eval_shape(part_of_loss, theta, jax.tree.map(lambda x: x[0], parts))
     value, grads = jax.tree.map(lambda kind: jnp.zeros(kind.shape, kind.dtype), kinds)
     return jax.lax.scan(add, (value, _held(grads, layout)), parts)[0]
+
+
+def step_of(config: TrainConfig, num_examples: int) -> tuple[optax.GradientTransformation, Step]:
+    """Returns what `compiled_step` does for a configuration and n."""
+    total = config.total_steps(num_examples)
+    # The rate of a named optimizer is in the state; that of another is its own, and this the pull's.
+    peak = 1.0 if isinstance(config.optimizer, str) else config.learning_rate
+    schedule = Schedule(peak, config.lr_scheduler_type, int(config.warmup_ratio * total), total)
+    by_block = [tuple((patterns or {}).items()) for patterns in (config.lam_blocks, config.learning_rate_blocks)]
+    parts = config.gradient_accumulation_steps
+    return compiled_step(config.loss, config.optimizer, schedule, config.pull, *by_block, parts)
+
+
+def strengths(config: TrainConfig, num_examples: int) -> tuple[float, float]:
+    """Returns λ and the rate as the state of a step holds them: of the mean loss over n examples."""
+    lam = config.lam if config.pull == "spd" else to_mean(config.lam, num_examples, "lam")
+    return lam, config.learning_rate if isinstance(config.optimizer, str) else 1.0
 
 
 @functools.lru_cache(maxsize=32)

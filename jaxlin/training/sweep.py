@@ -19,9 +19,9 @@ from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.training.cached import CachedLinear, all_column
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.input import StepSource
-from jaxlin.training.losses import evaluate, to_mean
+from jaxlin.training.losses import evaluate
 from jaxlin.training.state import Row, TrainState, copied
-from jaxlin.training.step import Schedule, compiled_step
+from jaxlin.training.step import step_of, strengths
 from jaxlin.training.trainer import TrainResult, check_blocks, check_data, predict
 from jaxlin.tunable import Tunable
 
@@ -124,17 +124,11 @@ def train_sweep(
             check_data(tun, part, config.loss)
     check_blocks(tun, config)
     n = len(train)
-    total, named = config.total_steps(n), isinstance(config.optimizer, str)
+    total = config.total_steps(n)
     beyond = [k for k in keep if not 0 <= k <= total]
     if beyond:
         raise InputError(f"step {beyond[0]} to keep is none of this run, which has {total}")
-    schedule = Schedule(
-        1.0 if named else config.learning_rate, config.lr_scheduler_type, int(config.warmup_ratio * total), total
-    )
-    by_block = [tuple((patterns or {}).items()) for patterns in (config.lam_blocks, config.learning_rate_blocks)]
-    tx, step = compiled_step(
-        config.loss, config.optimizer, schedule, config.pull, *by_block, 1
-    )  # no activations: whole
+    tx, step = step_of(dataclasses.replace(config, gradient_accumulation_steps=1), n)  # no activations to be held
     run = _compiled(step)
 
     def each(leaf: Any) -> Any:
@@ -142,8 +136,7 @@ def train_sweep(
 
     theta = jax.tree.map(each, tun.theta0)
     dtype = jnp.result_type(*jax.tree.leaves(theta))
-    pulls = [c.lam if c.pull == "spd" else to_mean(c.lam, n, "lam") for c in configs]
-    rates = [c.learning_rate if named else 1.0 for c in configs]
+    pulls, rates = zip(*(strengths(c, n) for c in configs), strict=True)
     state = jax.tree.map(each, tx.init(tun.theta0))._replace(
         lam=jnp.asarray(pulls, dtype), rate=jnp.asarray(rates, dtype)
     )

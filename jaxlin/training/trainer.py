@@ -25,10 +25,10 @@ from jaxlin.training.checkpoint import Checkpoints, RunCheckpoints, run_record
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.failure import explained
 from jaxlin.training.input import step_input
-from jaxlin.training.losses import check_labels, evaluate, to_mean
+from jaxlin.training.losses import check_labels, evaluate
 from jaxlin.training.precision import in_dtype
 from jaxlin.training.state import Row, TrainState, copied
-from jaxlin.training.step import Schedule, compiled_step, layout_of
+from jaxlin.training.step import layout_of, step_of, strengths
 from jaxlin.tunable import Batch, Tunable, block_factors, leaf_paths
 
 
@@ -180,12 +180,7 @@ def train(
     check_blocks(tun, config)
     n = len(data)
     total = config.total_steps(n)
-    named = isinstance(config.optimizer, str)  # else the rate of its steps is its own
-    peak = 1.0 if named else config.learning_rate
-    schedule = Schedule(peak, config.lr_scheduler_type, int(config.warmup_ratio * total), total)
-    by_block = [tuple((patterns or {}).items()) for patterns in (config.lam_blocks, config.learning_rate_blocks)]
-    parts = config.gradient_accumulation_steps
-    tx, step = compiled_step(config.loss, config.optimizer, schedule, config.pull, *by_block, parts)
+    tx, step = step_of(config, n)
     given = tun
     if mesh is None:
         mesh = mesh_of((tun.apply, tun.theta0))
@@ -199,9 +194,8 @@ def train(
     if beyond:
         raise InputError(f"step {beyond[0]} to start from or keep is none of this run, which has {total}")
     theta, state = copied(start.theta), copied(start.optimizer)  # since the step takes its buffers over
-    lam = config.lam if config.pull == "spd" else to_mean(config.lam, n, "lam")
     dtype = jnp.result_type(*jax.tree.leaves(theta))
-    rate = config.learning_rate if named else 1.0
+    lam, rate = strengths(config, n)
     state = state._replace(lam=jnp.asarray(lam, dtype), rate=jnp.asarray(rate, dtype))
     layout = None
     if mesh is not None:
@@ -232,7 +226,7 @@ def train(
             elif states:
                 saver.save(states[0], history, source.get_state())
         for i, (indices, batch) in enumerate(source, start=start.step + len(history) + 1):
-            batch = spread(batch, mesh, parts, shares)
+            batch = spread(batch, mesh, config.gradient_accumulation_steps, shares)
             with jax.default_matmul_precision(config.precision), explained(i, config, tun, batch, mesh):
                 theta, state, metrics = step(stepped, theta, state, batch, layout)
                 row: Row = {"step": i, "epoch": i / config.steps_per_epoch(n)}
