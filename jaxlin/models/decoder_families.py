@@ -92,13 +92,18 @@ def _llama_config(hf: Any) -> DecoderConfig:
     )
 
 
+def _of_layers(stem: str, modules: Mapping[str, str]) -> dict[str, str]:
+    """Names and paths within a layer, as those of every layer `{i}`."""
+    return {f"{stem}.{{i}}.{theirs}": f"decoder/layer_{{i}}/{ours}" for theirs, ours in modules.items()}
+
+
 _LLAMA = Family(
     prefix="model.",
     modules={
         "embed_tokens": "embeddings/word",
-        **{
-            f"layers.{{i}}.{theirs}": f"decoder/layer_{{i}}/{ours}"
-            for theirs, ours in {
+        **_of_layers(
+            "layers",
+            {
                 "input_layernorm": "attention_norm",
                 "self_attn.q_proj": "attention/query",
                 "self_attn.k_proj": "attention/key",
@@ -110,8 +115,8 @@ _LLAMA = Family(
                 "mlp.gate_proj": "mlp/gate",
                 "mlp.up_proj": "mlp/up",
                 "mlp.down_proj": "mlp/down",
-            }.items()
-        },
+            },
+        ),
         "norm": "decoder/norm",
         "lm_head": "lm_head",
         "score": CLASSIFIER,
@@ -127,16 +132,16 @@ _GPT2 = Family(
     modules={
         "wte": "embeddings/word",
         "wpe": "embeddings/position",
-        **{
-            f"h.{{i}}.{theirs}": f"decoder/layer_{{i}}/{ours}"
-            for theirs, ours in {
+        **_of_layers(
+            "h",
+            {
                 "ln_1": "attention_norm",
                 "attn.c_proj": "attention/output",
                 "ln_2": "mlp_norm",
                 "mlp.c_fc": "mlp/up",
                 "mlp.c_proj": "mlp/down",
-            }.items()
-        },
+            },
+        ),
         "ln_f": "decoder/norm",
         "lm_head": "lm_head",
         "score": CLASSIFIER,

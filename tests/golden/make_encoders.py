@@ -44,17 +44,14 @@ def inputs(seed, lengths, padding_id, types):
     return batch
 
 
-def case(family, name, auto, lengths, layers=2, **options):
-    config = AutoConfig.for_model(family, **{**FAMILIES[family], LAYERS.get(family, "num_hidden_layers"): layers})
-    for key, value in options.items():
-        setattr(config, key, value)
+def golden(name, family, config, auto, batch):
+    """A case: the logits of a model of a configuration, its weights those of `weights.py`."""
     model = auto.from_config(config).eval()
     shapes = {key: list(value.shape) for key, value in model.named_parameters()}
     values = weights(shapes)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(values[key]))
-    batch = inputs(len(name), lengths, FAMILIES[family]["pad_token_id"], family in ("bert", "electra"))
     with torch.no_grad():
         logits = model(**{key: torch.from_numpy(np.asarray(value)) for key, value in batch.items()}).logits
     config.architectures = [type(model).__name__]
@@ -66,6 +63,14 @@ def case(family, name, auto, lengths, layers=2, **options):
         "inputs": {key: np.asarray(value).tolist() for key, value in batch.items()},
         "logits": np.round(logits.numpy().astype(float), 7).tolist(),
     }
+
+
+def case(family, name, auto, lengths, layers=2, **options):
+    config = AutoConfig.for_model(family, **{**FAMILIES[family], LAYERS.get(family, "num_hidden_layers"): layers})
+    for key, value in options.items():
+        setattr(config, key, value)
+    batch = inputs(len(name), lengths, FAMILIES[family]["pad_token_id"], family in ("bert", "electra"))
+    return golden(name, family, config, auto, batch)
 
 
 def main():
