@@ -212,9 +212,9 @@ def failing(message):
 def test_out_of_memory_says_what_to_lower(monkeypatch, model, mesh):
     from jaxlin.training import trainer
 
-    compiled = trainer.compiled_step
+    compiled = trainer.step_of
     out = failing("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.\nmore")
-    monkeypatch.setattr(trainer, "compiled_step", lambda *given: (compiled(*given)[0], out))
+    monkeypatch.setattr(trainer, "step_of", lambda *given: (compiled(*given)[0], out))
     tun, data = jl.linearize(jl.lora(model, rank=2)), cases.text_batch(20)
     config = jl.TrainConfig(batch_size=16, gradient_accumulation_steps=2)
     with pytest.raises(jl.DeviceMemoryError) as caught:
@@ -236,8 +236,8 @@ def test_out_of_memory_says_what_to_lower(monkeypatch, model, mesh):
 def test_other_errors_of_a_device_stay(monkeypatch):
     from jaxlin.training import trainer
 
-    compiled = trainer.compiled_step
-    monkeypatch.setattr(trainer, "compiled_step", lambda *given: (compiled(*given)[0], failing("INTERNAL: odd")))
+    compiled = trainer.step_of
+    monkeypatch.setattr(trainer, "step_of", lambda *given: (compiled(*given)[0], failing("INTERNAL: odd")))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: odd"):
         jl.train(cases.mlp(), cases.vectors(3))
 
