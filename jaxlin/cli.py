@@ -19,6 +19,8 @@ from jaxlin.experiments.bounds import BoundsConfig
 from jaxlin.experiments.bounds import run as run_bounds
 from jaxlin.experiments.compare import CompareConfig
 from jaxlin.experiments.compare import run as run_compare
+from jaxlin.experiments.figures.run import FiguresConfig
+from jaxlin.experiments.figures.run import run as run_figures
 from jaxlin.experiments.kernel import KernelConfig
 from jaxlin.experiments.kernel import run as run_ntk
 from jaxlin.experiments.resume import options_of_resumed
@@ -61,6 +63,11 @@ def bounds(config: Annotated[BoundsConfig, tyro.conf.arg(name="")]) -> None:
 def select(config: Annotated[SelectConfig, tyro.conf.arg(name="")]) -> None:
     """Choose which layers and modules to adapt, by tangent kernels before anything is trained."""
     run_select(config)
+
+
+def figures(config: Annotated[FiguresConfig, tyro.conf.arg(name="")]) -> None:
+    """Make the paper's figures again, from computing to drawing."""
+    run_figures(config)
 
 
 def doctor() -> None:
@@ -108,7 +115,7 @@ def main() -> None:
             known = set(config_file.flat_options(configured())) - {"config", "debug"}
             words[1:1] = config_file.read(file, known)
         tyro.extras.subcommand_cli_from_dict(
-            {"compare": compare, "ntk": ntk, "select": select, "bounds": bounds, "doctor": doctor},
+            {"compare": compare, "ntk": ntk, "select": select, "bounds": bounds, "figures": figures, "doctor": doctor},
             prog="jaxlin",
             description="Linearized fine-tuning of transformer language models.",
             config=(tyro.conf.OmitArgPrefixes,),
