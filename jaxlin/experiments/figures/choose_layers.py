@@ -16,21 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxlin import plots
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
 from jaxlin.experiments.figures.choices import MODULES, Choice, depth_of, num_params, tunable
 from jaxlin.experiments.figures.study import FAST, Problem, Row, Setting, Study, Tables, Work
 from jaxlin.experiments.figures.summary import (
     METRICS,
-    distinct,
-    mean_interval,
-    name_of,
-    of,
-    sizes,
-    values_of,
-    with_interval,
-    written,
 )
 from jaxlin.models.probe import probe_head
 from jaxlin.peft.lora import lora
