@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 PROBE, NEW = "probe", "random"
 """Starts of the head."""
 CELL, LAYER, MODULE, TOP, BOTTOM, ALL = "cell", "layer", "module", "top", "bottom", "all"
-"""Kinds of sets: one module of one layer; a layer; a module of all layers; layers from the top or bottom; everything."""
+"""Kinds of sets: a module of a layer; a layer; a module of all layers; layers from the top or bottom; everything."""
 QKV = "".join(MODULES)
 
 
@@ -235,7 +235,9 @@ def _spectra(rows: Sequence[Row]) -> Figure:
             axis.set_ylabel(f"μᵢ, {name}")
         for line in axes:
             line[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.suptitle(f"Eigenvalues of LoRA's block kernels, probe head; {_sizes(rows)} (mean and range)", fontsize=8)
+        figure.suptitle(
+            f"Eigenvalues of LoRA’s block kernels, probe head;\n{_sizes(rows)} (mean and range)", fontsize=8
+        )
     return figure
 
 
@@ -263,7 +265,7 @@ def _by_choice(rows: Sequence[Row]) -> Figure:
         axes[1, 0].set_ylabel("κ, query, key, value")
         for line in axes:
             line[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.suptitle(f"κ by choice of layers and modules, probe head; {_sizes(rows)} (mean and range)", fontsize=8)
+        figure.suptitle(f"κ by choice of layers and modules, probe head;\n{_sizes(rows)} (mean and range)", fontsize=8)
     return figure
 
 
@@ -308,8 +310,8 @@ def _bound_figure(rows: Sequence[Row], kappas: Sequence[Row]) -> Figure:
         axes[-1, 0].set_ylabel("κ")
         axes[0, 0].legend(loc="lower left")
         figure.suptitle(
-            f"Eigenvalues and κ between the bounds of theory 7, probe head; {rows[0]['train_examples']} training "
-            "examples, first draw",
+            "Eigenvalues and κ between the bounds of theory 7, probe head;\n"
+            f"{rows[0]['train_examples']} training examples, first draw",
             fontsize=8,
         )
     return figure
@@ -331,7 +333,7 @@ def _draws(rows: Sequence[Row]) -> Figure:
             axis.set(yscale="log", xlabel="layer")
         axes[0, 0].set_ylabel("κ, query, key, value")
         axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.suptitle(f"κ of each layer, a line a draw; {_sizes(rows)}", fontsize=8)
+        figure.suptitle(f"κ of each layer, a line a draw;\n{_sizes(rows)}", fontsize=8)
     return figure
 
 
@@ -410,8 +412,9 @@ def _of_choice(rows: Sequence[Row]) -> str:
     bounds = float(np.mean([row["condition_number_is_bound"] for row in of(rows, head=PROBE)]))
     return (
         f"κ with the probe head, geometric mean over draws and range:\n\n{head}\n" + "\n".join(lines) + "\n\n"
-        f"Tuning every layer has a smaller κ than the best single layer in {lower} of {len(tasks)} tasks; the first "
-        f"layer has the least κ of the single ones in {best}. {100 * bounds:.3g} % of all κ are only known as “at least”."
+        f"Tuning every layer has a smaller κ than the best single layer in {lower} of {len(tasks)} tasks; the "
+        f"first layer has the least κ of the single ones in {best}. {100 * bounds:.3g} % of all κ are only known "
+        "as “at least”."
     )
 
 
@@ -446,8 +449,8 @@ def _of_bounds(tables: Tables) -> str:
     return (
         f"Bounds 7(a) to 7(d), from below and above, as layers are added from the top: {len(holds)} in all tasks and "
         f"draws, each of all steps and eigenvalues; {len(applying)} apply, {true} hold. {verdict}\n\n"
-        f"Of the bounds from above the tightest is (a) for {100 * by['a']:.3g} %, (b) for {100 * by['b']:.3g} %, (c) for "
-        f"{100 * by['c']:.3g} % of the eigenvalues kept. Median ratio of eigenvalue and tightest bound (1: equal): "
+        f"Of the bounds from above the tightest is (a) for {100 * by['a']:.3g} %, (b) for {100 * by['b']:.3g} %, (c) "
+        f"for {100 * by['c']:.3g} % of the eigenvalues kept. Median ratio of eigenvalue and tightest bound (1: equal): "
         f"{tight[0][0]:.2f} from below and {tight[0][1]:.2f} from above for the first third, {tight[1][0]:.2f} and "
         f"{tight[1][1]:.2f} for the others. {loose}"
     ).strip()
