@@ -35,6 +35,8 @@ COLOURS = {
     "probe_head": "#E69F00",
     "random_head": "#CC79A7",
     "bound": "#56B4E9",
+    "plain": "#0072B2",
+    "partial": "#D55E00",
     "leave_one_out_error": "#D55E00",
     "condition_number": "#CC79A7",
     "everything": "#0072B2",

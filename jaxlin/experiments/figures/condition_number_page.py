@@ -62,7 +62,7 @@ def _scatter(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
     """κ against final training loss and metric, a point a choice, a column a task."""
     rows = of(table, way=PAPER)
     tasks = distinct(rows, "task")
-    figure, axes = plots.canvas(2, len(tasks), max(1.55 * len(tasks) + 0.7, 4.4), 4.0, sharex="col")
+    figure, axes = plots.canvas(2, len(tasks), max(1.35 * len(tasks) + 0.6, 4.4), 4.0, sharex="col")
     with plots.drawing():
         for column, task in enumerate(tasks):
             mine = of(rows, task=task)
@@ -97,7 +97,7 @@ def _forest(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
     pooled = of(correlations, task=POOLED)
     panels = [(key, name) for key, name in _OUTCOMES.items() if of(pooled, way=key[0], outcome=key[1])]
     figure, axes = plots.canvas(1, len(panels), 1.4 + 1.85 * len(panels), 3.7, sharey=True, sharex=True)
-    plain, partial = plots.COLOURS["full"], plots.COLOURS["linearized"]
+    plain, partial = plots.COLOURS["plain"], plots.COLOURS["partial"]
     with plots.drawing():
         for axis, ((way, outcome), name) in zip(axes[0], panels, strict=True):
             for at, predictor in enumerate(_SHOWN):
@@ -197,12 +197,10 @@ def _verdict(table: Sequence[Row], correlations: Sequence[Row]) -> str:
         lines.append(f"Among choices of equally many modules κ has ρ = {cell(equal[0], 'spearman')}.")
     if of(correlations, way=STABLE):
         stable = _one(correlations, KAPPA, "train_loss", STABLE)
-        sign = {1: "the paper’s sign", -1: "the opposite sign", 0: "no sign that can be told"}[
-            _sign(stable, "spearman")
-        ]
+        signs = {1: "the paper’s sign", -1: "the opposite sign", 0: "no sign that can be told"}
         lines.append(
-            f"Under descent at c/(μ₁+λ), where theory says that κ_λ sets the rate, κ has {signs[_sign(stable, 'spearman')]}: "
-            f"ρ = {cell(stable, 'spearman')}."
+            f"Under descent at c/(μ₁+λ), where theory says that κ_λ sets the rate, κ has "
+            f"{signs[_sign(stable, 'spearman')]}: ρ = {cell(stable, 'spearman')}."
         )
     return " ".join(lines)
 

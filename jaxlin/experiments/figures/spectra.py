@@ -235,9 +235,7 @@ def _spectra(rows: Sequence[Row]) -> Figure:
             axis.set_ylabel(f"μᵢ, {name}")
         for line in axes:
             line[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.suptitle(
-            f"Eigenvalues of LoRA’s block kernels, probe head;\n{_sizes(rows)} (mean and range)", fontsize=8
-        )
+        figure.suptitle(f"Eigenvalues of LoRA’s kernels, probe head;\n{_sizes(rows)} (mean and range)", fontsize=8)
     return figure
 
 
