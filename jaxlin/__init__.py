@@ -21,6 +21,7 @@ from jaxlin.ntk.lanczos import (
     spectral_density,
 )
 from jaxlin.ntk.lipschitz import LipschitzProfile, lipschitz_profile
+from jaxlin.ntk.neural_tangents import load_neural_tangents
 from jaxlin.ntk.products import NTKOperator, ntk_vector_product
 from jaxlin.ntk.sketch import sketch
 from jaxlin.ntk.store import load_kernel
@@ -102,6 +103,7 @@ __all__ = [
     "load_kernel",
     "load_masked_lm",
     "load_model",
+    "load_neural_tangents",
     "lora",
     "make_mesh",
     "merge",
