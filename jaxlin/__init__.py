@@ -28,6 +28,7 @@ from jaxlin.ntk.store import load_kernel
 from jaxlin.peft.function import merge
 from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
+from jaxlin.peft.prompt import prompt_tuning
 from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, select
 from jaxlin.selection import LayerSelection, select_layers
 from jaxlin.sharding import DECODER_RULES, ENCODER_RULES, shard
@@ -117,6 +118,7 @@ __all__ = [
     "probe_head",
     "prompt_batch",
     "prompt_classifier",
+    "prompt_tuning",
     "select",
     "select_layers",
     "shard",
