@@ -23,7 +23,7 @@ class TunedArguments:
     """What is tuned.
 
     Attributes:
-        peft: Method: low-rank factors, scaling vectors, a soft prompt, a kind of parameter, a regular expression, or all.
+        peft: Method: low-rank factors, scaling vectors, soft prompt, a kind of parameter, a regular expression, or all.
         lora_rank: Rank r.
         lora_alpha: Scale α.
         lora_targets: Modules that are adapted, by the end of their path; or one regular expression for whole paths.
