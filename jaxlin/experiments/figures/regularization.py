@@ -184,6 +184,7 @@ def _main(table: Sequence[Row]) -> Figure:
                     _guide(axis, of(mine, arm=FULL), key, at)
                 axis.set_xlabel("pull λ/μ₁" if line == len(_ROWS) - 1 else "")
                 axis.tick_params(labelsize=6.5)
+                axis.tick_params(axis="x", labelsize=5.5)
                 if not column:
                     axis.set_ylabel(name)
             axes[0, column].set_title(name_of(task))
