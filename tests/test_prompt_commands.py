@@ -1,4 +1,4 @@
-"""Prompts through every command: what is written, what is said, what is refused."""
+"""Prompts, and decoders with a head, through every command: what is written, what is said, what is refused."""
 
 import csv
 import json
@@ -31,6 +31,19 @@ def options(setting_arguments, tmp_path):
 
 def words(command, options):
     return [command, *cases.flags({**options, **SIZES[command]})[1:]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SIZES)
+def test_a_decoder_with_a_new_head(run, options, tmp_path, command):
+    folder = cases.write_language_model(tmp_path / "qwen2", cases.DECODERS["qwen2: LM"])
+    headed = {"model_name_or_path": folder, "template": False, "label_words": False}
+    code, out, err = run(*words(command, {**options, **headed}))
+    assert code == 0, err
+    assert "qwen2 with head 'last'" in err
+    assert "the checkpoint has no head of this kind: a new one starts as probe" in err
+    assert ("linear probe" in out) == (command == "compare")
+    assert "FAILS" not in out
 
 
 def pairs(files):
@@ -85,6 +98,14 @@ def test_bounds_hold_of_prompts(run, options, tmp_path):
     assert code == 0, err
     assert "FAILS" not in out
     assert "prompt" in (tmp_path / "out" / "run.log").read_text()
+
+
+@pytest.mark.slow
+def test_compare_with_the_real_tiny_llama(run, options, models_folder):
+    prompt = {"model_name_or_path": models_folder / "stories260K", "template": "{text} One day, {mask}"}
+    code, _, err = run(*words("compare", {**options, **prompt, "label_words": ["Lily", "Tim"], "lora_layers": 4}))
+    assert code == 0, err
+    assert "stories260K with head 'prompt'" in err
 
 
 @pytest.mark.slow

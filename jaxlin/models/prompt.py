@@ -12,36 +12,26 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxlin.data.prompt import Template, prompt_columns
 from jaxlin.errors import InputError
-from jaxlin.models.decoder import CausalLm, DecoderConfig, last_live
-from jaxlin.models.encoder import EncoderConfig, MaskedLm
+from jaxlin.models.decoder import CausalLm, last_live
+from jaxlin.models.encoder import MaskedLm
 from jaxlin.models.model import Model
+from jaxlin.models.reading import Reading
 from jaxlin.tunable import Batch
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptClassifier:
-    """A language model read at the blank of a template; compared by value.
+class PromptClassifier(Reading):
+    """A language model read at the blank of a template.
 
     Attributes:
-        module: The language model.
         template: What texts are put into.
         words: Ids of the label words, one a class.
         mask_id: Id of the token in the blank; `None` where the blank follows the last token (a causal LM).
     """
 
-    module: CausalLm | MaskedLm
     template: Template
     words: tuple[int, ...]
     mask_id: int | None
-
-    @property
-    def config(self) -> DecoderConfig | EncoderConfig:
-        """Shape of the language model."""
-        return self.module.config
-
-    def clone(self, config: DecoderConfig | EncoderConfig) -> PromptClassifier:
-        """Returns the same with the language model in another configuration, as Flax's modules do."""
-        return dataclasses.replace(self, module=self.module.clone(config=config))
 
     @property
     def head(self) -> str:
@@ -56,6 +46,19 @@ class PromptClassifier:
             at = jnp.argmax(jnp.asarray(batch["input_ids"]) == self.mask_id, axis=1)
         logits = cast(Array, self.module.apply(variables, {**batch, "positions": at}))
         return logits[:, jnp.array(self.words)]
+
+    def check_batch(self, batch: Batch) -> None:
+        """Checks that every example has one blank.
+
+        Raises:
+            InputError: If one has not.
+        """
+        if self.mask_id is None:
+            return
+        blanks = (np.asarray(batch["input_ids"]) == self.mask_id).sum(axis=1)
+        if (blanks != 1).any():
+            first = int(np.argmax(blanks != 1))
+            raise InputError(f"example {first} holds {blanks[first]} mask tokens; expected one, as prompt_batch makes")
 
 
 def prompt_classifier(model: Model, template: str, label_words: Sequence[str]) -> Model:
