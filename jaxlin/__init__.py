@@ -8,6 +8,7 @@ from jaxlin.mesh import make_mesh
 from jaxlin.models.linen import from_hf_flax, from_linen
 from jaxlin.models.load import load_causal_lm, load_masked_lm, load_model, with_remat
 from jaxlin.models.model import Model
+from jaxlin.models.next_token import next_token_batch, next_token_logits, next_token_loss
 from jaxlin.models.probe import probe_head
 from jaxlin.models.prompt import prompt_batch, prompt_classifier
 from jaxlin.nnx import from_nnx
@@ -108,6 +109,9 @@ __all__ = [
     "lora",
     "make_mesh",
     "merge",
+    "next_token_batch",
+    "next_token_logits",
+    "next_token_loss",
     "ntk",
     "ntk_estimate",
     "ntk_plan",

@@ -50,6 +50,21 @@ def write_checkpoint(folder, case, num_labels=None):
     return folder
 
 
+def write_language_model(folder, case):
+    """Writes a golden language model with the tiny tokenizer, its words and room for 64 tokens."""
+    config, tokenizer = case["config"], json.loads((TINY_BERT / "tokenizer.json").read_text())
+    rows = {config["vocab_size"]: len(tokenizer["model"]["vocab"]), 20: 64}
+    sizes = ("vocab_size", "n_positions", "max_position_embeddings")
+    changed = {name: rows[config[name]] for name in sizes if name in config}
+    shapes = {name: [rows.get(shape[0], shape[0]), *shape[1:]] for name, shape in case["shapes"].items()}
+    write_checkpoint(folder, {"config": {**config, **changed}, "shapes": shapes})
+    if config["model_type"] in DECODER_FAMILIES:
+        tokenizer["post_processor"] = None  # a decoder's text has no token behind it
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(TINY_BERT / "tokenizer_config.json", folder)
+    return folder
+
+
 def edited_checkpoint(folder, tensors=None, config=None):
     """A copy of the tiny checkpoint in `folder/model`, with tensors or configuration changed."""
     copy = folder / "model"
