@@ -37,7 +37,8 @@ from jaxlin.experiments.figures import condition_number_page as page
 from jaxlin.experiments.figures.choices import HEAD, Choice, choices_of, depth_of, num_params, tunable
 from jaxlin.experiments.figures.correlations import ALONE, PAPER, STABLE, correlations
 from jaxlin.experiments.figures.study import FAST, Row, Setting, Study, Tables, Work
-from jaxlin.experiments.setting import Loaded, ModelArguments, load
+from jaxlin.experiments.model_arguments import ModelArguments
+from jaxlin.experiments.setting import Loaded, load
 from jaxlin.models.load import load_model
 from jaxlin.models.probe import probe_head
 from jaxlin.ntk.engine import ntk
