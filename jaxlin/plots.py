@@ -37,7 +37,6 @@ COLOURS = {
     "bound": "#56B4E9",
     "plain": "#0072B2",
     "partial": "#D55E00",
-    "leave_one_out_error": "#D55E00",
     "condition_number": "#CC79A7",
     "everything": "#0072B2",
     "last_layers": "#009E73",

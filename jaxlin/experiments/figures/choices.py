@@ -28,6 +28,12 @@ class Choice:
         """Such as `0,1:qv`."""
         return f"{','.join(map(str, self.layers))}:{self.modules}"
 
+    @classmethod
+    def parse(cls, name: str) -> Choice:
+        """Returns the choice of a name."""
+        layers, modules = name.split(":")
+        return cls(tuple(map(int, layers.split(","))), modules)
+
     @property
     def blocks(self) -> tuple[str, ...]:
         """Blocks of `tunable` that it is made of."""

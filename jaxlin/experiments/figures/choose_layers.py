@@ -12,17 +12,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
+from jaxlin.experiments.figures import choose_layers_page as page
 from jaxlin.experiments.figures.choices import MODULES, Choice, depth_of, num_params, tunable
+from jaxlin.experiments.figures.choose_layers_page import BY_KAPPA, BY_LOSS, EVERYTHING, LAST, RANDOM, START
 from jaxlin.experiments.figures.study import FAST, Problem, Row, Setting, Study, Tables, Work
-from jaxlin.experiments.figures.summary import (
-    METRICS,
-)
+from jaxlin.experiments.figures.summary import METRICS
 from jaxlin.models.probe import probe_head
 from jaxlin.peft.lora import lora
 from jaxlin.peft.part import only
@@ -31,14 +31,6 @@ from jaxlin.training.config import TrainConfig
 from jaxlin.training.losses import evaluate, targets
 from jaxlin.training.trainer import predict, train
 from jaxlin.tunable import Tunable
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-BY_LOSS, BY_KAPPA = "leave_one_out_error", "condition_number"
-"""Criteria that layers are chosen by here: the first is the one that is asked whether choosing pays."""
-EVERYTHING, LAST, RANDOM = "everything", "last_layers", "random_choice"
-START = "start"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +124,6 @@ def _choice(row: Row) -> Choice:
     return Choice(tuple(map(int, row["layers"].split())), letters)
 
 
-def _parsed(name: str) -> Choice:
-    layers, modules = name.split(":")
-    return Choice(tuple(map(int, layers.split(","))), modules)
-
-
 def _last(setting: ChooseLayersSetting, tun: Tunable) -> Choice:
     depth = depth_of(tun)
     return Choice(tuple(range(depth - setting.budget_layers, depth)), "".join(MODULES))
@@ -168,7 +155,7 @@ def _scores(problem: Problem, tun: Tunable, theta: Any) -> Row:
 
 
 def _arms(setting: ChooseLayersSetting, start: _Start, seed: int, chosen: Sequence[Row]) -> list[tuple[str, Choice]]:
-    by_name = {row["criterion"]: _parsed(row["choice"]) for row in chosen}
+    by_name = {row["criterion"]: Choice.parse(row["choice"]) for row in chosen}
     everything = Choice(tuple(range(depth_of(start.tun))), "".join(MODULES))
     return [
         (BY_LOSS, by_name[BY_LOSS]),
@@ -232,22 +219,12 @@ def compute(setting: ChooseLayersSetting, work: Work) -> Tables:
     return {"table": table, "chosen": chosen}
 
 
-def draw(tables: Tables) -> dict[str, Figure]:
-    """Draws."""
-    return {}
-
-
-def findings(tables: Tables) -> dict[str, str]:
-    """Says."""
-    return {}
-
-
 STUDY = Study(
     name="07_choose_layers",
     title="Choosing layers by the kernel before training, against all layers, the last ones and random ones",
     fast=ChooseLayersSetting(**FAST, select_examples=32),
     full=ChooseLayersSetting(),
     compute=compute,
-    draw=draw,
-    findings=findings,
+    draw=page.draw,
+    findings=page.findings,
 )
