@@ -111,7 +111,7 @@ def _where(table: Sequence[Row]) -> Figure:
     tasks, letters = distinct(table, "task"), list(MODULES)
     every = Choice.parse(of(table, arm=EVERYTHING)[0]["choice"])
     depth = len(every.layers)
-    figure, axes = plots.canvas(2, len(tasks), max(1.65 * len(tasks) + 0.7, 4.0), 2.7, sharex=True, sharey=True)
+    figure, axes = plots.canvas(2, len(tasks), max(1.65 * len(tasks) + 0.7, 4.0), 3.1, sharex=True, sharey=True)
     with plots.drawing():
         for line, arm in enumerate((BY_LOSS, BY_KAPPA)):
             for column, task in enumerate(tasks):
@@ -169,7 +169,7 @@ def _differences(table: Sequence[Row]) -> str:
 
 
 def outcome(values: np.ndarray, better: int) -> int:
-    """Returns 1 where the interval says better, −1 worse, 0 neither; equal differences (of few decisions) say nothing."""
+    """Returns 1 where the interval says better, −1 worse, 0 neither; one of no width, of few decisions, says nothing."""
     _, low, high = mean_interval(values)
     return 0 if low <= 0 <= high or low == high else int(np.sign(low) * better)
 
