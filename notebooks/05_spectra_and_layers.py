@@ -20,8 +20,8 @@
 # the largest over the smallest is the condition number κ. Tune more layers, and their kernels simply add up, so that
 # one pass over some examples tells the eigenvalues of *every* choice of layers, before any training.
 #
-# Here LoRA may sit on the query, key and value of each layer. The kernels are of the difference of the two logits, which
-# is all that a decision depends on.
+# Here LoRA may sit on the query, key and value of each layer. The kernels are of the differences between logits, which
+# are all that a decision depends on.
 
 # %%
 from jaxlin.experiments.figures.run import open_study
@@ -55,8 +55,7 @@ study.found("choice")
 # %% [markdown]
 # ## Between bounds
 #
-# What a further layer can do to the eigenvalues is bounded by its own eigenvalues (Weyl's inequalities, and two others).
-# Grey is before a layer is added, black after it, blue what the bounds allow. The bottom row is κ with its bounds.
+# What a further layer can do to the eigenvalues is bounded by its own (Weyl's inequalities, and two others). Grey is before a layer is added, black after it, blue what the bounds allow. The bottom row is κ with its bounds.
 
 # %%
 study.show("bounds")

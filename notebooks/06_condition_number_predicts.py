@@ -15,8 +15,8 @@
 # # Does the condition number predict fine-tuning?
 #
 # The paper says: over choices of which layers, and which of query, key and value, get LoRA, the condition number κ of
-# the tangent kernel *before* training predicts the training loss and the accuracy *after* it. The smaller κ, the better.
-# That would make choosing layers cheap. Here the claim is tested, not assumed: many choices, several tasks and draws,
+# the tangent kernel *before* training predicts training loss and accuracy *after* it: the smaller κ, the better. That
+# would make choosing layers cheap. Here the claim is tested, not assumed: many choices, several tasks and draws,
 # and one pair of quantities named as the primary one before the runs that are kept.
 
 # %%
@@ -46,7 +46,7 @@ study.show("scatter")
 # Other numbers of the same kernel, each with its rank correlation. Hollow squares: with the kernel's trace and the
 # number of parameters held constant, that is, among choices as if they were of one size. That is the question for
 # whoever chooses: that more parameters fit better is known without a kernel. The right panel has another way to train:
-# full-size descent with a rate that is set by the kernel, for which theory does say that κ matters.
+# plain descent with a rate that is set by the kernel, for which theory does say that κ matters.
 
 # %%
 study.show("correlations")

@@ -14,9 +14,9 @@
 # %% [markdown]
 # # Does it pay to choose the layers by the kernel?
 #
-# `jl.select_layers` ranks every set of layers and modules that fits a budget of parameters, before any training, from one
-# pass over some labelled examples. Its best criterion is the leave-one-out loss: how well the linearized model, trained
-# on all examples but one, would predict that one. Here its choice is really fine-tuned, and so are the choice by the
+# `jl.select_layers` ranks every set of layers and modules within a budget of parameters, before any training, from one
+# pass over some labelled examples. The criterion asked about is the leave-one-out loss: how well the linearized model,
+# trained on all examples but one, would predict that one. Here its choice is really fine-tuned, and so are the choice by the
 # condition number κ, the last layers, choices drawn at random with as many parameters, and everything at once.
 #
 # All begin from the same head, a probe on the frozen features that stays as it is: whatever differs comes from the
@@ -37,8 +37,8 @@ study.found("verdict")
 # %% [markdown]
 # ## Paired differences
 #
-# Each dot is one seed: the chosen layers minus the other arm, on the same examples, from the same start. Left of zero in
-# the first column is worse, in the other two better. An interval that holds zero tells nothing.
+# Each dot is one seed: the chosen layers minus the other arm, on the same examples, from the same start. Left of zero
+# is worse in the first column, better in the other two. An interval that holds zero tells nothing.
 
 # %%
 study.show("differences")
