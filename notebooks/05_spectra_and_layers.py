@@ -55,7 +55,8 @@ study.found("choice")
 # %% [markdown]
 # ## Between bounds
 #
-# What a further layer can do to the eigenvalues is bounded by its own (Weyl's inequalities, and two others). Grey is before a layer is added, black after it, blue what the bounds allow. The bottom row is κ with its bounds.
+# What a further layer can do to the eigenvalues is bounded by its own (Weyl's inequalities, and two others). Grey is
+# before a layer is added, black after it, blue what the bounds allow. The bottom row is κ with its bounds.
 
 # %%
 study.show("bounds")

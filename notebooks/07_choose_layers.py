@@ -16,8 +16,8 @@
 #
 # `jl.select_layers` ranks every set of layers and modules within a budget of parameters, before any training, from one
 # pass over some labelled examples. The criterion asked about is the leave-one-out loss: how well the linearized model,
-# trained on all examples but one, would predict that one. Here its choice is really fine-tuned, and so are the choice by the
-# condition number κ, the last layers, choices drawn at random with as many parameters, and everything at once.
+# trained on all examples but one, would predict that one. Here its choice is really fine-tuned, and so
+# are the choice by the condition number κ, the last layers, random choices with as many parameters, and everything.
 #
 # All begin from the same head, a probe on the frozen features that stays as it is: whatever differs comes from the
 # layers.

@@ -169,7 +169,7 @@ def _differences(table: Sequence[Row]) -> str:
 
 
 def outcome(values: np.ndarray, better: int) -> int:
-    """Returns 1 where the interval says better, −1 worse, 0 neither (and where all seeds differ alike: by few decisions)."""
+    """Returns 1 where the interval says better, −1 worse, 0 neither, as where all seeds differ alike."""
     _, low, high = mean_interval(values)
     return 0 if low <= 0 <= high or low == high else int(np.sign(low) * better)
 

@@ -17,7 +17,7 @@ import tyro
 
 from jaxlin import plots
 from jaxlin.errors import InputError
-from jaxlin.experiments.figures import choose_layers, condition_number, regularization, spectra
+from jaxlin.experiments.figures import choose_layers, condition_number, llm, regularization, spectra
 from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.study import Row, Setting, Study, Work, read_tables, write_tables
 from jaxlin.experiments.progress import ProgressReporter
@@ -32,6 +32,7 @@ STUDIES: tuple[Study, ...] = (
     spectra.STUDY,
     condition_number.STUDY,
     choose_layers.STUDY,
+    llm.STUDY,
 )
 """In the order of their numbers."""
 
