@@ -8,14 +8,18 @@ import pytest
 
 import jaxlin as jl
 from jaxlin.experiments.figures import spectra as study
+from jaxlin.experiments.figures import spectra_page as page
 from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.study import Work, read_tables, write_tables
 from tests import cases
+
+LAST = ("weight", "bias")  # of the checkpoint's head, which is of three classes
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    model = cases.edited_checkpoint(folder, tensors=lambda held: [held.pop(f"classifier.{name}") for name in LAST])
     (folder / "sst2").mkdir()
     for split in ("train", "validation"):
         rows = [f"{'good' if i % 2 else 'bad'} film {rng.integers(9999)}\t{i % 2}" for i in range(24)]
@@ -24,7 +28,7 @@ def setting(tmp_path_factory):
         tasks=("sst2",),
         seeds=2,
         num_train=8,
-        model_name_or_path=str(cases.TINY_BERT),
+        model_name_or_path=str(model),
         data_dir=folder,
         lora_rank=2,
         kept=5,
@@ -45,7 +49,7 @@ def test_tables_are_what_their_parts_give(setting, ran):
     targets = ("query", "key", "value")
     for head, model in ((study.PROBE, problem.model), (study.NEW, problem.loaded.model)):
         tun = jl.lora(model, 2, 2.0, ("key",), layers=[1], rng=1, train_head=False)
-        spec = jl.spectrum(jl.ntk(tun, problem.train).contrasts())
+        spec = jl.spectrum(jl.ntk(tun, problem.train, check_examples=0).contrasts())
         (row,) = [
             row
             for row in tables["sets"]
@@ -55,7 +59,7 @@ def test_tables_are_what_their_parts_give(setting, ran):
         assert row["mu_max"] == pytest.approx(spec.eigenvalues[0], rel=1e-4)
         assert row["num_params"] == tun.num_params
     whole = jl.lora(problem.model, 2, 2.0, targets, rng=1, train_head=False)
-    kernel = jl.ntk(whole, problem.train, blocks="layer").contrasts()
+    kernel = jl.ntk(whole, problem.train, blocks="layer", check_examples=0).contrasts()
     mu = np.linalg.eigvalsh(kernel.matrix())[::-1]
     rows = [row for row in tables["bounds"] if row["seed"] == 1]
     assert {row["index"] for row in rows} == set(study.kept_indices(8, 5)) == {1, 2, 3, 5, 8}
@@ -84,7 +88,7 @@ def test_a_second_run_computes_nothing(setting, ran, monkeypatch):
 
 def test_what_it_says_is_what_the_tables_hold(ran):
     tables = ran[2]
-    said = study.findings(tables)
+    said = page.findings(tables)
     applying = [row for row in tables["holds"] if row["applies"]]
     assert len(tables["holds"]) == 2 * 8
     assert all(row["holds"] for row in applying)
@@ -114,7 +118,7 @@ def test_what_it_says_is_what_the_tables_hold(ran):
 
 
 def test_figures(ran):
-    assert set(study.draw(ran[2])) == {"spectra", "kappa_by_choice", "bounds", "draws"}
+    assert set(page.draw(ran[2])) == {"spectra", "kappa_by_choice", "bounds", "draws"}
 
 
 @pytest.mark.parametrize(("change", "message"), [({"kept": 1}, "--kept 1"), ({"lam_rel": 0.0}, "--lam_rel 0")])
