@@ -10,6 +10,7 @@ All choices train at the cost of the whole (`only`): one compilation serves ever
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -197,7 +198,7 @@ def _of_problem(setting: ChooseLayersSetting, work: Work, task: str, seed: int) 
             got, name, size = {"distance": 0.0, **before}, None, 0
         else:
             options = {**shared, "what": "run", "choice": choice.name, "training": dataclasses.asdict(training)}
-            got = work.get(problem, options, lambda choice=choice: fine_tuned(choice))
+            got = work.get(problem, options, functools.partial(fine_tuned, choice))
             name, size = choice.name, num_params(start.tun, choice.blocks)
         of_kernel = {key: said.get(name, {}).get(key) for key in (BY_LOSS, BY_KAPPA)}
         row = {**problem.labels, "arm": arm, "choice": name, "num_params": size, **of_kernel, **got}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxlin import plots
 from jaxlin.experiments.figures.choices import MODULES, Choice
+from jaxlin.experiments.figures.study import Row, Tables
 from jaxlin.experiments.figures.summary import (
     distinct,
     mean_interval,
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Row = Mapping[str, Any]
 
 BY_LOSS, BY_KAPPA = "leave_one_out_error", "condition_number"
 """Criteria that layers are chosen by here: the first is the one that is asked whether choosing pays."""
@@ -135,7 +135,7 @@ def _where(table: Sequence[Row]) -> Figure:
     return figure
 
 
-def draw(tables: Mapping[str, Sequence[Row]]) -> dict[str, Figure]:
+def draw(tables: Tables) -> dict[str, Figure]:
     """Draws the paired differences, and what was chosen."""
     return {"differences": _difference_figure(tables["table"]), "chosen": _where(tables["table"])}
 
@@ -201,7 +201,7 @@ def _verdict(table: Sequence[Row]) -> str:
     )
 
 
-def _what(tables: Mapping[str, Sequence[Row]]) -> str:
+def _what(tables: Tables) -> str:
     table, chosen = tables["table"], tables["chosen"]
     lines = []
     for task in distinct(table, "task"):
@@ -236,7 +236,7 @@ def _order(table: Sequence[Row], criterion: str) -> float:
     return float(np.nanmean(found)) if found else float("nan")
 
 
-def findings(tables: Mapping[str, Sequence[Row]]) -> dict[str, str]:
+def findings(tables: Tables) -> dict[str, str]:
     """Says whether choosing pays, how each arm scores, the paired differences, and what was chosen."""
     table = tables["table"]
     return {

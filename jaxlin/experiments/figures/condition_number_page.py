@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxlin import plots
 from jaxlin.experiments.figures.correlations import ALONE, EQUAL_SIZE, PAPER, POOLED, PRIMARY, STABLE
+from jaxlin.experiments.figures.study import Row, Tables
 from jaxlin.experiments.figures.summary import distinct, name_of, of
 from jaxlin.theory.criteria import CRITERIA
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Row = Mapping[str, Any]
 
 KAPPA = PRIMARY[0]
 PARTS = {"": ("table", "correlations"), "large": ("large", "large_correlations")}
@@ -119,9 +119,9 @@ def _forest(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
     return figure
 
 
-def draw(tables: Mapping[str, Sequence[Row]]) -> dict[str, Figure]:
+def draw(tables: Tables) -> dict[str, Figure]:
     """Draws κ against outcomes, and every predictor's correlations, of each part that there is."""
-    found = {}
+    found: dict[str, Figure] = {}
     for prefix, (table, correlations) in PARTS.items():
         if table in tables:
             parts = tables[table], tables[correlations]
@@ -231,7 +231,7 @@ def _agreement(wide: Sequence[Row], large: Sequence[Row]) -> str:
     return "Against the wide part, the sign of κ’s correlation is — " + "; ".join(same) + "."
 
 
-def findings(tables: Mapping[str, Sequence[Row]]) -> dict[str, str]:
+def findings(tables: Tables) -> dict[str, str]:
     """Says whether the paper's claim holds, in each part that there is, and whether the two agree."""
     found = {}
     for prefix, (table, correlations) in PARTS.items():

@@ -9,6 +9,7 @@ the probe, and a new random one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 
@@ -127,8 +128,8 @@ def _bounds(setting: SpectraSetting, tun: Tunable, kernel: Kernel) -> dict[str, 
     blocks = [choice.blocks for choice in chain]
     lora = kernel.subset(blocks[-1])
     kept = set(kept_indices(len(lora.matrix()), setting.kept))
-    names = ("step", "index", "base", "eigenvalue", "lower", "upper", "lower_by", "upper_by")
-    names += ("tightness_lower", "tightness_upper")
+    names = ["step", "index", "base", "eigenvalue", "lower", "upper", "lower_by", "upper_by"]
+    names += ["tightness_lower", "tightness_upper"]
     rows = [row for row in perturbation_table(lora, blocks) if row["index"] in kept]
     kappas = []
     for step, (before, after) in enumerate(itertools.pairwise(chain), start=1):
@@ -168,7 +169,7 @@ def compute(setting: SpectraSetting, work: Work) -> Tables:
         work.progress("kernels", done, len(problems))
         problem = work.problem(task, seed)
         options = {"study": "spectra", "rank": setting.lora_rank, "lam_rel": setting.lam_rel, "kept": setting.kept}
-        found = work.get(problem, options, lambda problem=problem: _of_problem(setting, problem))
+        found = work.get(problem, options, functools.partial(_of_problem, setting, problem))
         labels = {"task": task, "seed": seed, "train_examples": len(problem.train)}
         for name, rows in found.items():
             tables.setdefault(name, []).extend({**labels, **row} for row in rows)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxlin import plots
 from jaxlin.experiments.figures.choices import HEAD, MODULES
+from jaxlin.experiments.figures.study import Row, Tables
 from jaxlin.experiments.figures.summary import band, distinct, name_of, of, values_of, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Row = Mapping[str, Any]
-Tables = Mapping[str, Sequence[Row]]
 
 PROBE, NEW = "probe", "random"
 """Starts of the head."""
@@ -34,7 +33,7 @@ def _sizes(rows: Sequence[Row]) -> str:
 
 def _grid(rows: Sequence[Row], lines: int, height: float, **options: Any) -> tuple[Figure, Any, list[str]]:
     tasks = distinct(rows, "task")
-    figure, axes = plots.canvas(lines, len(tasks), max(1.75 * len(tasks), 4.0), height, **options)
+    figure, axes = plots.canvas(lines, len(tasks), max(1.75 * len(tasks), 5.0), height, **options)
     for column, task in enumerate(tasks):
         axes[0, column].set_title(name_of(task))
     return figure, axes, tasks
@@ -80,6 +79,16 @@ def _spectra(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def _kappa(axis: Axes, rows: Sequence[Row], across: str, fmt: str, **line: Any) -> None:
+    """Draws the geometric mean of κ over draws, with their range as a band."""
+    at = sorted(distinct(rows, across))
+    found = [values_of(of(rows, **{across: value}), "condition_number") for value in at]
+    axis.set_yscale("log")
+    (drawn,) = axis.plot(at, [np.exp(np.log(values).mean()) for values in found], fmt, **line)
+    low, high = ([end(values) for values in found] for end in (np.min, np.max))
+    axis.fill_between(at, low, high, color=drawn.get_color(), alpha=0.18, lw=0)
+
+
 def _by_choice(rows: Sequence[Row]) -> Figure:
     """κ of single layers by module, and as layers are added from either end."""
     rows = of(rows, head=PROBE)
@@ -91,20 +100,22 @@ def _by_choice(rows: Sequence[Row]) -> Figure:
             for letter, module in MODULES.items():
                 some = [{**row, "layer": _layer(row["choice"])} for row in of(mine, kind=CELL)]
                 some = [row for row in some if row["choice"].endswith(f":{letter}")]
-                band(single, some, "layer", "condition_number", fmt="o-", color=plots.COLOURS[module], label=module)
+                _kappa(single, some, "layer", fmt="o-", color=plots.COLOURS[module], label=module)
             whole = [{**row, "layer": _layer(row["choice"])} for row in of(mine, kind=LAYER)]
-            band(single, whole, "layer", "condition_number", fmt="s--", color="#000000", label="all three")
+            _kappa(single, whole, "layer", fmt="s--", color="#000000", label="all three")
             for kind, style in ((TOP, "o-"), (BOTTOM, "s--")):
                 some = [{**row, "count": 1 + row["choice"].count(",")} for row in of(mine, kind=kind)]
                 colour = plots.COLOURS[f"from_{kind}"]
-                band(added, some, "count", "condition_number", fmt=style, color=colour, label=f"from the {kind}")
-            single.set(yscale="log", xlabel="layer")
-            added.set(yscale="log", xlabel="layers tuned")
+                _kappa(added, some, "count", fmt=style, color=colour, label=f"from the {kind}")
+            single.set(xlabel="layer", xticks=distinct(whole, "layer"))
+            added.set(xlabel="layers tuned", xticks=sorted(distinct(some, "count")))
         axes[0, 0].set_ylabel("κ, one layer")
         axes[1, 0].set_ylabel("κ, query, key, value")
         for line in axes:
             line[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.suptitle(f"κ by choice of layers and modules, probe head;\n{_sizes(rows)} (mean and range)", fontsize=8)
+        figure.suptitle(
+            f"κ by choice of layers and modules, probe head;\n{_sizes(rows)} (geometric mean, range)", fontsize=8
+        )
     return figure
 
 
@@ -123,7 +134,6 @@ def _between(axis: Axes, rows: Sequence[Row]) -> None:
     axis.plot([], [], color=plots.COLOURS["bound"], lw=5, alpha=0.35, label="between the bounds")
     axis.plot(index, base, "--", color=plots.COLOURS["start"], label="before")
     axis.plot(index, mu, ".", color="#000000", ms=3.5, label="after")
-    axis.set_ylim(bottom=floor / 3)
 
 
 def _bound_figure(rows: Sequence[Row], kappas: Sequence[Row]) -> Figure:
@@ -147,7 +157,7 @@ def _bound_figure(rows: Sequence[Row], kappas: Sequence[Row]) -> Figure:
             axis.set(yscale="log", xlabel="layers tuned, from the top")
             axis.set_xticks(at)
         axes[-1, 0].set_ylabel("κ")
-        axes[0, 0].legend(loc="lower left")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.suptitle(
             "Eigenvalues and κ between the bounds of theory 7, probe head;\n"
             f"{rows[0]['train_examples']} training examples, first draw",
@@ -169,7 +179,7 @@ def _draws(rows: Sequence[Row]) -> Figure:
                     at, colour = [_layer(row["choice"]) + shift for row in mine], plots.COLOURS[f"{head}_head"]
                     values = [row["condition_number"] for row in mine]
                     axis.plot(at, values, f"{marker}-", color=colour, ms=3, lw=0.6, label=label)
-            axis.set(yscale="log", xlabel="layer")
+            axis.set(yscale="log", xlabel="layer", xticks=sorted({_layer(row["choice"]) for row in rows}))
         axes[0, 0].set_ylabel("κ, query, key, value")
         axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
         figure.suptitle(f"κ of each layer, a line a draw;\n{_sizes(rows)}", fontsize=8)
