@@ -101,6 +101,9 @@ def test_what_it_says_is_what_the_tables_hold(ran):
     layers, everything = log_kappas("probe", "layer"), log_kappas("probe", "all")
     lower = int(everything.mean() < layers.mean(axis=0).min())
     assert f"smaller κ than the best single layer in {lower} of 1 tasks" in said["choice"]
+    factor = np.exp((everything - layers[:, 1:]).mean())  # from the top: layer 1 alone, then both
+    change = f"{'falls' if factor < 1 else 'rises'} by a factor of {max(factor, 1 / factor):.3g} from the top"
+    assert change in said["choice"]
     for head in ("probe", "random"):
         log = log_kappas(head, "layer")
         same = 1.0 if (np.diff(log[0]) > 0) == (np.diff(log[1]) > 0) else -1.0
