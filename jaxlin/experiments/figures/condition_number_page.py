@@ -37,12 +37,16 @@ def name_of_predictor(predictor: str) -> str:
     return f"{words} (primary)" if predictor == KAPPA else words
 
 
+def _counted(rows: Sequence[Row], column: str) -> str:
+    count = len(distinct(rows, column))
+    return f"{count} {column}{'s' * (count > 1)}"
+
+
 def _sizes(rows: Sequence[Row]) -> str:
     parts = [sorted(set(distinct(rows, column))) for column in ("train_examples", "eval_examples")]
     train, evaluation = (f"{part[0]}" if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts)
     return (
-        f"{train} training and {evaluation} validation examples, {len(distinct(rows, 'choice'))} choices, "
-        f"{len(distinct(rows, 'draw'))} draws"
+        f"{train} training and {evaluation} validation examples, {_counted(rows, 'choice')}, {_counted(rows, 'draw')}"
     )
 
 
@@ -112,8 +116,7 @@ def _forest(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
         axes[0, 0].plot([], [], "s-", color=partial, mfc="white", label="trace and size held constant")
         figure.legend(loc="outside lower center", ncols=2)
         figure.suptitle(
-            f"Spearman’s ρ over choices, {len(distinct(table, 'task'))} tasks averaged, 95 % intervals;\n"
-            f"{_sizes(table)}",
+            f"Spearman’s ρ over choices, {_counted(table, 'task')} averaged, 95 % intervals;\n{_sizes(table)}",
             fontsize=8,
         )
     return figure
@@ -176,14 +179,16 @@ def _verdict(table: Sequence[Row], correlations: Sequence[Row]) -> str:
         -1: "goes with a better one for smaller κ, as the paper says",
         0: "shows no relation that differs from zero",
     }
-    held = "With trace and number of parameters held constant"
     lines = [
         f"**The paper’s claim {verdict(correlations)}** in this setting ({_sizes(table)}, "
-        f"{len(distinct(table, 'task'))} tasks). log κ against final training loss: ρ = {cell(primary, 'spearman')} — "
+        f"{_counted(table, 'task')}). log κ against final training loss: ρ = {cell(primary, 'spearman')} — "
         + (directions[plain] if plain else "the interval holds 0")
-        + f". {held}: {cell(primary, 'partial') or 'not known'}, so {left[partial]}.",
+        + ".",
         f"For the validation metric κ {metrics[on_metric]}: ρ = {cell(metric, 'spearman')}.",
     ]
+    if np.isfinite(primary["partial"]):
+        held = cell(primary, "partial")
+        lines.insert(1, f"With trace and number of parameters held constant: {held}, so {left[partial]}.")
     known = [
         row for row in of(correlations, way=PAPER, outcome="train_loss", task=POOLED) if row["predictor"] in _SHOWN
     ]
