@@ -72,7 +72,7 @@ def _scatter(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
             mine = of(rows, task=task)
             for axis, outcome in zip(axes[:, column], ("train_loss", "metric"), strict=True):
                 kappa, value, modules = _points(mine, outcome)
-                image = axis.scatter(kappa, value, c=modules, cmap="viridis", s=11, norm="log")
+                image = axis.scatter(kappa, value, c=modules, cmap="viridis", s=11, norm="log", zorder=3)
                 (found,) = of(correlations, predictor=KAPPA, way=PAPER, outcome=outcome, task=task)
                 name = f"{name_of(task)}\n" if outcome == "train_loss" else ""
                 axis.set_title(f"{name}ρ = {_signed(found['spearman'])}", fontsize=8)
