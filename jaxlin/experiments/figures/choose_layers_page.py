@@ -176,6 +176,7 @@ def outcome(values: np.ndarray, better: int) -> int:
 
 def _verdict(table: Sequence[Row]) -> str:
     tasks = distinct(table, "task")
+    many = f"{len(tasks)} task{'s' * (len(tasks) > 1)}"
     lines = []
     for other in OTHERS:
         found = {
@@ -186,18 +187,19 @@ def _verdict(table: Sequence[Row]) -> str:
             f"{name}: better in {seen.count(1)}, worse in {seen.count(-1)}, not told apart in {seen.count(0)}"
             for name, seen in found.items()
         ]
-        line = f"- against {NAMES[other]}: {'; '.join(counts)} of {len(tasks)} tasks"
+        line = f"- against {NAMES[other]}: {'; '.join(counts)} of {many}"
         over_tasks = pooled(table, other, "score_eval")
         if len(over_tasks) > 1:
             line += f"; mean difference of the score over tasks {with_interval(over_tasks)}"
         lines.append(line + ".")
     equal = {other: outcome(pooled(table, other, "score_eval"), 1) for other in (LAST, RANDOM)}
-    words = {1: "scores better than", -1: "scores worse than", 0: "cannot be told from"}
+    words = {1: "is better than that of", -1: "is worse than that of", 0: "cannot be told from that of"}
     ends = " and ".join(f"{words[sign]} {NAMES[other]}" for other, sign in equal.items())
     pays = "pays" if min(equal.values()) == 1 else "does not show that it pays"
+    used = values_of(of(table, arm=BY_LOSS), "num_params").mean() / values_of(of(table, arm=LAST), "num_params").mean()
     return (
-        f"**Choosing layers by leave-one-out loss {pays} here**: with no more parameters than these, over "
-        f"{len(tasks)} task(s) it {ends}.\n\n" + "\n".join(lines)
+        f"**Choosing layers by leave-one-out loss {pays} here**: over {many} its score {ends}. It used "
+        f"{100 * used:.3g} % of the parameters that it might tune; those two use all.\n\n" + "\n".join(lines)
     )
 
 
