@@ -22,12 +22,14 @@ from jaxlin.ntk.lanczos import (
     spectral_density,
 )
 from jaxlin.ntk.lipschitz import LipschitzProfile, lipschitz_profile
+from jaxlin.ntk.neural_tangents import load_neural_tangents
 from jaxlin.ntk.products import NTKOperator, ntk_vector_product
 from jaxlin.ntk.sketch import sketch
 from jaxlin.ntk.store import load_kernel
 from jaxlin.peft.function import merge
 from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
+from jaxlin.peft.prompt import prompt_tuning
 from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, select
 from jaxlin.selection import LayerSelection, select_layers
 from jaxlin.sharding import DECODER_RULES, ENCODER_RULES, shard
@@ -103,6 +105,7 @@ __all__ = [
     "load_kernel",
     "load_masked_lm",
     "load_model",
+    "load_neural_tangents",
     "lora",
     "make_mesh",
     "merge",
@@ -119,6 +122,7 @@ __all__ = [
     "probe_head",
     "prompt_batch",
     "prompt_classifier",
+    "prompt_tuning",
     "select",
     "select_layers",
     "shard",

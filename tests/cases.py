@@ -31,7 +31,7 @@ DECODERS = {
 }
 """Golden decoders, likewise."""
 FAMILIES = ("bert", "roberta", "distilbert", "electra")
-DECODER_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+DECODER_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma")
 
 
 def write_checkpoint(folder, case, num_labels=None):

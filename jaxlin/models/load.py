@@ -120,7 +120,7 @@ def load_model(
     """Loads a pretrained text model with a classification head.
 
     Encoders: BERT, RoBERTa (XLM-R, CamemBERT, DistilRoBERTa), DistilBERT and ELECTRA. Decoders: GPT-2, Llama, Mistral,
-    Qwen2 and Qwen3. From safetensors, whole or in shards.
+    Qwen2, Qwen3 and Gemma (the first). From safetensors, whole or in shards.
 
     Args:
         name_or_path: Local folder in Hugging Face's layout, a hub id, or `"all-MiniLM-L6-v2"`, whose
