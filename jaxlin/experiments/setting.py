@@ -20,6 +20,7 @@ from jaxlin.models.load import load_model, with_remat
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
 from jaxlin.models.resolve import EMBEDDED_MODEL
+from jaxlin.peft.adapter import adapter_head, with_saved_modules
 from jaxlin.peft.select import full, head_only
 from jaxlin.training.checkpoint import Checkpoints
 from jaxlin.training.compare import check_lams
@@ -36,6 +37,7 @@ class ModelArguments:
     Attributes:
         model_name_or_path: Local folder in Hugging Face's layout, hub id, or the embedded default.
         model_revision: Branch, tag or commit of a hub model.
+        adapter_name_or_path: Folder of a LoRA adapter of the peft library for it, which tuning starts from.
         head: What the classification head reads (decoders: last or mean); auto: as the checkpoint was trained.
         head_init: Start of a new head; probe: closed-form ridge on the frozen features.
         new_head: Draw the map to the logits anew where the checkpoint has one.
@@ -43,6 +45,7 @@ class ModelArguments:
 
     model_name_or_path: str = EMBEDDED_MODEL
     model_revision: str | None = None
+    adapter_name_or_path: str | None = None
     head: Literal["auto", "mean", "cls", "pooler", "last"] = "auto"
     head_init: Literal["probe", "random", "zero"] = "probe"
     new_head: bool = False
@@ -337,15 +340,20 @@ def pretrained(model_arguments: ModelArguments, num_labels: int, seed: int) -> M
     Raises:
         InputError: If it cannot be used.
     """
-    return load_model(
+    adapter, head = model_arguments.adapter_name_or_path, model_arguments.head
+    if adapter is not None and head == "auto":
+        stored = adapter_head(adapter, model_arguments.model_name_or_path, model_arguments.model_revision)
+        head = head if stored is None else stored[0]  # type: ignore[assignment]
+    model = load_model(
         model_arguments.model_name_or_path,
         num_labels,
-        head=model_arguments.head,
+        head=head,
         head_init="random" if model_arguments.head_init == "probe" else model_arguments.head_init,
         new_head=model_arguments.new_head,
         rng=seed,
         revision=model_arguments.model_revision,
     )
+    return model if adapter is None else with_saved_modules(model, adapter)
 
 
 def load(
