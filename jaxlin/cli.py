@@ -21,6 +21,8 @@ from jaxlin.experiments.compare import CompareConfig
 from jaxlin.experiments.compare import run as run_compare
 from jaxlin.experiments.export import ExportConfig
 from jaxlin.experiments.export import run as run_export
+from jaxlin.experiments.figures.run import FiguresConfig
+from jaxlin.experiments.figures.run import run as run_figures
 from jaxlin.experiments.kernel import KernelConfig
 from jaxlin.experiments.kernel import run as run_ntk
 from jaxlin.experiments.resume import options_of_resumed
@@ -70,6 +72,11 @@ def export(config: Annotated[ExportConfig, tyro.conf.arg(name="")]) -> None:
     run_export(config)
 
 
+def figures(config: Annotated[FiguresConfig, tyro.conf.arg(name="")]) -> None:
+    """Make the paper's figures again, from computing to drawing."""
+    run_figures(config)
+
+
 def doctor() -> None:
     """Print versions, devices, precision, what can be imported, and where models and data are found."""
     from jaxlin.experiments.doctor import report
@@ -115,7 +122,15 @@ def main() -> None:
             known = set(config_file.flat_options(configured())) - {"config", "debug"}
             words[1:1] = config_file.read(file, known)
         tyro.extras.subcommand_cli_from_dict(
-            {"compare": compare, "ntk": ntk, "select": select, "bounds": bounds, "export": export, "doctor": doctor},
+            {
+                "compare": compare,
+                "ntk": ntk,
+                "select": select,
+                "bounds": bounds,
+                "export": export,
+                "figures": figures,
+                "doctor": doctor,
+            },
             prog="jaxlin",
             description="Linearized fine-tuning of transformer language models.",
             config=(tyro.conf.OmitArgPrefixes,),

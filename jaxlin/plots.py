@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,14 +79,22 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
+def canvas(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, Any]:
+    """Returns a figure of `width` × `height` inches and its axes `[rows, columns]`; options are of `subplots`."""
     import matplotlib
 
     matplotlib.use("Agg", force=False)
     import matplotlib.pyplot as plt
 
-    with plt.rc_context(_STYLE):
-        return plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    with drawing():
+        return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
+
+
+def drawing() -> AbstractContextManager[None]:
+    """Returns the context that every figure is drawn in."""
+    import matplotlib.pyplot as plt
+
+    return plt.rc_context(_STYLE)
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
@@ -93,7 +102,7 @@ def save(figure: Figure, path: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
-    with plt.rc_context(_STYLE):
+    with drawing():
         for file in files:
             figure.savefig(file, dpi=200)
     plt.close(figure)
@@ -106,7 +115,7 @@ def strength(table: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     return ("lam_over_mu1", "λ/μ₁") if known else ("lam", "λ")
 
 
-def _lam_axis(axis: Axes, values: Sequence[float], label: str) -> np.ndarray:
+def lam_axis(axis: Axes, values: Sequence[float], label: str) -> np.ndarray:
     """Makes a log axis with 0 at its left end; returns the positions of `values`."""
     positive = [value for value in values if value > 0]
     zero = min(positive, default=1.0) / 10
@@ -130,7 +139,7 @@ def _lines(axis: Axes, table: Sequence[Row], lines: Sequence[tuple[str, str, str
     for arm, column, label, colour, style in lines:
         shares, values = _series(table, arm, column)
         if shares:
-            x = _lam_axis(axis, shares, strength(table)[1])
+            x = lam_axis(axis, shares, strength(table)[1])
             y = np.array(values, float)
             axis.plot(
                 x, np.where(y > 0, y, np.nan) if axis.get_yscale() == "log" else y, style, color=colour, label=label
@@ -156,11 +165,11 @@ def late(table: Sequence[Row], title: str) -> Figure:
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = _figure(1, 1, 4.4, 2.9)
+    figure, axes = canvas(1, 1, 4.4, 2.9)
     axis, (column, label) = axes[0, 0], strength(table)
     rows = late_rows(table)
     lams = sorted({row["lam"] for row in rows})
-    with plt.rc_context(_STYLE):
+    with drawing():
         shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(lams)))
         for lam, colour in zip(lams, shades, strict=True):
             mine = [row for row in rows if row["lam"] == lam]
@@ -197,10 +206,10 @@ def linearization(table: Sequence[Row], top: int, title: str) -> Figure:
         "trajectory_gap_relative": ("(c) Trajectory gap, training examples", "‖f(θ)−f̄(θ̄)‖ / ‖f(θ)−f₀‖"),
         "eigenspace_angle": (f"(d) Turn of the top-{top} eigenspace", "largest principal angle in °"),
     }
-    figure, axes = _figure(2, 2, 7.0, 4.8)
+    figure, axes = canvas(2, 2, 7.0, 4.8)
     column, name = strength(table)
     lams = sorted({row["lam"] for row in table})
-    with plt.rc_context(_STYLE):
+    with drawing():
         figure.suptitle(title, fontsize=8.5)
         shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(lams)))
         for axis, (key, (heading, unit)) in zip(axes.flat, panels.items(), strict=True):
@@ -229,9 +238,9 @@ def comparison(table: Sequence[Row], history: Mapping[tuple[str, float], Sequenc
     """
     import matplotlib.pyplot as plt
 
-    figure, axes = _figure(2, 2, 7.0, 5.2)
+    figure, axes = canvas(2, 2, 7.0, 5.2)
     full, linear = COLOURS["full"], COLOURS["linearized"]
-    with plt.rc_context(_STYLE):
+    with drawing():
         figure.suptitle(title, fontsize=8.5)
         (parameters, outputs), (losses, training) = axes
         parameters.set_yscale("log")
@@ -291,11 +300,9 @@ def comparison(table: Sequence[Row], history: Mapping[tuple[str, float], Sequenc
 
 def spectrum(spec: Spectrum, title: str) -> Figure:
     """Draws the eigenvalues with the noise they stand on."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = _figure(1, 1, 3.5, 2.7)
+    figure, axes = canvas(1, 1, 3.5, 2.7)
     axis = axes[0, 0]
-    with plt.rc_context(_STYLE):
+    with drawing():
         index = np.arange(1, len(spec.eigenvalues) + 1)
         positive = spec.eigenvalues > 0
         axis.loglog(index[positive], spec.eigenvalues[positive], ".", ms=2.5, color=COLOURS["full"], label="μᵢ of K₀")
@@ -341,10 +348,8 @@ def bounds(table: Sequence[Row], title: str) -> Figure:
     Returns:
         The figure, for `save`.
     """
-    import matplotlib.pyplot as plt
-
-    figure, axes = _figure(2, 2, 7.0, 5.4)
-    with plt.rc_context(_STYLE):
+    figure, axes = canvas(2, 2, 7.0, 5.4)
+    with drawing():
         figure.suptitle(title, fontsize=8)
         for axis, (heading, lines) in zip(axes.flat, _BOUND_PANELS, strict=True):
             axis.set_yscale("log")
@@ -365,7 +370,7 @@ def _bound(axis: Axes, rows: Sequence[Row], name: str) -> None:
     """Draws one bound, its markers by whether it applies and holds."""
     colour, style = _BOUND_STYLES[name]
     rows = sorted(rows, key=lambda row: row["lam"])
-    x = _lam_axis(axis, [row["lam_over_mu1"] for row in rows], "λ/μ₁")
+    x = lam_axis(axis, [row["lam_over_mu1"] for row in rows], "λ/μ₁")
     y = np.array([row["value"] if 0 < row["value"] < np.inf else np.nan for row in rows])
     label = f"bound {name}" + (", H sampled" if name.startswith("5") else "")
     axis.plot(x, y, style, color=colour, label=label)
@@ -379,7 +384,7 @@ def _bound(axis: Axes, rows: Sequence[Row], name: str) -> None:
 def _measured(axis: Axes, rows: Sequence[Row], name: str, colour: str) -> None:
     """Draws what was measured, and the slope that it comes to have as λ grows."""
     rows = sorted(rows, key=lambda row: row["lam"])
-    x = _lam_axis(axis, [row["lam_over_mu1"] for row in rows], "λ/μ₁")
+    x = lam_axis(axis, [row["lam_over_mu1"] for row in rows], "λ/μ₁")
     y = np.array([row["measured"] if row["measured"] > 0 else np.nan for row in rows])
     axis.plot(x, y, "o-", color=colour, label=f"measured {MEASURED[name]}")
     large = x[x >= 1]
@@ -395,7 +400,7 @@ def svg(figure: Figure) -> str:
     import matplotlib.pyplot as plt
 
     stream = io.StringIO()
-    with plt.rc_context(_STYLE):
+    with drawing():
         figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     plt.close(figure)
     text = stream.getvalue()
@@ -416,9 +421,7 @@ def candidates(table: Sequence[Row], criterion: str, title: str) -> Figure:
     Returns:
         The figure, for `save` or `svg`.
     """
-    import matplotlib.pyplot as plt
-
-    figure, axes = _figure(1, 2, 7.0, 2.9)
+    figure, axes = canvas(1, 2, 7.0, 2.9)
     wanted = ("validation_error", "leave_one_out_error", "condition_number")
     other = next(name for name in wanted if name in table[0] and name != criterion)
     params, values, others = (np.array([row[key] for row in table], float) for key in ("num_params", criterion, other))
@@ -427,7 +430,7 @@ def candidates(table: Sequence[Row], criterion: str, title: str) -> Figure:
         (np.arange(1, min(6, len(table))), "D", 18, COLOURS["linear_probe"], "next five"),
         (np.arange(1), "*", 110, COLOURS["linearized"], "chosen"),
     ]
-    with plt.rc_context(_STYLE):
+    with drawing():
         for rows, marker, size, colour, label in marks:
             for axis, x, y in ((axes[0, 0], params, values), (axes[0, 1], values, others)):
                 axis.scatter(x[rows], y[rows], marker=marker, s=size, color=colour, label=label, linewidths=0, zorder=3)
@@ -455,7 +458,6 @@ def cells(table: Sequence[Row], title: str, share: float = 0.1) -> Figure:
     Returns:
         The figure, for `save` or `svg`.
     """
-    import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
 
     layers = sorted({int(layer) for row in table for layer in row["layers"].split()})
@@ -467,9 +469,9 @@ def cells(table: Sequence[Row], title: str, share: float = 0.1) -> Figure:
         for module in row["modules"].split():
             for layer in row["layers"].split():
                 counts[modules.index(module), layers.index(int(layer))] += 1 / len(top)
-    figure, axes = _figure(1, 1, 1.9 + 0.38 * len(layers), 1.3 + 0.28 * len(modules))
+    figure, axes = canvas(1, 1, 1.9 + 0.38 * len(layers), 1.3 + 0.28 * len(modules))
     axis = axes[0, 0]
-    with plt.rc_context(_STYLE):
+    with drawing():
         image = axis.imshow(counts, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         for module in table[0]["modules"].split():
             for layer in table[0]["layers"].split():
@@ -493,13 +495,11 @@ def spectra(specs: Mapping[str, Spectrum], title: str) -> Figure:
     Returns:
         The figure, for `save` or `svg`.
     """
-    import matplotlib.pyplot as plt
-
-    figure, axes = _figure(1, 1, 3.9, 2.9)
+    figure, axes = canvas(1, 1, 3.9, 2.9)
     axis = axes[0, 0]
     shades = {"chosen": COLOURS["linearized"], "everything": COLOURS["full"], "runner-up": COLOURS["linear_probe"]}
     styles = {"chosen": "-", "everything": "--", "runner-up": ":"}
-    with plt.rc_context(_STYLE):
+    with drawing():
         for name, spec in specs.items():
             mu = np.where(spec.eigenvalues > spec.noise_floor, spec.eigenvalues, np.nan)
             width = 2.4 if name == "chosen" else 1.3
@@ -523,12 +523,10 @@ def lam_curve(curve: Sequence[Mapping[str, float]], chosen: float, title: str) -
     Returns:
         The figure, for `save` or `svg`.
     """
-    import matplotlib.pyplot as plt
-
-    figure, axes = _figure(1, 2, 7.0, 2.5)
+    figure, axes = canvas(1, 2, 7.0, 2.5)
     x = [row["lam_rel"] for row in curve]
     panels = (("leave_one_out_error", "leave-one-out loss"), ("log_marginal_likelihood", "log marginal likelihood"))
-    with plt.rc_context(_STYLE):
+    with drawing():
         for axis, (column, label) in zip(axes[0], panels, strict=True):
             axis.semilogx(x, [row[column] for row in curve], "o-", ms=2.5, color=COLOURS["full"])
             axis.axvline(chosen, color=COLOURS["linearized"], lw=1.2, ls="--", label=f"suggested, {chosen:.2g}")

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxlin.errors import InputError
-from jaxlin.experiments.setting import ModelArguments, pretrained, starts_as_probe
+from jaxlin.experiments.model_arguments import ModelArguments, pretrained, starts_as_probe
 from jaxlin.experiments.tuned_arguments import FROZEN_A, TunedArguments, tune
 from jaxlin.models.export import save_model
-from jaxlin.models.load import family_in, load_causal_lm, load_model
+from jaxlin.models.load import load_language_model, load_model
 from jaxlin.models.model import Model
-from jaxlin.models.resolve import EMBEDDED_MODEL, resolve_model
+from jaxlin.models.resolve import EMBEDDED_MODEL
 from jaxlin.peft.adapter import adapter_head, load_adapter, save_adapter
 from jaxlin.peft.function import merge
 from jaxlin.training.checkpoint import load_checkpoint
@@ -94,10 +94,8 @@ def _of_adapter(config: ExportConfig) -> _Found:
     head = adapter_head(adapter, name, revision)
     if head is not None:
         model = load_model(name, head[1], head=head[0], revision=revision)
-    elif family_in(resolve_model(name, revision)).is_decoder:
-        model = load_causal_lm(name, revision=revision)
     else:
-        raise InputError(f"{adapter} holds no classification head; use jl.load_adapter and jl.save_model")
+        model = load_language_model(name, revision=revision)
     tun = load_adapter(model, adapter)
     return _Found(model, tun, tun.theta0, None, {"Adapter": f"`{adapter}`"})
 

@@ -27,7 +27,7 @@ from jaxlin.models.encoder import MaskedLm, SequenceClassifier
 from jaxlin.models.families import FAMILIES
 from jaxlin.models.family import Family
 from jaxlin.models.model import Model
-from jaxlin.models.prompt import PromptClassifier
+from jaxlin.models.reading import Reading
 from jaxlin.tunable import CLASSIFIER, in_head
 
 HEAD_FILE = "jaxlin_head.safetensors"
@@ -43,6 +43,7 @@ _CLASSES = {
     "distilbert": "DistilBert",
     "electra": "Electra",
     "gpt2": "GPT2",
+    "gemma": "Gemma",
     "llama": "Llama",
     "mistral": "Mistral",
     "qwen2": "Qwen2",
@@ -50,6 +51,7 @@ _CLASSES = {
 }
 """How transformers' classes begin, by `model_type`."""
 
+_LMS = MaskedLm | CausalLm
 _TOKENIZER = ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 
 
@@ -84,10 +86,9 @@ def family_of(model: Model) -> Family:
     """Returns the family of a model's checkpoint.
 
     Raises:
-        InputError: If the model is none of `load_model`, `load_masked_lm`, `load_causal_lm` or `prompt_classifier`.
+        InputError: If the model is none of `load_model`, `load_masked_lm` or `load_causal_lm`, or what is read of one.
     """
-    known = SequenceClassifier | DecoderClassifier | MaskedLm | CausalLm | PromptClassifier
-    if model.source is None or not isinstance(model.module, known):
+    if model.source is None or not isinstance(model.module, SequenceClassifier | DecoderClassifier | _LMS | Reading):
         raise InputError(
             "Hugging Face's names are known for models of load_model, load_masked_lm and load_causal_lm only; this "
             f"one's module is a {type(model.module).__name__}"
@@ -95,9 +96,14 @@ def family_of(model: Model) -> Family:
     return FAMILIES[model.config["model_type"]]
 
 
+def language_model(model: Model) -> Any:
+    """Returns the module, where something is read of a language model that one."""
+    return model.module.module if isinstance(model.module, Reading) else model.module
+
+
 def has_own_head(model: Model) -> bool:
     """Whether the model's head is one of transformers': a language model's, or that of its classifier's class."""
-    return getattr(model.module, "head", None) in (None, "prompt", family_of(model).own_head)
+    return isinstance(model.module, _LMS | Reading) or model.module.head == family_of(model).own_head
 
 
 def hf_modules(model: Model) -> Modules:
@@ -114,7 +120,7 @@ def hf_modules(model: Model) -> Modules:
 
 def architecture(model: Model) -> str:
     """Returns the class of transformers that the model is; without a head, where none has the model's."""
-    begin, module = _CLASSES[model.config["model_type"]], getattr(model.module, "module", model.module)
+    begin, module = _CLASSES[model.config["model_type"]], language_model(model)
     if isinstance(module, MaskedLm):
         return f"{begin}ForMaskedLM"
     if isinstance(module, CausalLm):

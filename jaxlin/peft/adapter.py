@@ -26,6 +26,7 @@ from jaxlin.models.export import (
     has_own_head,
     hf_modules,
     hf_tensors,
+    language_model,
     new_folder,
     read_head,
     write_head,
@@ -329,7 +330,7 @@ def save_adapter(
 
 
 def _task_type(model: Model) -> str | None:
-    module = getattr(model.module, "module", model.module)
+    module = language_model(model)
     if isinstance(module, MaskedLm):
         return None  # the library has none
     if isinstance(module, CausalLm):

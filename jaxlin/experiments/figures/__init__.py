@@ -1,0 +1,1 @@
+"""The paper's figures, one study each: configuration → tidy tables → figures and findings."""

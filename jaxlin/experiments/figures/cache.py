@@ -1,0 +1,55 @@
+"""Results kept by what they depend on, so that long work goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlin.experiments.run_folder import write_json
+
+
+class Cache:
+    """Results by a hash of what they depend on, a JSON file each, written whole or not at all.
+
+    Attributes:
+        folder: Where they lie.
+        seconds: What computing the results asked for has taken, whenever that was.
+        read: Paths of those files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Makes the folder, which may be there."""
+        self.folder, self.seconds = folder, 0.0
+        self.read: set[Path] = set()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        """Returns the result of `key`, computed if it is not there.
+
+        Args:
+            key: All that the result depends on, as JSON can hold it.
+            compute: Gives the result, likewise; NaN and infinities may be among it.
+        """
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            begin = time.monotonic()
+            result = compute()
+            write_json(path, {"key": key, "seconds": time.monotonic() - begin, "result": result})
+        found = json.loads(path.read_text(), object_hook=_numbers)
+        if path not in self.read:
+            self.read.add(path)
+            self.seconds += found["seconds"]
+        return found["result"]
+
+
+def _numbers(content: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: `write_json` makes words of them."""
+    words = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
+    return {key: words.get(value, value) if isinstance(value, str) else value for key, value in content.items()}

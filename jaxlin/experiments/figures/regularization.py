@@ -1,0 +1,386 @@
+"""How close full and linearized fine-tuning are, against the pull towards the pretrained weights (theory 1, 4, 5)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxlin import plots
+from jaxlin.errors import InputError
+from jaxlin.experiments.data_arguments import STDLIB
+from jaxlin.experiments.figures.study import FAST, Row, Setting, Study, Tables, Work
+from jaxlin.experiments.figures.summary import band, distinct, lam_positions, name_of, of, sizes, values_of, written
+from jaxlin.experiments.tuned_arguments import FROZEN_A
+from jaxlin.peft.lora import lora
+from jaxlin.training.bound_sweep import bound_sweep
+from jaxlin.training.compare import FULL, LINEARIZED, compare
+from jaxlin.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PULLS = ("coupled", "selective", "decoupled")
+
+
+@dataclasses.dataclass(frozen=True)
+class RegularizationSetting(Setting):
+    """Full against linearized over a sweep of pulls.
+
+    Attributes:
+        lam_rel: Pull strengths in units of μ₁.
+        pull_tasks: Tasks on which the pulls are compared, and on which an arm with LoRA's A frozen is trained.
+        pull_lam_rel: Pull strengths of the others, in units of μ₁.
+        bound_examples: Training examples of the first of them on which the bounds are evaluated, in float64.
+        bound_steps: Full-batch steps of descent for them.
+        num_train_epochs: Passes over the training examples.
+        batch_size: Examples a step.
+        learning_rate: Of Adam, decaying linearly to 0.
+    """
+
+    lam_rel: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    pull_tasks: tuple[str, ...] = ("cola", "sst2")
+    pull_lam_rel: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
+    bound_examples: int = 48
+    bound_steps: int = 24
+    num_train_epochs: float = 3.0
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+
+
+_COLUMNS = (
+    *("distance", "distance_A", "distance_B", "distance_head"),
+    *("parameter_gap", "parameter_gap_A", "parameter_gap_B", "parameter_gap_head"),
+    *(f"{name}_{split}" for split in ("train", "eval") for name in ("output_gap", "output_gap_relative")),
+    *("kl_eval", "agreement_eval", "agreement_f0_eval", "loss_train", "loss_eval", "accuracy_train", "accuracy_eval"),
+    *("f1_eval", "matthews_eval"),
+)
+"""Columns of `compare` that the table keeps."""
+
+
+def _sweep(setting: RegularizationSetting, work: Work, task: str, seed: int, pull: str) -> list[Row]:
+    """Fine-tunes in full and linearized at every λ, with one kind of pull."""
+    problem = work.problem(task, seed)
+    training = TrainConfig(
+        learning_rate=setting.learning_rate,
+        lr_scheduler_type="linear",
+        batch_size=setting.batch_size,
+        num_train_epochs=setting.num_train_epochs,
+        pull=pull,
+        seed=seed,
+        group_by_length=True,
+    )
+    coupled = pull == PULLS[0]
+    frozen = coupled and task in setting.pull_tasks
+    shares = setting.lam_rel if coupled else setting.pull_lam_rel
+    options = {
+        "what": "compare",
+        "training": dataclasses.asdict(training),
+        "lam_rel": list(shares),
+        "frozen_A": frozen,
+        "rank": setting.lora_rank,
+    }
+
+    def compute() -> list[Row]:
+        rank = setting.lora_rank
+        arms = {FROZEN_A: lora(problem.model, rank, float(rank), rng=seed, freeze_A=True)} if frozen else {}
+        found = compare(
+            problem.tun,
+            problem.train,
+            problem.eval,
+            training,
+            lam_rel=shares,
+            extra_arms=arms,
+            kernel_examples=len(problem.train),
+            progress=lambda phase, done, of: work.progress(f"{phase}, {task}, seed {seed}, {pull}", done, of),
+        )
+        return [
+            {"arm": row["arm"], "lam_over_mu1": row["lam_over_mu1"], **{name: row.get(name) for name in _COLUMNS}}
+            for row in found.table
+        ]
+
+    rows = work.get(problem, options, compute)
+    metric = problem.loaded.task.metrics[0]
+    return [
+        {**problem.labels, "pull": pull, **row, "metric": metric, "score_eval": row[f"{metric}_eval"]} for row in rows
+    ]
+
+
+def _bounds(setting: RegularizationSetting, work: Work) -> list[Row]:
+    """Evaluates the bounds on full-batch descent, on some examples of the first task on which pulls are compared."""
+    problem = work.problem(setting.pull_tasks[0], 0)
+    some = problem.train.take(np.arange(min(setting.bound_examples, len(problem.train))))
+    shares = [share for share in setting.lam_rel if share >= 1e-3]
+    options = {"what": "bounds", "examples": len(some), "steps": setting.bound_steps, "lam_rel": shares}
+
+    def compute() -> list[Row]:
+        found = bound_sweep(
+            problem.tun, some, lam_rel=shares, steps=setting.bound_steps, selective_steps=1, progress=work.progress
+        )
+        return found.table
+
+    labels = {"task": problem.loaded.task.name, "seed": 0, "train_examples": len(some), "steps": setting.bound_steps}
+    return [{**labels, **row} for row in work.get(problem, {**options, "rank": setting.lora_rank}, compute)]
+
+
+def compute(setting: RegularizationSetting, work: Work) -> Tables:
+    """Runs every sweep; the coupled pull first, seed by seed, so that a part is a whole of fewer seeds."""
+    missing = set(setting.pull_tasks) - set(setting.tasks)
+    if missing:
+        raise InputError(f"--pull_tasks {sorted(missing)[0]} is not among --tasks {' '.join(setting.tasks)}")
+    coupled = [(task, seed, PULLS[0]) for seed in range(setting.seeds) for task in setting.tasks]
+    others = [(t, s, pull) for pull in PULLS[1:] for s in range(setting.seeds) for t in setting.pull_tasks]
+    table: list[Row] = []
+    for done, (task, seed, pull) in enumerate([*coupled, *others]):
+        work.progress("sweeps", done, len(coupled) + len(others))
+        table += _sweep(setting, work, task, seed, pull)
+    return {"table": table, "bounds": _bounds(setting, work)}
+
+
+_ROWS = (
+    ("distance", "‖θ−θ₀‖", "log"),
+    ("parameter_gap", "‖θ−θ̄‖", "log"),
+    ("output_gap_eval", "‖f−f̄‖", "log"),
+    ("output_gap_relative_eval", "‖f−f̄‖ / ‖f−f₀‖", "log"),
+    ("kl_eval", "KL(f ‖ f̄)", "log"),
+    ("agreement_eval", "agreement", "linear"),
+    ("score_eval", "score", "linear"),
+)
+"""Rows of the main figure: column, what it is, scale."""
+_ARMS = ((FULL, "o-"), (LINEARIZED, "s--"))
+_GAP = "#000000"
+
+
+def _main(table: Sequence[Row]) -> Figure:
+    """Everything against λ under the coupled pull, a column a task."""
+    rows = of(table, pull="coupled")
+    tasks = distinct(rows, "task")
+    figure, axes = plots.canvas(len(_ROWS), len(tasks), max(1.9 * len(tasks), 5.0), 10.2, sharex=True)
+    for line in axes[:-1]:  # scores are of other kinds from task to task
+        for axis in line[1:]:
+            axis.sharey(line[0])
+            axis.tick_params(labelleft=False)
+    with plots.drawing():
+        for column, task in enumerate(tasks):
+            mine = of(rows, task=task)
+            for line, (key, name, scale) in enumerate(_ROWS):
+                axis = axes[line, column]
+                axis.set_yscale(scale)
+                at = lam_positions(axis, mine)
+                arms = _ARMS if key in ("distance", "score_eval") else ((FULL, "^-"),)
+                for arm, style in arms:
+                    colour = plots.COLOURS[arm] if len(arms) > 1 else _GAP
+                    label = plots.NAMES[arm] if len(arms) > 1 else None
+                    band(axis, of(mine, arm=arm), "lam_over_mu1", key, at, fmt=style, color=colour, label=label)
+                if key == "agreement_eval":
+                    grey = {"fmt": "d:", "color": plots.COLOURS["start"], "label": "full with start f₀"}
+                    band(axis, of(mine, arm=FULL), "lam_over_mu1", "agreement_f0_eval", at, **grey)
+                if key == "score_eval":
+                    _baselines(axis, mine)
+                if key in plots.SCALINGS or key == "output_gap_eval":
+                    _guide(axis, of(mine, arm=FULL), key, at)
+                axis.set_xlabel("pull λ/μ₁" if line == len(_ROWS) - 1 else "")
+                axis.tick_params(labelsize=6.5)
+                axis.tick_params(axis="x", labelsize=5.5)
+                if not column:
+                    axis.set_ylabel(name)
+            axes[0, column].set_title(name_of(task))
+            axes[-1, column].set_xlabel(f"pull λ/μ₁\n(score: {mine[0]['metric']})")
+        axes[0, 0].legend()
+        axes[-2, 0].lines[0].set_label("full with linearized")
+        axes[-2, 0].legend()
+        axes[-1, 0].legend()
+        figure.suptitle(
+            f"Full (θ, f) against linearized (θ̄, f̄), validation outputs; {sizes(rows)}\ndotted: slopes of theory 5",
+            fontsize=8,
+        )
+    return figure
+
+
+def _baselines(axis: Axes, rows: Sequence[Row]) -> None:
+    for arm in ("start", "majority_class"):
+        values = values_of(of(rows, arm=arm), "score_eval")
+        if len(values):
+            axis.axhline(values.mean(), color=plots.COLOURS[arm], lw=0.9, ls="-.", label=plots.NAMES[arm])
+
+
+def _guide(axis: Axes, rows: Sequence[Row], column: str, at: Mapping[float, float]) -> None:
+    """Draws the slope that theory 5 gives for λ → ∞, from λ = μ₁/10 on."""
+    slope = plots.SCALINGS[column.removesuffix("_eval")]
+    large = sorted(share for share in at if share >= 0.1)
+    values = values_of(of(rows, lam_over_mu1=large[0]), column) if large else np.array([])
+    if len(large) > 1 and len(values):
+        guide = [values.mean() * (share / large[0]) ** slope for share in large]
+        axis.plot([at[share] for share in large], guide, color=_GAP, lw=0.9, ls=":")
+
+
+_PULL_COLOURS = {"coupled": "#0072B2", "selective": "#E69F00", "decoupled": "#009E73"}
+_PULL_ROWS = (
+    ("distance", "‖θ−θ₀‖", "log"),
+    ("output_gap_relative_eval", "‖f−f̄‖ / ‖f−f₀‖", "log"),
+    ("score_eval", "score", "linear"),
+)
+
+
+def _side_by_side(table: Sequence[Row], lines: Sequence[tuple[Mapping[str, str], str, str, str]], title: str) -> Figure:
+    """Draws three quantities on each task; `lines` are rows' values, label, colour and style."""
+    tasks = distinct(table, "task")
+    figure, axes = plots.canvas(len(tasks), len(_PULL_ROWS), 7.0, 2.1 * len(tasks) + 0.4, sharex=True)
+    with plots.drawing():
+        for line, task in enumerate(tasks):
+            mine = of(table, task=task)
+            for column, (key, name, scale) in enumerate(_PULL_ROWS):
+                axis = axes[line, column]
+                axis.set_yscale(scale)
+                at = lam_positions(axis, mine)
+                for values, label, colour, style in lines:
+                    rows = of(mine, **values)
+                    band(axis, rows, "lam_over_mu1", key, at, fmt=style, color=colour, label=label)
+                name = name if key != "score_eval" else mine[0]["metric"]
+                axis.set(ylabel=name, xlabel="pull λ/μ₁", title=name_of(task) if column == 1 else "")
+                axis.tick_params(labelsize=6.5)
+        axes[0, 0].legend()
+        figure.suptitle(title, fontsize=8)
+    return figure
+
+
+def _pulls(table: Sequence[Row]) -> Figure:
+    rows = [row for row in table if row["task"] in _pull_tasks(table)]
+    lines = [({"arm": FULL, "pull": pull}, pull, _PULL_COLOURS[pull], "o-") for pull in PULLS]
+    return _side_by_side(rows, lines, f"Three ways to pull, full fine-tuning; {sizes(rows)}")
+
+
+def _frozen(table: Sequence[Row]) -> Figure:
+    rows = [row for row in of(table, pull="coupled") if row["task"] in _pull_tasks(table)]
+    styles = {FULL: "o-", FROZEN_A: "v-", LINEARIZED: "s--"}
+    lines = [({"arm": arm}, plots.NAMES[arm], plots.COLOURS[arm], style) for arm, style in styles.items()]
+    return _side_by_side(rows, lines, f"With LoRA's A frozen; {sizes(rows)}")
+
+
+def _pull_tasks(table: Sequence[Row]) -> list[str]:
+    return distinct(of(table, pull=PULLS[1]), "task")
+
+
+def draw(tables: Tables) -> dict[str, Figure]:
+    """Draws everything against λ; the pulls; the arm with A frozen; and the bounds."""
+    table, found = tables["table"], tables["bounds"]
+    first = found[0]
+    title = (
+        f"Bounds of theory 4 and 5, {name_of(first['task'])}: {first['train_examples']} training examples, "
+        f"{first['steps']} full-batch steps of descent, float64, 1 seed"
+    )
+    return {
+        "against_the_pull": _main(table),
+        "pulls": _pulls(table),
+        "A_frozen": _frozen(table),
+        "bounds": plots.bounds(found, title),
+    }
+
+
+def _slope(rows: Sequence[Row], column: str) -> float:
+    """Log-log slope between the two largest λ, means over seeds."""
+    shares = sorted(distinct(rows, "lam_over_mu1"))[-2:]
+    low, high = (values_of(of(rows, lam_over_mu1=share), column).mean() for share in shares)
+    return float(np.log(high / low) / np.log(shares[1] / shares[0]))
+
+
+def _good_from(rows: Sequence[Row], limit: float) -> float | None:
+    """The smallest λ/μ₁ from which on the mean relative output gap stays below `limit`; `None`: none."""
+    found = None
+    for share in sorted(distinct(rows, "lam_over_mu1"), reverse=True):
+        if values_of(of(rows, lam_over_mu1=share), "output_gap_relative_eval").mean() >= limit:
+            break
+        found = share
+    return found
+
+
+LIMIT = 0.1
+"""Relative output gap below which linearization is called a good model."""
+
+
+def findings(tables: Tables) -> dict[str, str]:
+    """Says how close the two are, where linearization stops being good, and what pulls, A and bounds show."""
+    rows = of(tables["table"], pull="coupled")
+    full = of(rows, arm=FULL)
+    shares = sorted(distinct(full, "lam_over_mu1"))
+    tasks = distinct(full, "task")
+    lines = []
+    for task in tasks:
+        mine = of(full, task=task)
+        ends = [values_of(of(mine, lam_over_mu1=s), "output_gap_relative_eval") for s in (shares[0], shares[-1])]
+        agree = [values_of(of(mine, lam_over_mu1=s), "agreement_eval") for s in (shares[0], shares[-1])]
+        good = _good_from(mine, LIMIT)
+        where = "at no λ of the grid" if good is None else f"from λ/μ₁ = {good:g} on"
+        slopes = [f"{_slope(mine, key):.2f}" for key in ("distance", "parameter_gap", "output_gap_eval")]
+        lines.append(" | ".join(["", name_of(task), *map(written, [*ends, *agree]), where, *slopes, ""]).strip())
+    at = [f"{what}, λ/μ₁ = {share:g}" for what in ("gap", "agreement") for share in (shares[0], shares[-1])]
+    head = ["", "Task", *at, "good", "slope of ‖θ−θ₀‖", "of ‖θ−θ̄‖", "of ‖f−f̄‖", ""]
+    gap = (
+        "Relative output gap ‖f−f̄‖/‖f−f₀‖ and agreement of decisions on validation examples: mean over seeds, and "
+        f"range. A gap below {LIMIT:g} counts as good. Slopes are log-log between the two largest λ; theory 5 gives "
+        f"−1, −2, −2.\n\n{' | '.join(head).strip()}\n{'|---' * (len(head) - 2)}|\n" + "\n".join(lines)
+    )
+    return {"gap": gap, "scores": _scores(rows), "pulls": _of_pulls(tables["table"]), "bounds": _of_bounds(tables)}
+
+
+def _scores(rows: Sequence[Row]) -> str:
+    """Scores at the best λ of each arm, against the start."""
+    lines = []
+    for task in distinct(rows, "task"):
+        mine = of(rows, task=task)
+        metric = mine[0]["metric"]
+        cells = [written(values_of(of(mine, arm="start"), "score_eval"))]
+        for share in (0.0, 1e-3, 1e-1):
+            for arm in (FULL, LINEARIZED):
+                values = values_of(of(mine, arm=arm, lam_over_mu1=share), "score_eval")
+                cells.append(written(values) if len(values) else "")
+        lines.append(f"| {name_of(task)} ({metric}) | " + " | ".join(cells) + " |")
+    head = " | ".join(f"{arm}, λ/μ₁ = {share:g}" for share in (0.0, 1e-3, 1e-1) for arm in ("full", "linearized"))
+    return f"| Task | start | {head} |\n|---|---|---|---|---|---|---|---|\n" + "\n".join(lines)
+
+
+def _of_pulls(table: Sequence[Row]) -> str:
+    lines = []
+    for task in _pull_tasks(table):
+        for pull in PULLS:
+            rows = of(table, task=task, pull=pull, arm=FULL)
+            middle = of(rows, lam_over_mu1=1e-2)
+            if middle:
+                cells = [written(values_of(middle, c)) for c in ("distance", "output_gap_relative_eval", "score_eval")]
+                lines.append(f"| {name_of(task)} | {pull} | " + " | ".join(cells) + " |")
+        frozen = of(table, task=task, pull="coupled", arm=FROZEN_A, lam_over_mu1=1e-2)
+        if frozen:
+            cells = [written(values_of(frozen, c)) for c in ("distance", "output_gap_relative_eval", "score_eval")]
+            lines.append(f"| {name_of(task)} | coupled, A frozen | " + " | ".join(cells) + " |")
+    head = "At λ/μ₁ = 0.01:\n\n| Task | pull | ‖θ−θ₀‖ | ‖f−f̄‖/‖f−f₀‖ | score |\n|---|---|---|---|---|\n"
+    return head + "\n".join(lines)
+
+
+def _of_bounds(tables: Tables) -> str:
+    rows = tables["bounds"]
+    applying = [row for row in rows if row["applies"]]
+    holding = [row for row in applying if row["holds"]]
+    return (
+        f"Of {len(rows)} bounds evaluated on full-batch descent ({rows[0]['train_examples']} examples), "
+        f"{len(applying)} apply, and {len(holding)} of these hold."
+    )
+
+
+STUDY = Study(
+    name="02_regularization_and_linearity",
+    title="How close full and linearized fine-tuning are, against the pull towards the pretrained weights",
+    fast=RegularizationSetting(
+        **{**FAST, "pull_tasks": (STDLIB,)},
+        lam_rel=(0.0, 1e-2, 1.0),
+        pull_lam_rel=(1e-2,),
+        bound_examples=8,
+        bound_steps=6,
+    ),
+    full=RegularizationSetting(),
+    compute=compute,
+    draw=draw,
+    findings=findings,
+)

@@ -1,0 +1,249 @@
+"""`jaxlin figures`: the paper's figures again, without a notebook; and what the notebooks read."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import jax
+import tyro
+
+from jaxlin import plots
+from jaxlin.errors import InputError
+from jaxlin.experiments.figures import llm, regularization
+from jaxlin.experiments.figures.cache import Cache
+from jaxlin.experiments.figures.study import Row, Setting, Study, Work, read_tables, write_tables
+from jaxlin.experiments.progress import ProgressReporter
+from jaxlin.experiments.run_folder import RunFolder, write_json
+from jaxlin.versions import versions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STUDIES: tuple[Study, ...] = (regularization.STUDY, llm.STUDY)
+"""In the order of their numbers."""
+
+FAST_SWITCH = "JAXLIN_NOTEBOOKS"
+"""Environment variable; `fast` makes notebooks compute their study in small in place of reading kept tables."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FiguresConfig:
+    """Make the paper's figures again, from computing to drawing; what is computed already is not computed again.
+
+    Attributes:
+        names: Studies, by number or name, such as 02 or 05_spectra_and_layers; default: all.
+        fast: About a minute a study, on embedded data.
+        full: The setting of the results that are kept.
+        output_dir: Folder for tables and figures, one folder a study in it.
+        model_name_or_path: Another encoder: local folder in Hugging Face's layout, or hub id.
+        tasks: Other tasks.
+        data_dir: Folder of <task>/{train,validation}.tsv; default: the environment variable JAXLIN_DATA.
+        seeds: Another number of draws.
+        num_train: Another number of training examples.
+        max_seq_length: Tokens a text is truncated to.
+        quiet: No progress.
+        debug: Show tracebacks.
+    """
+
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    fast: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    full: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    output_dir: Path = Path("figures")
+    model_name_or_path: str | None = None
+    tasks: tuple[str, ...] = ()
+    data_dir: Path | None = None
+    seeds: int | None = None
+    num_train: int | None = None
+    max_seq_length: int | None = None
+    quiet: bool = False
+    debug: bool = False
+
+
+def chosen(names: Sequence[str]) -> tuple[Study, ...]:
+    """Returns the studies of these numbers or names; all if none is given.
+
+    Raises:
+        InputError: If there is none of a name.
+    """
+    found = []
+    for name in names:
+        fitting = [study for study in STUDIES if name in (study.name, study.name[:2], study.name[3:])]
+        if not fitting:
+            raise InputError(f"there is no study {name!r}; expected some of {', '.join(s.name for s in STUDIES)}")
+        found += fitting
+    return tuple(found) or STUDIES
+
+
+def setting_of(study: Study, config: FiguresConfig) -> Setting:
+    """Returns the setting that a study is run in.
+
+    Raises:
+        InputError: If not exactly one of fast and full is asked for, or an option cannot be meant.
+    """
+    if config.fast == config.full:
+        raise InputError("give one of --fast (about a minute a study) and --full (the setting of the results kept)")
+    setting = study.fast if config.fast else study.full
+    names = ("model_name_or_path", "data_dir", "seeds", "num_train", "max_seq_length")
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    if config.tasks:
+        given |= {"tasks": config.tasks}
+        if hasattr(setting, "pull_tasks"):
+            given |= {"pull_tasks": tuple(t for t in setting.pull_tasks if t in config.tasks) or config.tasks[:1]}
+    setting = dataclasses.replace(setting, **given)
+    setting.check()
+    return setting
+
+
+def hardware() -> dict[str, Any]:
+    """Returns what the study runs on."""
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.platform}: {device.device_kind}",
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+    }
+
+
+def run_study(
+    study: Study, setting: Setting, folder: Path, command: str, quiet: bool = False
+) -> tuple[dict[str, list[Row]], dict[str, Any]]:
+    """Computes a study, as far as it is not yet, and writes its tables, figures and record.
+
+    Args:
+        study: What.
+        setting: On what.
+        folder: Where: `<table>.csv`, `record.json`, `figures/<figure>.{png,svg}`, `findings.md`; `runs/` holds results
+            by what they depend on.
+        command: That asked for it, for the record.
+        quiet: Show no progress.
+
+    Returns:
+        Tables as they were written, and the record.
+
+    Raises:
+        InputError: If anything given cannot be used.
+        KeyboardInterrupt: If interrupted; the results so far are kept, and the same command goes on.
+    """
+    output = RunFolder(folder, overwrite=False, resume=True)
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(setting).items()}
+    record = {"study": study.name, "command": command, "setting": arguments, **hardware(), "versions": versions()}
+    output.open(record, "")
+    try:
+        with ProgressReporter(output.line, quiet) as progress:
+            progress.say(f"{study.name}: {study.title}")
+            work = Work(setting, Cache(folder / "runs"), progress.update)
+            write_tables(folder, study.compute(setting, work))
+    finally:
+        output.close()
+    record |= {"seconds": work.cache.seconds, "data_sha256": work.data_sha256}
+    write_json(folder / "record.json", record)
+    tables = read_tables(folder)
+    for name, figure in study.draw(tables).items():
+        plots.save(figure, folder / "figures" / name)
+    findings = study.findings(tables)
+    (folder / "findings.md").write_text("\n\n".join([f"# {study.title}", *findings.values()]) + "\n", encoding="utf-8")
+    return tables, record
+
+
+def run(config: FiguresConfig) -> None:
+    """Runs the studies that are asked for, one after the other, and prints what they found.
+
+    Raises:
+        InputError: If anything given cannot be used.
+        KeyboardInterrupt: If interrupted; the same command goes on.
+    """
+    mode = "fast" if config.fast else "full"
+    settings = [(study, setting_of(study, config)) for study in chosen(config.names)]
+    for study, setting in settings:
+        folder = config.output_dir / study.name
+        command = f"jaxlin figures {study.name} --{mode}"
+        tables, record = run_study(study, setting, folder, command, config.quiet)
+        print(f"{study.name}: {study.title}")
+        for text in study.findings(tables).values():
+            print(f"  {text}")
+        print(f"  tables and figures are in {folder} (computed in {record['seconds']:.0f} s in all)")
+
+
+class Text(str):
+    """Markdown that a notebook shows as such."""
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Picture:
+    """A figure that a notebook shows, whatever its backend."""
+
+    figure: Figure
+
+    def _repr_png_(self) -> bytes:
+        stream = io.BytesIO()
+        self.figure.savefig(stream, format="png", dpi=130)
+        return stream.getvalue()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Opened:
+    """A study as a notebook tells it.
+
+    Attributes:
+        study: Which.
+        tables: Its tables.
+        record: Command, setting, hardware, seconds, versions.
+    """
+
+    study: Study
+    tables: Mapping[str, Sequence[Row]]
+    record: Mapping[str, Any]
+
+    def about(self) -> Text:
+        """What was run: command, hardware, time taken."""
+        record, setting = self.record, self.record["setting"]
+        minutes = record["seconds"] / 60
+        took = f"{minutes:.0f} minutes" if minutes >= 2 else f"{record['seconds']:.0f} seconds"
+        return Text(
+            f"**Command** `{record['command']}` · **model** {setting['model_name_or_path']} · **hardware** "
+            f"{record['cores']} cores ({record['machine']}), {record['device']} · **time taken** {took} · "
+            f"**JAX** {record['versions']['jax']}"
+        )
+
+    def found(self, name: str) -> Text:
+        """One finding; its numbers are the tables'."""
+        return Text(self.study.findings(self.tables)[name])
+
+    def show(self, name: str) -> Picture:
+        """One figure."""
+        return Picture(self.study.draw(self.tables)[name])
+
+
+def open_study(name: str, results: Path | str = "results") -> Opened:
+    """Opens a study for a notebook: the tables that are kept, or, with `JAXLIN_NOTEBOOKS=fast`, a small run here.
+
+    Args:
+        name: Number or name.
+        results: Folder of kept results, one folder a study.
+
+    Returns:
+        The study with its tables.
+
+    Raises:
+        InputError: If there is no such study, or no kept tables of it.
+    """
+    (study,) = chosen([name])
+    if os.environ.get(FAST_SWITCH) == "fast":
+        with tempfile.TemporaryDirectory() as folder:
+            command = f"jaxlin figures {study.name} --fast"
+            return Opened(study, *run_study(study, study.fast, Path(folder) / study.name, command, quiet=True))
+    kept = Path(results) / study.name
+    if not (kept / "record.json").is_file():
+        raise InputError(f"{kept} holds no results; run `jaxlin figures {study.name} --full --output_dir {results}`")
+    return Opened(study, read_tables(kept), json.loads((kept / "record.json").read_text()))

@@ -1,0 +1,221 @@
+"""What a study is, and what all of them share: setting, problems, tables."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxlin.data.dataset import Dataset
+from jaxlin.errors import InputError
+from jaxlin.experiments.data_arguments import STDLIB, DataArguments
+from jaxlin.experiments.figures.cache import Cache
+from jaxlin.experiments.model_arguments import ModelArguments, starts_as_probe
+from jaxlin.experiments.run_folder import write_csv
+from jaxlin.experiments.setting import Loaded, load
+from jaxlin.models.model import Model
+from jaxlin.models.resolve import EMBEDDED_MODEL
+from jaxlin.ntk.store import fingerprint
+from jaxlin.peft.lora import lora
+from jaxlin.tunable import Tunable
+from jaxlin.versions import versions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+Tables = Mapping[str, Sequence[Row]]
+"""Name to rows of equal keys, as a CSV file holds them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a study is run on; each has its own options besides.
+
+    Attributes:
+        tasks: Names of tasks.
+        seeds: Draws of training examples, A, head and data order.
+        num_train: Training examples.
+        num_eval: Validation examples; `None`: all.
+        max_seq_length: Tokens a text is truncated to.
+        model_name_or_path: Encoder; a new head starts as a probe.
+        data_dir: Folder of tasks; `None`: the environment variable JAXLIN_DATA.
+        lora_rank: Rank and α of LoRA on every query and value.
+    """
+
+    tasks: tuple[str, ...] = ("cola", "sst2", "mrpc", "qqp")
+    seeds: int = 3
+    num_train: int = 1000
+    num_eval: int | None = None
+    max_seq_length: int = 64
+    model_name_or_path: str = EMBEDDED_MODEL
+    data_dir: Path | None = None
+    lora_rank: int = 8
+
+    def model_arguments(self) -> ModelArguments:
+        """Which model, and how its head starts."""
+        return ModelArguments(self.model_name_or_path)
+
+    def check(self) -> None:
+        """Refuses what cannot be meant.
+
+        Raises:
+            InputError: If something is.
+        """
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise InputError(f"--tasks {' '.join(self.tasks)}: expected at least one, each once")
+        for name in ("seeds", "num_train", "max_seq_length", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: expected at least 1")
+
+
+FAST: dict[str, Any] = {"tasks": (STDLIB,), "seeds": 2, "num_train": 64, "num_eval": 64, "max_seq_length": 32}
+"""Options of `Setting` with which a study takes about a minute on a laptop, on embedded data."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """One task with one draw: model, what is tuned, data.
+
+    Attributes:
+        loaded: Task, data and model; its head is random.
+        model: The same with a probe head fitted on the training examples.
+        tun: LoRA on its queries and values, and the head.
+        identity: All that results depend on beside options, for the cache.
+    """
+
+    loaded: Loaded
+    model: Model
+    tun: Tunable
+    seed: int
+    identity: Mapping[str, Any]
+
+    @property
+    def train(self) -> Dataset:
+        """Training examples."""
+        return self.loaded.data["train"]
+
+    @property
+    def eval(self) -> Dataset:
+        """Validation examples."""
+        return self.loaded.data["eval"]
+
+    @property
+    def labels(self) -> Row:
+        """Columns that every table begins with."""
+        sizes = {"train_examples": len(self.train), "eval_examples": len(self.eval)}
+        return {"task": self.loaded.task.name, "seed": self.seed, **sizes}
+
+
+class Work:
+    """What computes a study: problems, results through the cache, progress."""
+
+    def __init__(self, setting: Setting, cache: Cache, progress: Callable[[str, int, int], None]) -> None:
+        """Loads nothing yet.
+
+        Args:
+            setting: Of the study.
+            cache: Where results are kept.
+            progress: Called with a phase's name, units done and in all.
+        """
+        self.setting, self.cache, self.progress = setting, cache, progress
+        self._problem: Problem | None = None
+        self.data_sha256: dict[str, str] = {}
+
+    def problem(self, task: str, seed: int) -> Problem:
+        """Returns a task with one draw of training examples, A and data order; the last one is kept.
+
+        Raises:
+            InputError: If model or data cannot be used.
+        """
+        held = self._problem
+        if held is None or (held.loaded.task.name, held.seed) != (task, seed):
+            self._problem = held = self.made(self.setting, task, seed)
+        return held
+
+    def made(self, setting: Setting, task: str, seed: int) -> Problem:
+        """Returns a problem in a setting of its own, such as with another start of the head; it is not kept.
+
+        Raises:
+            InputError: If model or data cannot be used.
+        """
+        problem = _problem(setting, task, seed)
+        self.data_sha256[task] = problem.loaded.task.sha256()
+        return problem
+
+    def get(self, problem: Problem, options: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        """Returns a result on a problem, computed if it is not kept; `options` are what else it depends on."""
+        return self.cache.get({**problem.identity, **options}, compute)
+
+
+def _problem(setting: Setting, task: str, seed: int) -> Problem:
+    arguments = DataArguments(task_name=task, data_dir=setting.data_dir, max_seq_length=setting.max_seq_length)
+    model = setting.model_arguments()
+    loaded = load(model, arguments, {"train": setting.num_train, "eval": setting.num_eval}, seed, "squared")
+    rank = setting.lora_rank
+    probed = loaded.probed() if starts_as_probe(loaded.model, model) else loaded.model
+    tun, before = (lora(start, rank, float(rank), rng=seed) for start in (probed, loaded.model))
+    identity = {
+        "model": fingerprint(before, before.theta0),  # a probe is the same to rounding only
+        "data": [part.sha256() for part in loaded.data.values()],
+        "seed": seed,
+        "versions": versions(),
+    }
+    return Problem(loaded, probed, tun, seed, identity)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A study: what a notebook tells.
+
+    Attributes:
+        name: Of notebook and results, such as `02_regularization_and_linearity`.
+        title: What is shown, in one sentence.
+        fast: Setting of about a minute on embedded data.
+        full: Setting of the results kept.
+        compute: Gives the tables; whatever is long goes through the cache.
+        draw: Makes the figures of the tables, by name; each says its sample sizes and seeds.
+        findings: Says what the tables show, by name: Markdown whose every number is of the tables.
+    """
+
+    name: str
+    title: str
+    fast: Setting
+    full: Setting
+    compute: Callable[[Any, Work], Tables]
+    draw: Callable[[Tables], dict[str, Figure]]
+    findings: Callable[[Tables], dict[str, str]]
+
+
+def write_tables(folder: Path, tables: Tables) -> None:
+    """Writes `<name>.csv` for each table, numbers with six digits: tables are to be kept."""
+    for name, rows in tables.items():
+        write_csv(folder / f"{name}.csv", [{key: _rounded(value) for key, value in row.items()} for row in rows])
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float | np.floating) else value
+
+
+def read_tables(folder: Path) -> dict[str, list[Row]]:
+    """Reads the tables of a folder; an empty field is `None`, numbers and truth values are what they were."""
+    tables = {}
+    for file in sorted(folder.glob("*.csv")):
+        with file.open(newline="", encoding="utf-8") as stream:
+            tables[file.stem] = [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(stream)]
+    return tables
+
+
+def _value(text: str) -> Any:
+    if text in ("", "True", "False"):
+        return {"": None, "True": True, "False": False}[text]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
