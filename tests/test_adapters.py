@@ -241,7 +241,7 @@ def test_nothing_half_written_is_left(tmp_path, bert, monkeypatch):
         (jl.ia3(bert), "needs plain LoRA; this Tunable has ia3_in, ia3_out"),
         (jl.full(bert), "this Tunable has no adapter"),
         (jl.lora(bert, rank=2, use_dora=True), "needs plain LoRA"),
-        (jl.linearize(tun), "its? apply is a Linearized"),
+        (jl.linearize(tun), "apply is a Linearized"),
         (jl.lora(bert, rank=2, modules_to_save=("query",)), "is tuned whole and has factors too"),
     ):
         with pytest.raises(jl.InputError, match=message):
@@ -264,3 +264,37 @@ def test_nothing_half_written_is_left(tmp_path, bert, monkeypatch):
     (tmp_path / "mine").write_text("")
     with pytest.raises(jl.InputError, match="is not an empty folder"):
         jl.save_model(bert, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["bert: masked LM", "roberta: masked LM", "distilbert: masked LM", "gpt2: LM", "llama: LM", "qwen3: LM"]
+)
+def test_a_language_model_comes_back_as_it_was(tmp_path, name):
+    case = (cases.ENCODERS | cases.DECODERS)[name]
+    load = jl.load_causal_lm if name in cases.DECODERS else jl.load_masked_lm
+    model = load(cases.write_checkpoint(tmp_path / "base", case))
+    jl.save_model(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {key: list(value.shape) for key, value in stored.items()} == case["shapes"]  # those of torch's parameters
+    again = load(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    assert again.config["architectures"] == case["config"]["architectures"]
+    tun = jl.lora(model, rank=2)
+    jl.save_adapter(tun, tuned_on(tun), tmp_path / "adapter", model)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["task_type"] == ("CAUSAL_LM" if name in cases.DECODERS else None)
+    jax.tree.map(np.testing.assert_allclose, jl.load_adapter(model, tmp_path / "adapter").theta0, written(tun, name))
+
+
+def written(tun, name):
+    """What comes back: GPT-2's query, key and value share an A, of query's and value's together."""
+    flat = flatten_dict(tuned_on(tun), sep="/")
+    if name != "gpt2: LM":
+        return tuned_on(tun)
+    out = {}
+    for path in sorted({path.rpartition("/")[0].rpartition("/")[0] for path in flat}):
+        (a_q, b_q), (a_v, b_v) = ([flat[f"{path}/{part}/lora_{x}"] for x in "AB"] for part in ("query", "value"))
+        both, nothing = np.concatenate([a_q, a_v], axis=1), np.zeros_like(b_q)
+        for part, b in {"query": [b_q, nothing], "key": [nothing, nothing], "value": [nothing, b_v]}.items():
+            out |= {f"{path}/{part}/lora_A": both, f"{path}/{part}/lora_B": np.concatenate(b)}
+    return unflatten_dict(out, sep="/")

@@ -80,7 +80,7 @@ class AdapterConfig:
         self = cls(content)
         try:
             self.check()
-        except (TypeError, ValueError, KeyError, re.error, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, re.error, AttributeError, ZeroDivisionError) as error:
             raise InputError(f"{file} is not as the peft library writes it: {error!r}") from error
         return self
 
