@@ -381,9 +381,8 @@ def test_probe_reads_the_last_state():
     y = np.eye(3)[batch["labels"]]
     probed = jl.probe_head(model, {k: batch[k] for k in ("input_ids", "attention_mask")}, y, ridge=0.5)
     features = np.asarray(model.features(model.params, text(8, 9)), np.float64)
-    x = np.concatenate([features, np.ones((8, 1))], axis=1)
-    w = np.linalg.solve(x.T @ x + 0.5 * np.diag([1.0] * 16 + [0.0]), x.T @ y)
-    np.testing.assert_allclose(logits(probed, text(8, 9)), x @ w, atol=1e-5)
+    w = np.linalg.solve(features.T @ features + 0.5 * np.eye(16), features.T @ y)  # its head has no bias
+    np.testing.assert_allclose(logits(probed, text(8, 9)), features @ w, atol=1e-5)
 
 
 def test_text_ends_fill_rows_where_a_tokenizer_knows_no_padding(stories):

@@ -126,6 +126,8 @@ def _of_run(config: ExportConfig, folder: Path) -> _Found:
     index = _choice(config, lams, results["table"])
     arguments = record["arguments"]
     tuned = _group(TunedArguments, arguments["tuned"])
+    if tuned.peft == "prompt":
+        raise InputError(f"the run in {folder} tuned a soft prompt, which is no part of the weights: nothing to export")
     model_arguments = _group(ModelArguments, arguments["model"])
     labels, seed = record["task"]["labels"], arguments["training"]["seed"]
     model = pretrained(model_arguments, len(labels) or 1, seed)
