@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 import jaxlin as jl
+from jaxlin.data.task import tokenize
+from jaxlin.experiments.data_arguments import DataArguments, load_task
 from jaxlin.experiments.export import ExportConfig
 from jaxlin.experiments.export import run as export
 from tests import cases
@@ -80,12 +82,7 @@ def test_commands_start_from_an_adapter(run, arguments, setting_arguments, tmp_p
     assert "a new one starts as" not in out
     table = table_of(tmp_path / "out")
     tun, theta = adapter
-    from jaxlin.data.task import tokenize
-    from jaxlin.experiments.data_arguments import DataArguments, load_task
-
-    files = {name: str(tmp_path / f"{short}.tsv") for name, short in
-             (("train_file", "train"), ("validation_file", "validation"))}  # fmt: skip
-    task = load_task(DataArguments(**files))
+    task = load_task(DataArguments(train_file=tmp_path / "train.tsv", validation_file=tmp_path / "validation.tsv"))
     data, _ = tokenize(task.validation, jl.load_model(cases.TINY_BERT, 2, head="mean").tokenizer, 128)
     f = jl.predict(tun, theta, data)
     mean = 0.5 * np.mean(np.sum((f - np.eye(2)[data["labels"]]) ** 2, axis=1))
@@ -93,13 +90,19 @@ def test_commands_start_from_an_adapter(run, arguments, setting_arguments, tmp_p
     assert found == pytest.approx(mean, rel=1e-5)
     # Around it, the linearized model moves A too.
     assert all(float(row["distance_A"]) > 0 for row in table if row["arm"] == "linearized")
-    for command in ("ntk", "bounds"):
-        code, _, err = run(command, *cases.flags({**setting_arguments, **start, "output_dir": tmp_path / command})[1:])
+    few = {"num_samples": 6, "max_seq_length": 16}
+    options = {"ntk": few, "bounds": {**few, "steps": 4, "selective_steps": 2, "directions": 1}}
+    for command, sizes in options.items():
+        given = {**setting_arguments, **start, **sizes, "output_dir": tmp_path / command}
+        code, _, err = run(command, *cases.flags(given)[1:])
         assert code == 0, err
-    # Its export is an adapter again, and merged it is the same function.
+    # What comes of it is an adapter again, which is merged like any other.
     export(config(tmp_path, "again", lam_rel=0.1, format="peft"))
     export(ExportConfig(tmp_path / "merged", adapter_name_or_path=str(tmp_path / "again"),
                         model_name_or_path=str(cases.TINY_BERT)))  # fmt: skip
+    again = jl.load_adapter(jl.load_model(cases.TINY_BERT, 2, head="mean"), tmp_path / "again")
+    expected, merged = jl.merge(again), jl.load_model(tmp_path / "merged", 2, head="mean").params
+    jax.tree.map(np.testing.assert_array_equal, merged["encoder"], expected["encoder"])
     assert re.search(r"Adapter \| `.*again`", (tmp_path / "merged" / "README.md").read_text())
 
 
