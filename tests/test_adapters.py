@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxlin as jl
 from tests import cases
-from tests.golden.adapter_cases import FROM_JAXLIN, FROM_PEFT
+from tests.golden.adapter_cases import FROM_JAXLIN, FROM_PEFT, digest
 from tests.golden.weights import weights
 
 GOLDEN = json.loads(file.read_text()) if (file := cases.GOLDEN / "adapters.json").exists() else None
@@ -110,15 +110,6 @@ def test_an_adapter_of_peft_gives_its_outputs(tmp_path, family):
         np.testing.assert_array_equal(new[name], value)
 
 
-def layout(file, values):
-    from hashlib import sha256
-
-    digest = sha256()
-    for name, value in sorted(load_file(file).items()):
-        digest.update(f"{name} {value.dtype} {value.shape}".encode() + (value.tobytes() if values else b""))
-    return digest.hexdigest()
-
-
 @pytest.mark.parametrize("family", families(FROM_JAXLIN, ("bert", "gpt2")))
 def test_peft_reads_what_is_written_here(tmp_path, family):
     model, tun = write_from_jaxlin(tmp_path, family)
@@ -126,7 +117,7 @@ def test_peft_reads_what_is_written_here(tmp_path, family):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config.pop("base_model_name_or_path") == str(tmp_path / "base" / family)
     assert config == golden["config"]
-    assert layout(folder / "adapter_model.safetensors", values=True) == golden["sha256"]
+    assert digest(folder / "adapter_model.safetensors", values=True) == golden["sha256"]
     found = outputs(tun, tuned_on(tun), family)
     np.testing.assert_allclose(found, golden["logits"], atol=1e-5, rtol=0)
     again = jl.load_adapter(model, folder)
@@ -137,7 +128,7 @@ def test_peft_reads_what_is_written_here(tmp_path, family):
 def test_transformers_reads_what_is_merged_here(tmp_path, family):
     _, tun = write_merged(tmp_path, family)
     golden, folder = GOLDEN["merged"][family], tmp_path / "merged" / family
-    assert layout(folder / "model.safetensors", values=False) == golden["sha256"]
+    assert digest(folder / "model.safetensors", values=False) == golden["sha256"]
     model = jl.load_model(folder, 2)
     assert not model.source.head_is_new
     assert model.config["id2label"] == {"0": "no", "1": "yes"}
@@ -155,10 +146,10 @@ def test_a_head_that_transformers_has_not(tmp_path, family):
     model, tun = write_headless(tmp_path, family)
     golden = GOLDEN["headless"][family]
     theta, folder = tuned_on(tun), tmp_path / "headless_adapter" / family
-    assert layout(tmp_path / "headless" / family / "model.safetensors", values=False) == golden["sha256"]
+    assert digest(tmp_path / "headless" / family / "model.safetensors", values=False) == golden["sha256"]
     np.testing.assert_allclose(outputs(tun, theta, family), golden["logits"], atol=1e-5, rtol=0)
     assert "features @ weight.T + bias" in (folder / "README.md").read_text()
-    assert layout(folder / "adapter_model.safetensors", values=True) == GOLDEN["headless_adapter"][family]["sha256"]
+    assert digest(folder / "adapter_model.safetensors", values=True) == GOLDEN["headless_adapter"][family]["sha256"]
     again = jl.load_adapter(model, folder)
     np.testing.assert_array_equal(outputs(again, again.theta0, family), outputs(tun, theta, family))
     # peft's adapted model without a head, first token: what `cls` reads.

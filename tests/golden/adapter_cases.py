@@ -1,5 +1,9 @@
 """The adapters of `adapters.json`, which peft wrote and jaxlin reads, and those that jaxlin wrote and peft read."""
 
+import hashlib
+
+from safetensors.numpy import load_file
+
 FROM_PEFT = {
     "bert": {
         "target_modules": ["query", "attention.output.dense"], "layers_to_transform": [1], "layers_pattern": "layer",
@@ -39,3 +43,14 @@ FROM_JAXLIN = {
     "qwen3": {"rank": 2, "targets": r".*layer_0/(attention|mlp)/(output|up)"},
 }  # fmt: skip
 """Family to arguments of `jaxlin.lora`."""
+
+
+def digest(file, values):
+    """A hash of the names, types, shapes and values of tensors, whatever the order and header of their file.
+
+    Values that are computed, such as merged weights, are not the same to the last bit everywhere.
+    """
+    found = hashlib.sha256()
+    for name, value in sorted(load_file(file).items()):
+        found.update(f"{name} {value.dtype} {value.shape}".encode() + (value.tobytes() if values else b""))
+    return found.hexdigest()

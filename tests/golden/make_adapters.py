@@ -7,7 +7,6 @@ The models are those of `encoders.json` and `decoders.json`. Weights of theirs a
 those of `weights.py`, so that only configurations, shapes and logits are stored; of what jaxlin writes, a hash.
 """
 
-import hashlib
 import json
 import sys
 import tempfile
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from adapter_cases import FROM_PEFT
+from adapter_cases import FROM_PEFT, digest
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
@@ -50,17 +49,6 @@ def rounded(logits):
     return np.round(logits.numpy().astype(float), 7).tolist()
 
 
-def sha256(file, values=True):
-    """Of the names, shapes and values of the tensors, whatever the order and header of the file.
-
-    Values that are computed, such as merged weights, are not the same to the last bit everywhere.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(load_file(file).items()):
-        digest.update(f"{name} {value.dtype} {value.shape}".encode() + (value.tobytes() if values else b""))
-    return digest.hexdigest()
-
-
 def from_peft(family):
     model = get_peft_model(base(family), LoraConfig(task_type="SEQ_CLS", **FROM_PEFT[family]))
     with tempfile.TemporaryDirectory() as folder:
@@ -80,12 +68,13 @@ def from_jaxlin(folder):
     logits = outputs(PeftModel.from_pretrained(base(family), folder).eval(), family).logits
     config = json.loads((folder / "adapter_config.json").read_text())
     del config["base_model_name_or_path"]
-    return {"config": config, "sha256": sha256(folder / "adapter_model.safetensors"), "logits": rounded(logits)}
+    written = digest(folder / "adapter_model.safetensors", values=True)
+    return {"config": config, "sha256": written, "logits": rounded(logits)}
 
 
 def merged(folder):
     logits = outputs(AutoModelForSequenceClassification.from_pretrained(folder).eval(), folder.name).logits
-    return {"sha256": sha256(folder / "model.safetensors", values=False), "logits": rounded(logits)}
+    return {"sha256": digest(folder / "model.safetensors", values=False), "logits": rounded(logits)}
 
 
 def headless(folder):
@@ -95,7 +84,7 @@ def headless(folder):
     features = (state * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     head = load_file(folder / "jaxlin_head.safetensors")
     logits = features @ torch.from_numpy(head["weight"]).T + torch.from_numpy(head.get("bias", np.float32([0])))
-    return {"sha256": sha256(folder / "model.safetensors", values=False), "logits": rounded(logits)}
+    return {"sha256": digest(folder / "model.safetensors", values=False), "logits": rounded(logits)}
 
 
 def headless_adapter(folder):
@@ -106,7 +95,7 @@ def headless_adapter(folder):
     adapted = PeftModel.from_pretrained(model.eval(), folder)
     assert any("lora" in name for name, _ in adapted.named_parameters())
     state = outputs(adapted.eval(), folder.name).last_hidden_state
-    return {"sha256": sha256(folder / "adapter_model.safetensors"), "state": rounded(state[:, 0])}
+    return {"sha256": digest(folder / "adapter_model.safetensors", values=True), "state": rounded(state[:, 0])}
 
 
 def main(folder):
