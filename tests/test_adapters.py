@@ -110,7 +110,7 @@ def test_an_adapter_of_peft_gives_its_outputs(tmp_path, family):
         np.testing.assert_array_equal(new[name], value)
 
 
-@pytest.mark.parametrize("family", families(FROM_JAXLIN, ("bert", "gpt2")))
+@pytest.mark.parametrize("family", families(FROM_JAXLIN, ("gpt2",)))
 def test_peft_reads_what_is_written_here(tmp_path, family):
     model, tun = write_from_jaxlin(tmp_path, family)
     golden, folder = GOLDEN["from_jaxlin"][family], tmp_path / "from_jaxlin" / family
