@@ -21,9 +21,6 @@ from jaxlin.training.checkpoint import load_checkpoint
 from jaxlin.training.sweep_record import NAME as SWEEP
 from jaxlin.tunable import Tunable
 
-ARMS = {"full": 0, FROZEN_A: 1}
-"""Those whose parameters are of the network itself, and which of the Tunables of `tune` they are of."""
-
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
