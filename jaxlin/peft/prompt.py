@@ -110,8 +110,8 @@ def prompt_tuning(
         A Tunable whose theta has `prompt` `[p, width of the embedding]`, and the head.
 
     Raises:
-        InputError: If the model is no text model of this package or one of `next_token_loss`, p is out of range, the text has no token, or the head
-            is zero and frozen.
+        InputError: If the model is no text model of this package or one of `next_token_loss`, p is out of range, the
+            text has no token, or the head is zero and frozen.
 
     References:
         Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning".
