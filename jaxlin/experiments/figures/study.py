@@ -178,9 +178,12 @@ class Study:
 
 
 def write_tables(folder: Path, tables: Tables) -> None:
-    """Writes `<name>.csv` for each table, numbers with six digits: tables are to be kept."""
+    """Writes `<name>.csv` for each table, numbers with six digits: tables are to be kept. One without rows is empty."""
     for name, rows in tables.items():
-        write_csv(folder / f"{name}.csv", [{key: _rounded(value) for key, value in row.items()} for row in rows])
+        if rows:
+            write_csv(folder / f"{name}.csv", [{key: _rounded(value) for key, value in row.items()} for row in rows])
+        else:
+            (folder / f"{name}.csv").write_text("")
 
 
 def _rounded(value: Any) -> Any:
