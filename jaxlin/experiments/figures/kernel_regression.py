@@ -315,9 +315,7 @@ def compute(setting: KernelRegressionSetting, work: Work) -> Tables:
         for arm, share in shares.items():
             lam = share * kernel["mu_1"]
             key = {"what": "full", "training": dataclasses.asdict(_training(setting, seed, lam)), **shared}
-            found = work.get(
-                problem, key, lambda p=problem, arm=arm, lam=lam: _fine_tuned(setting, p, arm, lam, work)
-            )
+            found = work.get(problem, key, lambda p=problem, arm=arm, lam=lam: _fine_tuned(setting, p, arm, lam, work))
             scores[arm], decisions[arm] = found["scores"], found["decisions"]
             times += [{**row, "arm": arm} for row in found["times"]]
         shares |= dict.fromkeys((ALONE, REGRESSION, LOGISTIC), kernel["lam_over_mu1"])
@@ -334,9 +332,7 @@ def compute(setting: KernelRegressionSetting, work: Work) -> Tables:
         for row in kernel["curve"]:
             tables["curve"].append({**labels, **row, "chosen": row["lam_over_mu1"] == chosen})
         for row in kernel["calibration"]:
-            tables["calibration"].append(
-                {**labels, "arm": row["arm"], **{name: row.get(name) for name in _CALIBRATED}}
-            )
+            tables["calibration"].append({**labels, "arm": row["arm"], **{name: row.get(name) for name in _CALIBRATED}})
         tables["coverage"] += [{**labels, **row} for row in kernel["coverage"]]
         tables["reliability"] += [{**labels, **row} for row in kernel["reliability"]]
         tables["times"] += [{**labels, **row} for row in times]

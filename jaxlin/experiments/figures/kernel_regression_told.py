@@ -2,14 +2,412 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxlin import plots
+from jaxlin.experiments.figures.summary import (
+    METRICS,
+    band,
+    distinct,
+    lam_positions,
+    mean_interval,
+    name_of,
+    of,
+    sizes,
+    values_of,
+    with_interval,
+    written,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from jaxlin.experiments.figures.study import Row, Tables
+
 FULL, PULLED = "full", "full_pulled"
 PROBE, ALONE, REGRESSION, LOGISTIC = "linear_probe", "kernel_alone", "kernel_regression", "kernel_logistic"
 MAJORITY = "majority_class"
+ARMS = (FULL, PULLED, REGRESSION, ALONE, LOGISTIC, PROBE, MAJORITY)
+"""In the order in which they are shown."""
+NAMES = {
+    FULL: "full, no pull",
+    PULLED: "full, pull λ",
+    REGRESSION: "kernel from the probe",
+    ALONE: "kernel alone",
+    LOGISTIC: "kernel, logistic",
+    PROBE: "linear probe (start)",
+    MAJORITY: "majority class",
+}
+SHOWN_PAIRS = ((REGRESSION, FULL), (ALONE, FULL), (REGRESSION, PROBE), (FULL, PROBE), (PULLED, PROBE))
+COVERED = 0.9
+"""Nominal coverage that the findings speak of."""
+_UNPOOLED = ("stsb", "wnli")
+_MARKERS = {FULL: "o", PULLED: "s", REGRESSION: "D", ALONE: "^", LOGISTIC: "v", PROBE: "P", MAJORITY: "x"}
 
 
-def draw(tables):
-    return {}
+def _panels(rows: Sequence[Row], height: float, title: str, sharey: bool) -> tuple[Figure, list[Axes], list[str]]:
+    """Returns a figure with a panel a task, four in a line."""
+    tasks = distinct(rows, "task")
+    columns = min(len(tasks), 4)
+    lines = math.ceil(len(tasks) / columns)
+    figure, axes = plots.canvas(lines, columns, 7.0 if columns > 1 else 3.8, height * lines + 0.4, sharey=sharey)
+    figure.suptitle(title, fontsize=8)
+    for unused in axes.flat[len(tasks) :]:
+        unused.set_axis_off()
+    return figure, list(axes.flat[: len(tasks)]), tasks
 
 
-def findings(tables):
-    return {}
+def _scores(table: Sequence[Row]) -> Figure:
+    """Draws the score of every arm, a panel a task."""
+    figure, axes, tasks = _panels(table, 2.1, f"Validation scores; {sizes(table)}", True)
+    arms = [arm for arm in ARMS if of(table, arm=arm)]
+    with plots.drawing():
+        for axis, task in zip(axes, tasks, strict=True):
+            mine = of(table, task=task)
+            for place, arm in enumerate(reversed(arms)):
+                values = values_of(of(mine, arm=arm), "score_eval")
+                if len(values):
+                    colour = plots.COLOURS[arm]
+                    axis.plot([values.min(), values.max()], [place] * 2, color=colour, lw=4, alpha=0.35)
+                    axis.plot(values.mean(), place, _MARKERS[arm], color=colour, ms=5)
+            axis.set_yticks(range(len(arms)), [NAMES[arm] for arm in reversed(arms)])
+            metric = mine[0]["metric"]
+            axis.set(title=name_of(task), xlabel=METRICS.get(metric, metric))
+            axis.tick_params(labelsize=7)
+    return figure
+
+
+def _curves(curve: Sequence[Row]) -> Figure:
+    """Draws leave-one-out and validation loss against λ, a panel a task."""
+    title = f"Leave-one-out against validation; {sizes(curve)}"
+    figure, axes, tasks = _panels(curve, 2.3, title, False)
+    with plots.drawing():
+        for axis, task in zip(axes, tasks, strict=True):
+            mine = of(curve, task=task)
+            at = lam_positions(axis, mine)
+            for arm in (ALONE, REGRESSION):
+                rows, colour = of(mine, arm=arm), plots.COLOURS[arm]
+                band(axis, rows, "lam_over_mu1", "loss_eval", at, fmt="o-", color=colour, label=NAMES[arm])
+                band(axis, rows, "lam_over_mu1", "loss_leave_one_out", at, fmt="o--", color=colour, mfc="white")
+            for share in distinct(of(mine, arm=ALONE, chosen=True), "lam_over_mu1"):
+                axis.axvline(at[share], color=plots.COLOURS["start"], lw=0.9, ls="-.")
+            shown = [share for share in at if abs(math.log10(share) - round(math.log10(share))) < 1e-6]
+            axis.set_xticks([at[share] for share in shown], [f"$10^{{{round(math.log10(s))}}}$" for s in shown])
+            axis.set(title=name_of(task))
+            axis.tick_params(labelsize=7)
+        axes[0].set_ylabel("mean squared loss ½‖f−y‖²")
+        axes[0].plot([], [], "k-", label="validation")
+        axes[0].plot([], [], "k--", label="leave-one-out")
+        axes[0].plot([], [], color=plots.COLOURS["start"], lw=0.9, ls="-.", label="λ chosen")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    return figure
+
+
+_TASK_STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
+
+
+def _calibration(tables: Tables) -> Figure:
+    """Draws coverage of predictive intervals, from nothing and from the probe, and reliability of probabilities."""
+    import matplotlib.pyplot as plt
+
+    coverage, reliability = tables["coverage"], tables["reliability"]
+    panels = [
+        (of(coverage, arm=ALONE), "level", "coverage", "(a) Intervals, kernel alone"),
+        (of(coverage, arm=REGRESSION), "level", "coverage", "(b) Intervals, from the probe"),
+        (reliability, "confidence", "accuracy", "(c) Probabilities, logistic"),
+    ]
+    figure, axes = plots.canvas(1, len(panels), 7.0, 2.9)
+    tasks = distinct(coverage, "task")
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(tasks)))
+    with plots.drawing():
+        for axis, (rows, across, column, title) in zip(axes.flat, panels, strict=True):
+            axis.plot([0, 1], [0, 1], color="#000000", lw=0.8, ls=":")
+            for task, colour, style in zip(tasks, shades, _TASK_STYLES, strict=False):
+                mine = of(rows, task=task)
+                if across == "level":
+                    band(axis, mine, across, column, fmt=style, color=colour, label=name_of(task))
+                else:
+                    x, y = (
+                        [values_of(of(mine, bin=k), c).mean() for k in distinct(mine, "bin")] for c in (across, column)
+                    )
+                    axis.plot(x, y, style, color=colour, label=name_of(task))
+            words = ("nominal coverage", "share covered") if across == "level" else ("mean probability", "accuracy")
+            axis.set(title=title, xlabel=words[0], ylabel=words[1])
+        axes[0, 2].set(xlim=_around(reliability, "confidence"), ylim=_around(reliability, "accuracy"))
+        axes[0, 0].legend()
+        figure.suptitle(f"Calibration on validation examples (dotted: perfect)\n{sizes(coverage)}", fontsize=8)
+    return figure
+
+
+def _around(rows: Sequence[Row], column: str) -> tuple[float, float]:
+    values = values_of(rows, column)
+    return (float(values.min()) - 0.03, min(float(values.max()) + 0.03, 1.0)) if len(values) else (0.0, 1.0)
+
+
+_STAGES = (
+    ("linear probe", lambda row: row["arm"] == PROBE, PROBE),
+    ("kernel alone", lambda row: row["arm"] == "kernel" and not row["stage"].endswith(REGRESSION), ALONE),
+    ("fine-tuning, one λ", lambda row: row["arm"] == FULL, FULL),
+)
+_PREDICTING = ("validation", "predictions")
+
+
+def _seconds(times: Sequence[Row], task: str, which: Callable[[Row], bool], predicting: bool) -> np.ndarray:
+    """Returns processor seconds of every seed: of fitting, or of predicting validation examples."""
+    mine = [row for row in of(times, task=task) if which(row)]
+    mine = [row for row in mine if any(word in row["stage"] for word in _PREDICTING) == predicting]
+    return np.array([values_of(of(mine, seed=seed), "cpu_seconds").sum() for seed in distinct(mine, "seed")])
+
+
+def _times(times: Sequence[Row]) -> Figure:
+    """Draws the processor's time of fitting and of predicting, medians over seeds."""
+    tasks = distinct(times, "task")
+    figure, axes = plots.canvas(1, 2, 7.0, 0.45 * len(tasks) + 1.5, sharey=True)
+    with plots.drawing():
+        for axis, predicting in zip(axes.flat, (False, True), strict=True):
+            for line, (name, which, colour) in enumerate(_STAGES):
+                found = [np.median(_seconds(times, task, which, predicting)) for task in tasks]
+                places = np.arange(len(tasks)) + 0.27 * (line - 1)
+                bars = axis.barh(places, found, height=0.25, color=plots.COLOURS[colour], label=name)
+                shown = [f"{value:.2g}" if value < 10 else f"{value:.0f}" for value in found]
+                axis.bar_label(bars, shown, padding=2, fontsize=6.5)
+            axis.set(xlabel="seconds of processor time", title="(b) Predicting" if predicting else "(a) Fitting")
+            axis.margins(x=0.12)
+        axes[0, 0].set_yticks(range(len(tasks)), [name_of(task) for task in tasks])
+        axes[0, 0].invert_yaxis()
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        train, held = distinct(times, "train_examples"), distinct(times, "eval_examples")
+        figure.suptitle(
+            f"Processor time (median of {_seeds(times)}): {_range(train)} training, {_range(held)} validation examples",
+            fontsize=8,
+        )
+    return figure
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    count = len(distinct(rows, "seed"))
+    return f"{count} seeds" if count > 1 else "1 seed"
+
+
+def _range(found: Sequence[int]) -> str:
+    return f"{found[0]}" if min(found) == max(found) else f"{min(found)} to {max(found)}"
+
+
+def draw(tables: Tables) -> dict[str, Figure]:
+    """Draws scores; leave-one-out against validation; calibration; times."""
+    return {
+        "scores": _scores(tables["table"]),
+        "leave_one_out": _curves(tables["curve"]),
+        "calibration": _calibration(tables),
+        "times": _times(tables["times"]),
+    }
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Writes a Markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _of_scores(table: Sequence[Row]) -> str:
+    arms = [arm for arm in ARMS if of(table, arm=arm)]
+    lines = []
+    for task in distinct(table, "task"):
+        mine = of(table, task=task)
+        cells = [values_of(of(mine, arm=arm), "score_eval") for arm in arms]
+        metric = mine[0]["metric"]
+        lines.append(
+            [f"{name_of(task)} ({METRICS.get(metric, metric)})", *(written(v) if len(v) else "" for v in cells)]
+        )
+    chosen = values_of(of(table, arm=PULLED), "lam_over_mu1")
+    return (
+        f"Validation scores, mean over seeds and range. λ is {_between(chosen)} of μ₁: what leave-one-out on the "
+        f"training examples chose for the kernel alone.\n\n{_table(['Task', *(NAMES[arm] for arm in arms)], lines)}"
+    )
+
+
+def _between(values: np.ndarray) -> str:
+    return f"{values.min():g}" if values.min() == values.max() else f"{values.min():g} to {values.max():g}"
+
+
+def pooled(pairs: Sequence[Row], arm: str, other: str) -> np.ndarray:
+    """Returns the mean accuracy difference of each task that may be pooled."""
+    rows = [row for row in of(pairs, arm=arm, other=other) if row["task"] not in _UNPOOLED]
+    means = [values_of(of(rows, task=task), "accuracy_difference") for task in distinct(rows, "task")]
+    return np.array([values.mean() for values in means if len(values)])
+
+
+def _verdict(values: np.ndarray, arm: str, other: str) -> str:
+    """Says what an interval over tasks resolves."""
+    _, low, high = mean_interval(values)
+    if low > 0:
+        return f"{NAMES[arm]} is better"
+    return f"{NAMES[other]} is better" if high < 0 else "no difference is resolved"
+
+
+def _of_differences(pairs: Sequence[Row]) -> str:
+    tasks = distinct(pairs, "task")
+    lines = []
+    for arm, other in SHOWN_PAIRS:
+        mine = of(pairs, arm=arm, other=other)
+        cells = []
+        for task in tasks:
+            values = values_of(of(mine, task=task), "difference")
+            cells.append(with_interval(values) if len(values) else "")
+        over = pooled(pairs, arm, other)
+        cells.append(f"{with_interval(over)}: {_verdict(over, arm, other)}" if len(over) else "")
+        lines.append([f"{NAMES[arm]} − {NAMES[other]}", *cells])
+    head = ["Difference", *map(name_of, tasks), "accuracy, over tasks"]
+    errors = [error for row in of(pairs, arm=REGRESSION, other=FULL) if (error := sampling_error(row)) is not None]
+    sampled = (
+        f" That other validation examples might have been drawn adds a standard error of {min(errors):.3f} to "
+        f"{max(errors):.3f} to the accuracy difference of the first line, seed by seed."
+        if errors
+        else ""
+    )
+    return (
+        "Paired differences in the task's score, mean over seeds with a 95 % interval (Student's t); in the last column "
+        f"in accuracy, mean over tasks with an interval over these.{sampled}\n\n{_table(head, lines)}"
+    )
+
+
+def sampling_error(row: Row) -> float | None:
+    """Standard error, over validation examples, of the accuracy difference of two arms on the same ones (McNemar)."""
+    if row["only_arm_right"] is None:
+        return None
+    a, b, m = row["only_arm_right"], row["only_other_right"], row["eval_examples"]
+    return math.sqrt(max(a + b - (a - b) ** 2 / m, 0.0)) / m
+
+
+def _of_leave_one_out(curve: Sequence[Row]) -> str:
+    lines, ratios, worse = [], {ALONE: [], REGRESSION: []}, {ALONE: [], REGRESSION: []}
+    for task in distinct(curve, "task"):
+        cells = [name_of(task)]
+        for arm in (ALONE, REGRESSION):
+            mine = of(curve, task=task, arm=arm)
+            ratio, cost, shares = [], [], []
+            for seed in distinct(mine, "seed"):
+                rows = of(mine, seed=seed)
+                chosen = min(rows, key=lambda row: row["loss_leave_one_out"])
+                best = min(row["loss_eval"] for row in rows)
+                ratio.append(chosen["loss_leave_one_out"] / chosen["loss_eval"])
+                cost.append(chosen["loss_eval"] / best - 1)
+                shares.append(chosen["lam_over_mu1"])
+            ratios[arm] += ratio
+            worse[arm] += cost
+            cells += [written(ratio, ".2f"), _between(np.array(shares)), written(100 * np.array(cost), ".1f")]
+        lines.append(cells)
+    head = ["Task"]
+    for arm in (ALONE, REGRESSION):
+        head += [f"{NAMES[arm]}: leave-one-out / validation loss", "its λ/μ₁", "costs in %"]
+    mean = {arm: float(np.mean(values)) for arm, values in ratios.items()}
+    cost = {arm: 100 * float(np.mean(values)) for arm, values in worse.items()}
+    words = {arm: f"{100 * abs(1 - m):.0f} % too {'low' if m < 1 else 'high'}" for arm, m in mean.items()}
+    reason = (
+        ": the probe was fitted on the example left out too, and only the kernel's part leaves it out"
+        if mean[REGRESSION] < min(1.0, mean[ALONE])
+        else ""
+    )
+    return (
+        f"At the λ that leave-one-out chooses it is, on the average over tasks and seeds, {words[ALONE]} for the kernel "
+        f"alone, and that λ costs {cost[ALONE]:.1f} % of validation loss against the best of the grid. From the probe "
+        f"it is {words[REGRESSION]}, and its λ costs {cost[REGRESSION]:.1f} %{reason}. λ of fine-tuning was chosen by "
+        f"the former.\n\n{_table(head, lines)}"
+    )
+
+
+def calibration_error(rows: Sequence[Row]) -> float:
+    """Expected calibration error: |confidence − accuracy|, mean over examples of the bins."""
+    weights = values_of(rows, "examples")
+    gap = np.abs(values_of(rows, "confidence") - values_of(rows, "accuracy"))
+    return float(np.sum(weights * gap) / np.sum(weights))
+
+
+def _of_calibration(tables: Tables) -> str:
+    coverage, reliability = of(tables["coverage"], level=COVERED), tables["reliability"]
+    lines, words = [], {}
+    for task in distinct(tables["coverage"], "task"):
+        cells = [name_of(task)]
+        for arm in (ALONE, REGRESSION):
+            cells.append(written(values_of(of(coverage, task=task, arm=arm), "coverage")))
+            rows = of(tables["calibration"], task=task, arm=arm)
+            cells.append(written(values_of(rows, "squared_residual"), ".2f"))
+        mine = of(reliability, task=task)
+        errors = [calibration_error(of(mine, seed=seed)) for seed in distinct(mine, "seed")]
+        cells.append(written(errors, ".3f") if errors else "")
+        lines.append(cells)
+    for arm in (ALONE, REGRESSION):
+        rows = of(coverage, arm=arm)
+        off = [values_of(of(rows, task=task), "coverage").mean() - COVERED for task in distinct(rows, "task")]
+        error = values_of(rows, "coverage_error")
+        narrow, wide = (sum(sign * o > 2 * error.max() for o in off) for sign in (-1, 1))
+        words[arm] = f"too narrow on {narrow}, too wide on {wide}, and right within twice the error on "
+        words[arm] += f"{len(off) - narrow - wide} of {len(off)} tasks"
+    head = ["Task"]
+    for arm in (ALONE, REGRESSION):
+        head += [f"{NAMES[arm]}: covered by 90 % intervals", "squared residual"]
+    return (
+        f"Of the kernel alone, 90 % intervals are {words[ALONE]}; from the probe they are {words[REGRESSION]}. The "
+        "squared residual, in units of the variance that is predicted, is 1 where that is right. The last column is the "
+        "expected calibration error of the probabilities of kernel logistic regression.\n\n"
+        f"{_table([*head, 'calibration error'], lines)}"
+    )
+
+
+def _of_times(times: Sequence[Row]) -> str:
+    lines, ratios = [], []
+    for task in distinct(times, "task"):
+        fit, test = (
+            [_seconds(times, task, which, predicting) for _, which, _ in _STAGES] for predicting in (False, True)
+        )
+        ratios.append(float(np.median(fit[1]) / np.median(fit[2])))
+        lines.append([name_of(task), *(f"{np.median(v):.2g}" for v in [*fit, *test]), f"{ratios[-1]:.2f}"])
+    names = [name for name, _, _ in _STAGES]
+    head = [
+        "Task",
+        *(f"{name}: fit" for name in names),
+        *(f"{name}: predict" for name in names),
+        "kernel / fine-tuning",
+    ]
+    low, high = min(ratios), max(ratios)
+    what = "less than" if high < 1 else "more than" if low > 1 else "about as much as"
+    between = f"{low:.2f}" if len(ratios) == 1 else f"{low:.2f} to {high:.2f}"
+    return (
+        "Processor seconds, median over seeds (other programs were running, so that seconds gone by would say "
+        f"little). Fitting by the kernel, with leave-one-out at every λ of the grid, takes {what} one fine-tuning at "
+        f"one λ: {between} times the processor's time. To predict, the kernel needs Jacobians of the new "
+        f"examples too, where the network needs one forward pass.\n\n{_table(head, lines)}"
+    )
+
+
+def _in_all(tables: Tables) -> str:
+    pairs = tables["pairs"]
+    parts = []
+    for arm, other in ((REGRESSION, FULL), (REGRESSION, PROBE), (FULL, PROBE)):
+        over = pooled(pairs, arm, other)
+        if len(over):
+            count = f"{len(over)} tasks" if len(over) > 1 else "1 task"
+            parts.append(
+                f"- {NAMES[arm]} against {NAMES[other]}: {_verdict(over, arm, other)} "
+                f"(accuracy {with_interval(over)}, {count})"
+            )
+    return "\n".join(parts) if parts else "No task with classes: nothing is pooled."
+
+
+def findings(tables: Tables) -> dict[str, str]:
+    """Says who predicts how well, whether leave-one-out and intervals can be trusted, and the time taken."""
+    return {
+        "in_all": _in_all(tables),
+        "scores": _of_scores(tables["table"]),
+        "differences": _of_differences(tables["pairs"]),
+        "leave_one_out": _of_leave_one_out(tables["curve"]),
+        "calibration": _of_calibration(tables),
+        "times": _of_times(tables["times"]),
+    }
