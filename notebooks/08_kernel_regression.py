@@ -10,6 +10,7 @@
 #     language: python
 #     name: python3
 # ---
+
 # %% [markdown]
 # # How well does the kernel alone predict?
 #
@@ -70,10 +71,10 @@ study.found("leave_one_out")
 # %% [markdown]
 # ## Calibration
 #
-# The regression is the mean of a Gaussian process, whose variance gives intervals for the targets. In (a) and (b) a line
-# below the diagonal is of intervals that are too narrow, above it too wide. The targets are 0 and 1, not Gaussian, so
-# that no interval can be right at every level. (c) is of the probabilities of kernel *logistic* regression: below the
-# diagonal it is surer than it should be.
+# The regression is the mean of a Gaussian process, whose variance gives intervals for the targets. In (a) and (b) a
+# line below the diagonal is of intervals that are too narrow, above it too wide. The targets are 0 and 1, not Gaussian,
+# so that no interval can be right at every level. (c) is of the probabilities of kernel *logistic* regression: below
+# the diagonal it is surer than it should be.
 
 # %%
 study.show("calibration")

@@ -273,8 +273,8 @@ def _of_differences(pairs: Sequence[Row]) -> str:
         else ""
     )
     return (
-        "Paired differences in the task's score, mean over seeds with a 95 % interval (Student's t); in the last column "
-        f"in accuracy, mean over tasks with an interval over these.{sampled}\n\n{_table(head, lines)}"
+        "Paired differences in the task's score, mean over seeds with a 95 % interval (Student's t); in the last "
+        f"column in accuracy, mean over tasks with an interval over these.{sampled}\n\n{_table(head, lines)}"
     )
 
 
@@ -316,8 +316,8 @@ def _of_leave_one_out(curve: Sequence[Row]) -> str:
         else ""
     )
     return (
-        f"At the λ that leave-one-out chooses it is, on the average over tasks and seeds, {words[ALONE]} for the kernel "
-        f"alone, and that λ costs {cost[ALONE]:.1f} % of validation loss against the best of the grid. From the probe "
+        f"At the λ that leave-one-out chooses it is, on the average over tasks and seeds, {words[ALONE]} for the "
+        f"kernel alone, and that λ costs {cost[ALONE]:.1f} % of validation loss against the best of the grid. From the probe "
         f"it is {words[REGRESSION]}, and its λ costs {cost[REGRESSION]:.1f} %{reason}. λ of fine-tuning was chosen by "
         f"the former.\n\n{_table(head, lines)}"
     )
@@ -355,8 +355,8 @@ def _of_calibration(tables: Tables) -> str:
         head += [f"{NAMES[arm]}: covered by 90 % intervals", "squared residual"]
     return (
         f"Of the kernel alone, 90 % intervals are {words[ALONE]}; from the probe they are {words[REGRESSION]}. The "
-        "squared residual, in units of the variance that is predicted, is 1 where that is right. The last column is the "
-        "expected calibration error of the probabilities of kernel logistic regression.\n\n"
+        "squared residual, in units of the variance that is predicted, is 1 where that is right. The last column is "
+        "the expected calibration error of the probabilities of kernel logistic regression.\n\n"
         f"{_table([*head, 'calibration error'], lines)}"
     )
 
