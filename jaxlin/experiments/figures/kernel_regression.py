@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-
 from jaxlin.experiments.figures.kernel_regression_told import (
     ALONE,
     FULL,

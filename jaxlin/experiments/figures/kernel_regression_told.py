@@ -317,9 +317,9 @@ def _of_leave_one_out(curve: Sequence[Row]) -> str:
     )
     return (
         f"At the λ that leave-one-out chooses it is, on the average over tasks and seeds, {words[ALONE]} for the "
-        f"kernel alone, and that λ costs {cost[ALONE]:.1f} % of validation loss against the best of the grid. From the probe "
-        f"it is {words[REGRESSION]}, and its λ costs {cost[REGRESSION]:.1f} %{reason}. λ of fine-tuning was chosen by "
-        f"the former.\n\n{_table(head, lines)}"
+        f"kernel alone, and that λ costs {cost[ALONE]:.1f} % of validation loss against the best of the grid. From the "
+        f"probe it is {words[REGRESSION]}, and its λ costs {cost[REGRESSION]:.1f} %{reason}. λ of fine-tuning was "
+        f"chosen by the former.\n\n{_table(head, lines)}"
     )
 
 
