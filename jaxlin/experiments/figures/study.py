@@ -202,6 +202,8 @@ def read_tables(folder: Path) -> dict[str, list[Row]]:
 def _value(text: str) -> Any:
     if text in ("", "True", "False"):
         return {"": None, "True": True, "False": False}[text]
+    if "_" in text:  # a name: Python would read 1_0 as 10
+        return text
     for kind in (int, float):
         try:
             return kind(text)
