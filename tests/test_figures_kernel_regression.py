@@ -11,7 +11,7 @@ import jaxlin as jl
 from jaxlin.data.task import subsample, tokenize
 from jaxlin.experiments.data_arguments import DataArguments, load_task
 from jaxlin.experiments.figures import kernel_regression as study
-from jaxlin.experiments.figures import kernel_regression_told as told
+from jaxlin.experiments.figures import kernel_regression_findings as told
 from jaxlin.experiments.figures import summary
 from jaxlin.experiments.figures.run import run_study
 from tests import cases
@@ -264,7 +264,7 @@ def test_figures_are_drawn_for_any_tables(small):
     } | {"reliability": []}
     for content in (tables, seeds_of(tables), scores_only):
         assert "nothing is pooled" in told.findings(content)["in_all"] or content is not scores_only
-        for figure in told.draw(content).values():
+        for figure in study.STUDY.draw(content).values():
             assert "validation examples" in figure.get_suptitle()
             assert "seed" in figure.get_suptitle()
             figure.canvas.draw()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from jaxlin.experiments.figures.kernel_regression_told import (
+from jaxlin.experiments.figures.kernel_regression_figures import (
     ALONE,
     FULL,
     LOGISTIC,
@@ -20,8 +21,8 @@ from jaxlin.experiments.figures.kernel_regression_told import (
     PULLED,
     REGRESSION,
     draw,
-    findings,
 )
+from jaxlin.experiments.figures.kernel_regression_findings import findings
 from jaxlin.experiments.figures.study import FAST, Problem, Row, Setting, Study, Tables, Work
 from jaxlin.models.probe import frozen_features
 from jaxlin.ntk.engine import kernel_from_jacobian
@@ -124,9 +125,8 @@ def _known(problem: Problem, clock: _Clock, work: Work) -> _Known:
     found = {}
     for split, part in (("training", problem.train), ("validation", problem.eval)):
         with clock.timed("kernel", f"Jacobians, {split}", len(part)):
-            found[split] = jacobian(
-                problem.tun, part, progress=lambda done, of, split=split: work.progress(f"Jacobians, {split}", done, of)
-            )
+            phase = f"Jacobians, {split}, {problem.loaded.task.name}, seed {problem.seed}"
+            found[split] = jacobian(problem.tun, part, progress=functools.partial(work.progress, phase))
     rows = found["training"], found["validation"]
     blocks = {"all": tuple(path for paths in problem.tun.blocks.values() for path in paths)}
     y, _ = _targets(problem)
@@ -218,7 +218,7 @@ def _kernel(setting: KernelRegressionSetting, problem: Problem, work: Work) -> d
             coverage.append(
                 {"arm": arm, "level": float(level), "coverage": float(covered), "coverage_error": float(error)}
             )
-    result = {"mu_1": known.mu1, "lam_over_mu1": share, "curve": curve, "reliability": []}
+    result: dict[str, Any] = {"mu_1": known.mu1, "lam_over_mu1": share, "curve": curve, "reliability": []}
     scores = {arm: _scores(found, labels) for arm, found in outputs.items()}
     if problem.loaded.task.label_names:
         zero = np.zeros_like(y)
@@ -248,18 +248,18 @@ def _training_kernel(known: _Known) -> Kernel:
     return dataclasses.replace(known.kernel_eval, parts={"all": array}, symmetric=True, of_two_sets=False)
 
 
-def _fine_tuned(setting: KernelRegressionSetting, problem: Problem, arm: str, lam: float, work: Work) -> dict[str, Any]:
+def _fine_tuned(problem: Problem, arm: str, config: TrainConfig, work: Work) -> dict[str, Any]:
     """Fine-tunes in full."""
-    config = _training(setting, problem.seed, lam)
     clock, labels = _Clock(), problem.eval["labels"]
     total = config.total_steps(len(problem.train))
+    phase = f"training, {problem.loaded.task.name}, seed {problem.seed}, {arm}"
     with clock.timed(arm, "training", len(problem.train)):
         theta = train(
             problem.tun,
             problem.train,
             None,
             config,
-            log=lambda row: work.progress(f"training, {problem.loaded.task.name}, {arm}", row["step"], total),
+            log=lambda row: work.progress(phase, row["step"], total),
         ).theta
     with clock.timed(arm, "validation", len(labels)):
         outputs = predict(problem.tun, theta, problem.eval)
@@ -295,46 +295,64 @@ def _pair(arm: str, other: str, scores: Mapping[str, Row], right: Mapping[str, n
 _CALIBRATED = ("squared_residual", "squared_residual_error", "negative_log_density", "cross_entropy")
 
 
+def _results(setting: KernelRegressionSetting, work: Work, problem: Problem) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns what the kernel says, and what each fine-tuning gives by its arm."""
+    options: dict[str, Any] = {"what": "kernel", "lam_rel": list(setting.lam_rel), "levels": list(setting.levels)}
+    options |= {"bins": setting.bins, "rank": setting.lora_rank}
+    kernel = work.get(problem, options, lambda: _kernel(setting, problem, work))
+    tuned = {}
+    for arm, share in ((FULL, 0.0), (PULLED, kernel["lam_over_mu1"])):
+        config = _training(setting, problem.seed, share * kernel["mu_1"])
+        key = {"what": "full", "training": dataclasses.asdict(config), "rank": setting.lora_rank}
+        tuned[arm] = work.get(problem, key, functools.partial(_fine_tuned, problem, arm, config, work))
+    return kernel, tuned
+
+
+def _rows(problem: Problem, kernel: Mapping[str, Any], tuned: Mapping[str, Any]) -> Tables:
+    """Returns the tables' rows of one problem."""
+    labels, metric, chosen = problem.labels, problem.loaded.task.metrics[0], kernel["lam_over_mu1"]
+    scores = kernel["scores"] | {arm: found["scores"] for arm, found in tuned.items()}
+    decisions = kernel["decisions"] | {arm: found["decisions"] for arm, found in tuned.items()}
+    shares = {FULL: 0.0, **dict.fromkeys((PULLED, ALONE, REGRESSION, LOGISTIC), chosen)}
+    classes = bool(problem.loaded.task.label_names)
+    right = {arm: np.array(d) == problem.eval["labels"] for arm, d in decisions.items()} if classes else {}
+    times = [*kernel["times"], *(row for found in tuned.values() for row in found["times"])]
+    tables: Tables = {
+        "table": [
+            {
+                "arm": arm,
+                "lam_over_mu1": shares.get(arm),
+                "metric": metric,
+                "score_eval": row[metric],
+                **{f"{name}_eval": value for name, value in row.items()},
+            }
+            for arm, row in scores.items()
+        ],
+        "curve": [{**row, "chosen": row["lam_over_mu1"] == chosen} for row in kernel["curve"]],
+        "calibration": [
+            {"arm": row["arm"], **{name: row.get(name) for name in _CALIBRATED}} for row in kernel["calibration"]
+        ],
+        "coverage": kernel["coverage"],
+        "reliability": kernel["reliability"],
+        "pairs": [
+            {"metric": metric, **_pair(arm, other, scores, right, metric)}
+            for arm, other in PAIRS
+            if arm in scores and other in scores
+        ],
+        "times": times,
+    }
+    return {name: [{**labels, **row} for row in rows] for name, rows in tables.items()}
+
+
 def compute(setting: KernelRegressionSetting, work: Work) -> Tables:
     """Computes kernel and fine-tuning of every task, seed by seed, so that a part is a whole of fewer seeds."""
-    tables: dict[str, list[Row]] = {
-        name: [] for name in ("table", "curve", "calibration", "coverage", "reliability", "pairs", "times")
-    }
+    tables: dict[str, list[Row]] = {}
     problems = [(task, seed) for seed in range(setting.seeds) for task in setting.tasks]
     for done, (task, seed) in enumerate(problems):
         work.progress("problems", done, len(problems))
         problem = work.problem(task, seed)
-        shared: Row = {"rank": setting.lora_rank}
-        options = {"what": "kernel", "lam_rel": list(setting.lam_rel), "levels": list(setting.levels)}
-        kernel = work.get(
-            problem, {**options, "bins": setting.bins, **shared}, lambda p=problem: _kernel(setting, p, work)
-        )
-        scores, decisions, times = dict(kernel["scores"]), dict(kernel["decisions"]), list(kernel["times"])
-        shares = {FULL: 0.0, PULLED: kernel["lam_over_mu1"]}
-        for arm, share in shares.items():
-            lam = share * kernel["mu_1"]
-            key = {"what": "full", "training": dataclasses.asdict(_training(setting, seed, lam)), **shared}
-            found = work.get(problem, key, lambda p=problem, arm=arm, lam=lam: _fine_tuned(setting, p, arm, lam, work))
-            scores[arm], decisions[arm] = found["scores"], found["decisions"]
-            times += [{**row, "arm": arm} for row in found["times"]]
-        shares |= dict.fromkeys((ALONE, REGRESSION, LOGISTIC), kernel["lam_over_mu1"])
-        labels, metric = problem.labels, problem.loaded.task.metrics[0]
-        for arm, row in scores.items():
-            line = {"arm": arm, "lam_over_mu1": shares.get(arm), "metric": metric, "score_eval": row[metric]}
-            tables["table"].append({**labels, **line, **{f"{name}_eval": value for name, value in row.items()}})
-        classes = bool(problem.loaded.task.label_names)
-        right = {arm: np.array(d) == problem.eval["labels"] for arm, d in decisions.items()} if classes else {}
-        for arm, other in PAIRS:
-            if arm in scores and other in scores:
-                tables["pairs"].append({**labels, "metric": metric, **_pair(arm, other, scores, right, metric)})
-        chosen = kernel["lam_over_mu1"]
-        for row in kernel["curve"]:
-            tables["curve"].append({**labels, **row, "chosen": row["lam_over_mu1"] == chosen})
-        for row in kernel["calibration"]:
-            tables["calibration"].append({**labels, "arm": row["arm"], **{name: row.get(name) for name in _CALIBRATED}})
-        tables["coverage"] += [{**labels, **row} for row in kernel["coverage"]]
-        tables["reliability"] += [{**labels, **row} for row in kernel["reliability"]]
-        tables["times"] += [{**labels, **row} for row in times]
+        for name, rows in _rows(problem, *_results(setting, work, problem)).items():
+            tables.setdefault(name, []).extend(rows)
     return tables
 
 
