@@ -33,6 +33,7 @@
 # not occur in training.
 
 # %%
+import os
 import time
 
 import jax
@@ -162,7 +163,7 @@ title = f"Full against linearized: {len(train)} training and {len(held_out)} val
 Picture(plots.comparison(result.table, history, title))
 
 # %%
-print(f"all of this took {time.monotonic() - begin:.0f} s on: {jax.devices()[0].device_kind}")
+print(f"all of this took {time.monotonic() - begin:.0f} s ({os.cpu_count()} cores, {jax.devices()[0].device_kind})")
 
 # %% [markdown]
 # ## Where to go from here

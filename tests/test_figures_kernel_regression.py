@@ -14,8 +14,7 @@ from jaxlin.experiments.figures import kernel_regression as study
 from jaxlin.experiments.figures import kernel_regression_findings as told
 from jaxlin.experiments.figures import summary
 from jaxlin.experiments.figures.run import run_study
-from tests import cases
-from tests.test_figures import rows_of, write_tasks
+from tests.test_figures import headless, rows_of, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,7 @@ def small(tmp_path_factory):
         num_train=16,
         num_eval=10,
         max_seq_length=16,
-        model_name_or_path=str(cases.TINY_BERT),
+        model_name_or_path=str(headless(folder)),
         data_dir=write_tasks(folder / "data"),
         lora_rank=2,
         lam_rel=(1e-3, 1e-1),

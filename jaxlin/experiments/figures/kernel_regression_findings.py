@@ -176,9 +176,11 @@ def _of_calibration(tables: Tables) -> str:
         lines.append(cells)
     for arm in (ALONE, REGRESSION):
         rows = of(coverage, arm=arm)
-        off = [values_of(of(rows, task=task), "coverage").mean() - COVERED for task in distinct(rows, "task")]
-        error = values_of(rows, "coverage_error")
-        narrow, wide = (sum(sign * o > 2 * error.max() for o in off) for sign in (-1, 1))
+        off = []  # in standard errors
+        for task in distinct(rows, "task"):
+            mine = of(rows, task=task)
+            off.append((values_of(mine, "coverage").mean() - COVERED) / values_of(mine, "coverage_error").mean())
+        narrow, wide = (sum(sign * gap > 2 for gap in off) for sign in (-1, 1))
         words[arm] = f"too narrow on {narrow}, too wide on {wide}, and right within twice the error on "
         words[arm] += f"{len(off) - narrow - wide} of {len(off)} tasks"
     head = ["Task"]
@@ -199,7 +201,7 @@ def _of_times(times: Sequence[Row]) -> str:
             [seconds_of(times, task, which, predicting) for _, which, _ in STAGES] for predicting in (False, True)
         )
         ratios.append(float(np.median(fit[1]) / np.median(fit[2])))
-        lines.append([name_of(task), *(f"{np.median(v):.2g}" for v in [*fit, *test]), f"{ratios[-1]:.2f}"])
+        lines.append([name_of(task), *(f"{np.median(v):.3g}" for v in [*fit, *test]), f"{ratios[-1]:.2f}"])
     names = [name for name, _, _ in STAGES]
     head = [
         "Task",
@@ -211,8 +213,8 @@ def _of_times(times: Sequence[Row]) -> str:
     what = "less than" if high < 1 else "more than" if low > 1 else "about as much as"
     between = f"{low:.2f}" if len(ratios) == 1 else f"{low:.2f} to {high:.2f}"
     return (
-        "Processor seconds, median over seeds (other programs were running, so that seconds gone by would say "
-        f"little). Fitting by the kernel, with leave-one-out at every λ of the grid, takes {what} one fine-tuning at "
+        "Processor seconds, median over seeds (seconds gone by depend on what else the machine does). "
+        f"Fitting by the kernel, with leave-one-out at every λ of the grid, takes {what} one fine-tuning at "
         f"one λ: {between} times the processor's time. To predict, the kernel needs Jacobians of the new "
         f"examples too, where the network needs one forward pass.\n\n{_table(head, lines)}"
     )
