@@ -32,7 +32,8 @@ class RegularizationSetting(Setting):
 
     Attributes:
         lam_rel: Pull strengths in units of μ₁.
-        pull_tasks: Tasks on which the pulls are compared, and on which an arm with LoRA's A frozen is trained.
+        frozen_tasks: Tasks on which an arm with LoRA's A frozen is trained.
+        pull_tasks: Tasks on which the pulls are compared.
         pull_lam_rel: Pull strengths of the others, in units of μ₁.
         bound_examples: Training examples of the first of them on which the bounds are evaluated, in float64.
         bound_steps: Full-batch steps of descent for them.
@@ -42,7 +43,8 @@ class RegularizationSetting(Setting):
     """
 
     lam_rel: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    pull_tasks: tuple[str, ...] = ("cola", "sst2")
+    frozen_tasks: tuple[str, ...] = ("cola", "sst2")
+    pull_tasks: tuple[str, ...] = ("sst2",)
     pull_lam_rel: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
     bound_examples: int = 48
     bound_steps: int = 24
@@ -74,7 +76,7 @@ def _sweep(setting: RegularizationSetting, work: Work, task: str, seed: int, pul
         group_by_length=True,
     )
     coupled = pull == PULLS[0]
-    frozen = coupled and task in setting.pull_tasks
+    frozen = coupled and task in setting.frozen_tasks
     shares = setting.lam_rel if coupled else setting.pull_lam_rel
     options = {
         "what": "compare",
@@ -128,9 +130,9 @@ def _bounds(setting: RegularizationSetting, work: Work) -> list[Row]:
 
 def compute(setting: RegularizationSetting, work: Work) -> Tables:
     """Runs every sweep; the coupled pull first, seed by seed, so that a part is a whole of fewer seeds."""
-    missing = set(setting.pull_tasks) - set(setting.tasks)
+    missing = {*setting.pull_tasks, *setting.frozen_tasks} - set(setting.tasks)
     if missing:
-        raise InputError(f"--pull_tasks {sorted(missing)[0]} is not among --tasks {' '.join(setting.tasks)}")
+        raise InputError(f"{sorted(missing)[0]} is not among --tasks {' '.join(setting.tasks)}")
     coupled = [(task, seed, PULLS[0]) for seed in range(setting.seeds) for task in setting.tasks]
     others = [(t, s, pull) for pull in PULLS[1:] for s in range(setting.seeds) for t in setting.pull_tasks]
     table: list[Row] = []
@@ -254,7 +256,7 @@ def _pulls(table: Sequence[Row]) -> Figure:
 
 
 def _frozen(table: Sequence[Row]) -> Figure:
-    rows = [row for row in of(table, pull="coupled") if row["task"] in _pull_tasks(table)]
+    rows = [row for row in of(table, pull="coupled") if row["task"] in distinct(of(table, arm=FROZEN_A), "task")]
     styles = {FULL: "o-", FROZEN_A: "v-", LINEARIZED: "s--"}
     lines = [({"arm": arm}, plots.NAMES[arm], plots.COLOURS[arm], style) for arm, style in styles.items()]
     return _side_by_side(rows, lines, f"With LoRA's A frozen; {sizes(rows)}")
@@ -344,7 +346,8 @@ def _scores(rows: Sequence[Row]) -> str:
 
 def _of_pulls(table: Sequence[Row]) -> str:
     lines = []
-    for task in _pull_tasks(table):
+    frozen_tasks = distinct(of(table, arm=FROZEN_A), "task")
+    for task in dict.fromkeys([*frozen_tasks, *_pull_tasks(table)]):
         for pull in PULLS:
             rows = of(table, task=task, pull=pull, arm=FULL)
             middle = of(rows, lam_over_mu1=1e-2)
@@ -373,7 +376,7 @@ STUDY = Study(
     name="02_regularization_and_linearity",
     title="How close full and linearized fine-tuning are, against the pull towards the pretrained weights",
     fast=RegularizationSetting(
-        **{**FAST, "pull_tasks": (STDLIB,)},
+        **{**FAST, "pull_tasks": (STDLIB,), "frozen_tasks": (STDLIB,)},
         lam_rel=(0.0, 1e-2, 1.0),
         pull_lam_rel=(1e-2,),
         bound_examples=8,

@@ -100,8 +100,9 @@ def setting_of(study: Study, config: FiguresConfig) -> Setting:
     given = _given(config)
     if config.tasks:
         given |= {"tasks": config.tasks}
-        if hasattr(setting, "pull_tasks"):
-            given |= {"pull_tasks": tuple(t for t in setting.pull_tasks if t in config.tasks) or config.tasks[:1]}
+        for name in ("pull_tasks", "frozen_tasks"):
+            if hasattr(setting, name):
+                given[name] = tuple(t for t in getattr(setting, name) if t in config.tasks) or config.tasks[:1]
     setting = dataclasses.replace(setting, **given)
     setting.check()
     return setting
