@@ -206,9 +206,10 @@ def test_what_is_asked_for_changes_the_setting():
     )
     (study,) = run.chosen(config.names)  # named twice, run once
     setting = setting_of(study, config)
-    expected = {"tasks": ("rte", "sst2"), "seeds": 2, "model_name_or_path": "m", "pull_tasks": ("sst2",)}
+    expected = {"tasks": ("rte", "sst2"), "seeds": 2, "model_name_or_path": "m"}
+    expected |= dict.fromkeys(("pull_tasks", "frozen_tasks"), ("sst2",))
     assert setting == dataclasses.replace(study.full, **expected)
-    assert setting_of(study, dataclasses.replace(config, tasks=("rte",))).pull_tasks == ("rte",)
+    assert setting_of(study, dataclasses.replace(config, tasks=("rte",))).frozen_tasks == ("rte",)
     assert command_of(study, config) == (
         "jaxlin figures 02_regularization_and_linearity --full --tasks rte sst2 --model_name_or_path m --seeds 2"
     )
@@ -312,6 +313,7 @@ def small(tmp_path_factory):
     setting = regularization.RegularizationSetting(
         tasks=("cola",),
         pull_tasks=("cola",),
+        frozen_tasks=("cola",),
         seeds=1,
         num_train=16,
         num_eval=10,
