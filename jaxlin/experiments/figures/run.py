@@ -81,7 +81,7 @@ def chosen(names: Sequence[str]) -> tuple[Study, ...]:
         if not fitting:
             raise InputError(f"there is no study {name!r}; expected some of {', '.join(s.name for s in STUDIES)}")
         found += fitting
-    return tuple(dict.fromkeys(found)) or STUDIES
+    return tuple({study.name: study for study in found}.values()) or STUDIES
 
 
 _OPTIONS = ("model_name_or_path", "data_dir", "seeds", "num_train", "max_seq_length")
