@@ -331,6 +331,7 @@ def small(tmp_path_factory):
     return setting, folder, *run_study(regularization.STUDY, setting, folder / "02", "command", quiet=True)
 
 
+@pytest.mark.slow
 def test_rows_are_what_compare_gives(small):
     setting, _, tables, _ = small
     task = load_task(DataArguments(task_name="cola", data_dir=setting.data_dir))
@@ -362,6 +363,7 @@ def test_rows_are_what_compare_gives(small):
     assert others == {"selective", "decoupled"}
 
 
+@pytest.mark.slow
 def test_a_second_run_computes_nothing(small, monkeypatch):
     setting, folder, tables, record = small
 
@@ -387,6 +389,7 @@ def rows_of(file):
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 def test_findings_are_of_the_table(small):
     _, folder, tables, _ = small
     rows = rows_of(folder / "02" / "table.csv")
@@ -410,6 +413,7 @@ def test_findings_are_of_the_table(small):
     assert [counted[0], counted[2], counted[3]] == [len(bounds), len(applying), holding]
 
 
+@pytest.mark.slow
 def test_every_figure_says_its_examples_and_seeds(small):
     _, _, tables, _ = small
     for figure in regularization.STUDY.draw(tables).values():
