@@ -19,7 +19,14 @@ import tyro
 from jaxlin import plots
 from jaxlin.errors import InputError
 from jaxlin.experiments.data_arguments import DataArguments, load_task
-from jaxlin.experiments.figures import kernel_regression, llm, regularization
+from jaxlin.experiments.figures import (
+    choose_layers,
+    condition_number,
+    kernel_regression,
+    llm,
+    regularization,
+    spectra,
+)
 from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.study import Row, Setting, Study, Work, read_tables, write_tables
 from jaxlin.experiments.progress import ProgressReporter
@@ -29,7 +36,14 @@ from jaxlin.versions import versions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STUDIES: tuple[Study, ...] = (regularization.STUDY, kernel_regression.STUDY, llm.STUDY)
+STUDIES: tuple[Study, ...] = (
+    regularization.STUDY,
+    spectra.STUDY,
+    condition_number.STUDY,
+    choose_layers.STUDY,
+    kernel_regression.STUDY,
+    llm.STUDY,
+)
 """In the order of their numbers."""
 
 FAST_SWITCH = "JAXLIN_NOTEBOOKS"
