@@ -23,20 +23,24 @@ COLOURS = {
     "linearized": "#D55E00",
     "full_A_frozen": "#009E73",
     "kernel_regression": "#CC79A7",
+    "closed_form": "#000000",
     "start": "#999999",
     "majority_class": "#000000",
     "mean_score": "#000000",
     "linear_probe": "#E69F00",
+    "random_direction": "#56B4E9",
 }
 NAMES = {
     "full": "full",
     "linearized": "linearized",
     "full_A_frozen": "full, A frozen",
     "kernel_regression": "kernel regression",
+    "closed_form": "linearized, closed form",
     "start": "start (θ₀)",
     "majority_class": "majority class",
     "mean_score": "mean score",
     "linear_probe": "linear probe",
+    "random_direction": "random directions",
 }
 MEASURED = {
     "distance": "‖δ‖",

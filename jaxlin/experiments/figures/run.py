@@ -17,7 +17,7 @@ import tyro
 
 from jaxlin import plots
 from jaxlin.errors import InputError
-from jaxlin.experiments.figures import regularization
+from jaxlin.experiments.figures import dynamics, lipschitz, regularization
 from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.study import Row, Setting, Study, Work, read_tables, write_tables
 from jaxlin.experiments.progress import ProgressReporter
@@ -27,7 +27,7 @@ from jaxlin.versions import versions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STUDIES: tuple[Study, ...] = (regularization.STUDY,)
+STUDIES: tuple[Study, ...] = (regularization.STUDY, dynamics.STUDY, lipschitz.STUDY)
 """In the order of their numbers."""
 
 FAST_SWITCH = "JAXLIN_NOTEBOOKS"

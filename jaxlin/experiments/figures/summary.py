@@ -131,3 +131,11 @@ def lam_positions(axis: Axes, rows: Sequence[Row]) -> dict[float, float]:
     """Makes the axis one of λ/μ₁, with 0 at its left end; returns where each value stands."""
     shares = sorted(distinct(rows, "lam_over_mu1"))
     return dict(zip(shares, plots.lam_axis(axis, shares, "λ/μ₁").tolist(), strict=True))
+
+
+def lam_shades(shares: Sequence[float]) -> dict[float, Any]:
+    """Returns a colour for each λ/μ₁, darker where it is smaller."""
+    import matplotlib.pyplot as plt
+
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(shares)))
+    return dict(zip(sorted(shares), shades, strict=True))
