@@ -140,3 +140,46 @@ def test_figures_and_what_a_second_run_computes(setting, study, monkeypatch):
 def test_steps_that_do_not_fit():
     with pytest.raises(jl.InputError, match="every=4"):
         dynamics.DynamicsSetting(steps=6, every=4).check()
+
+
+def made_up():
+    """Tables of two seeds at two λ: at seed 1 and the small λ the linearized loss is off by 0.2 at the end."""
+    curves, late, drift = [], [], []
+    for share in SHARES:
+        for seed in (0, 1):
+            same = {"task": "sst2", "seed": seed, "train_examples": 5, "eval_examples": 4, "metric": "accuracy"}
+            same |= {"lam_over_mu1": share}
+            for step in (0, 1):
+                for arm in ("closed_form", "full", "linearized"):
+                    apart = 0.2 * (arm != "full" and step and seed and share == SHARES[0])
+                    row = {"loss_train": 1.0 - 0.5 * step + apart, "loss_eval": 1.0, "distance": float(step)}
+                    row |= {"score_train": 0.5, "score_eval": 0.75, "off_train": None, "off_eval": None}
+                    row |= {"off_relative_train": None, "off_relative_eval": None}
+                    if arm == "linearized":
+                        row |= {"off_train": 1e-6, "off_eval": 2e-6}
+                        row |= {"off_relative_train": 1e-5, "off_relative_eval": 3e-3 * seed} if step else {}
+                    curves.append({**same, "arm": arm, "step": step, **row})
+            gaps = {0: 0.4, 1: 0.1 if share == SHARES[0] else 0.5}
+            late += [
+                {**same, "linearize_at": k, "output_gap_relative_train": v, "output_gap_relative_eval": v}
+                for k, v in gaps.items()
+            ]
+            told = 0.3 if share == SHARES[0] else None  # not moved by more than rounding
+            found = {"distance": 1.0 + seed, "kernel_drift": 0.1}
+            drift.append({**same, "step": 1, **found, "same_theta_gap_relative": told, "trajectory_gap_relative": told})
+    return {"curves": curves, "late": late, "drift": drift}
+
+
+def test_what_is_said_follows_from_the_numbers():
+    tables = made_up()
+    found = dynamics.findings(tables)
+    assert "does **not** hold to rounding" in found["closed_form"]
+    assert "by at most 2e-06 on any example; in norm, by at most 0.003" in found["closed_form"]
+    assert "0.2 at λ/μ₁ = 0.01, 0 at λ/μ₁ = 1" in found["ends"]
+    assert "The difference falls as the pull grows" in found["ends"]
+    assert "1 of 2 cases" in found["late"]
+    assert "| SST-2 | 1 | 1.5 (1 to 2) | 0.1 (0.1 to 0.1) | rounding | rounding |" in found["drift"]
+    for row in tables["curves"]:
+        if row["off_relative_eval"]:
+            row["off_relative_eval"] = 1e-4
+    assert "closed form holds to rounding" in dynamics.findings(tables)["closed_form"]

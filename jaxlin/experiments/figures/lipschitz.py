@@ -186,13 +186,14 @@ def draw(tables: Tables) -> dict[str, Figure]:
     """Draws the three quantities against the radius, a column a task."""
     rows, reached = tables["profile"], tables["reached"]
     tasks = distinct(rows, "task")
-    width = max(1.85 * len(tasks), 4.6)
-    figure, axes = plots.canvas(len(_ROWS), len(tasks), width, 6.2, sharex=True, sharey="row")
+    width = max(1.75 * len(tasks), 7.0)
+    figure, axes = plots.canvas(len(_ROWS), len(tasks), width, 6.4, sharex=True, sharey="row")
     with plots.drawing():
         for column, task in enumerate(tasks):
             for line, (quantity, name) in enumerate(_ROWS):
                 axis = axes[line, column]
                 axis.set(xscale="log", yscale="log", ylabel="" if column else name)
+                axis.yaxis.set_minor_formatter("")
                 _panel(axis, of(rows, task=task, quantity=quantity), of(reached, task=task))
             axes[0, column].set_title(name_of(task))
             axes[-1, column].set_xlabel("radius r = ‖θ−θ₀‖")
@@ -201,9 +202,9 @@ def draw(tables: Tables) -> dict[str, Figure]:
         models = max(row["directions"] for row in rows)
         some = max(distinct(rows, "profile_examples"))
         figure.suptitle(
-            f"Lipschitz profiles on {some} training examples, {models} random directions a radius, all sampled: lower "
-            f"estimates.\nFine-tuning, whose reach is shaded: {sizes(reached)}",
-            fontsize=8,
+            f"Lipschitz profiles on {some} training examples, {models} random directions a radius: lower estimates.\n"
+            f"Fine-tuning, the radius it reaches shaded: {sizes(reached)}",
+            fontsize=7,
         )
     return {"profile": figure}
 
