@@ -41,7 +41,8 @@ study.found("gap")
 # often the two decide alike (and, in grey, how often fine-tuning decides as the start did); and the score.
 #
 # Dotted lines have the slopes −1 and −2 that theory gives as λ → ∞ for descent. The runs are Adam's, with a decaying
-# rate and few steps, so that at small λ no such line is to be expected.
+# rate and few steps, so that at small λ no such line is to be expected; and at the largest λ, ‖θ−θ̄‖ cannot fall below
+# the size of Adam's own last steps, which do not shrink with the gradient.
 
 # %%
 study.show("against_the_pull")

@@ -31,7 +31,7 @@ DECODERS = {
 }
 """Golden decoders, likewise."""
 FAMILIES = ("bert", "roberta", "distilbert", "electra")
-DECODER_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+DECODER_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma")
 
 
 def write_checkpoint(folder, case, num_labels=None):
@@ -47,6 +47,21 @@ def write_checkpoint(folder, case, num_labels=None):
     shapes = {k: [num_labels or v[0], *v[1:]] if k in last else v for k, v in case["shapes"].items()}
     (folder / "config.json").write_text(json.dumps(case["config"]))
     save_file(weights(shapes), folder / "model.safetensors")
+    return folder
+
+
+def write_language_model(folder, case):
+    """Writes a golden language model with the tiny tokenizer, its words and room for 64 tokens."""
+    config, tokenizer = case["config"], json.loads((TINY_BERT / "tokenizer.json").read_text())
+    rows = {config["vocab_size"]: len(tokenizer["model"]["vocab"]), 20: 64}
+    sizes = ("vocab_size", "n_positions", "max_position_embeddings")
+    changed = {name: rows[config[name]] for name in sizes if name in config}
+    shapes = {name: [rows.get(shape[0], shape[0]), *shape[1:]] for name, shape in case["shapes"].items()}
+    write_checkpoint(folder, {"config": {**config, **changed}, "shapes": shapes})
+    if config["model_type"] in DECODER_FAMILIES:
+        tokenizer["post_processor"] = None  # a decoder's text has no token behind it
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    shutil.copy(TINY_BERT / "tokenizer_config.json", folder)
     return folder
 
 

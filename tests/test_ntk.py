@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import jaxlin as jl
 from jaxlin.data.dataset import Dataset
 from jaxlin.ntk.jacobian import jacobian
-from jaxlin.ntk.neural_tangents import IMPLEMENTATIONS, load
+from jaxlin.ntk.neural_tangents import IMPLEMENTATIONS, load_neural_tangents
 from jaxlin.tunable import leaf_paths
 from tests import cases
 
@@ -206,11 +206,38 @@ def test_a_wrong_neural_tangents_kernel_is_not_returned(monkeypatch):
 
 
 def test_the_bridge_keeps_tensorflow_out_and_fails_clearly(monkeypatch):
-    assert load().__version__ == "0.6.5"
+    assert load_neural_tangents().__version__ == "0.6.5"
     assert "tensorflow" not in sys.modules
     monkeypatch.setitem(sys.modules, "neural_tangents", None)
     with pytest.raises(ImportError, match="cannot be bridged to JAX"):
-        load.__wrapped__()
+        load_neural_tangents.__wrapped__()
+
+
+def test_a_bridge_that_fails_when_it_is_used_is_the_same_error(monkeypatch):
+    from neural_tangents._src import empirical
+
+    monkeypatch.setattr(jax, "linearize", lambda *_: None)  # as a changed JAX might
+    monkeypatch.setattr(empirical, "_get_primals_out_and_pullback", None)
+    with pytest.raises(ImportError, match=r"cannot be bridged to JAX .*: TypeError: .* NoneType"):
+        load_neural_tangents.__wrapped__()
+
+
+@pytest.mark.slow
+def test_a_tunable_is_an_apply_fn_of_neural_tangents(model, batch):
+    nt, tun = load_neural_tangents(), jl.lora(model, rank=2)
+    options = {"trace_axes": (), "vmap_axes": (dict.fromkeys(batch, 0), 0, {})}
+    columns = {name: jnp.asarray(values) for name, values in batch.items()}
+    theirs = jax.jit(nt.empirical_ntk_fn(tun.apply, **options))(columns, None, tun.theta0)
+    K = jl.ntk(tun, batch)
+    np.testing.assert_allclose(theirs, K.array, rtol=1e-4, atol=1e-5 * K.array.max())
+    moved = jax.tree.map(lambda leaf: leaf + 0.01, tun.theta0)
+    linear = nt.linearize(tun.apply, tun.theta0)(moved, columns)
+    np.testing.assert_allclose(linear, jl.linearize(tun).apply(moved, columns), rtol=1e-5, atol=1e-5)
+    # Their closed form of our kernel is our closed form: outputs that start at f₀, at the end of training.
+    y, f0 = np.eye(K.array.shape[2])[np.arange(len(K.array)) % 2], jl.predict(tun, tun.theta0, batch)
+    theirs = nt.predict.gradient_descent_mse(K.array, y, trace_axes=())(3.0, f0)
+    ours = jl.kernel_regression(K, y, f0, 0.0).train(3.0 / y.size)
+    np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
 def test_frozen_weights_are_not_compiled_in(model, batch):

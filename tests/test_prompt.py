@@ -58,6 +58,21 @@ def test_what_is_too_long_loses_text_and_never_template(masked):
         jl.prompt_batch(model, TEXTS, len(fixed))
 
 
+def test_pairs_lose_the_end_of_the_longer_text(masked):
+    model = jl.prompt_classifier(masked, "{text_b} is {mask}: {text_a}", ["good", "bad"])
+    tok, pairs = masked.tokenizer, [("a dull film", "one {text_a} three four five"), ("yes", "no")]
+    ids = [tok(text, add_special_tokens=False)["input_ids"] for pair in pairs for text in pair]
+    fixed = len(tok("is [MASK]:")["input_ids"])
+    for limit in range(fixed + 1, fixed + sum(map(len, ids[:2])) + 2):
+        batch = jl.prompt_batch(model, pairs, limit)
+        for row, mask, (a, b) in zip(batch["input_ids"], batch["attention_mask"], (ids[:2], ids[2:]), strict=True):
+            kept = [list(a), list(b)]
+            while sum(map(len, kept)) > limit - fixed:
+                max(kept, key=len).pop()
+            middle = tok("is [MASK]:", add_special_tokens=False)["input_ids"]
+            assert row[mask == 1].tolist() == [tok.cls_token_id, *kept[1], *middle, *kept[0], tok.sep_token_id]
+
+
 @pytest.mark.parametrize("how", ["lora", pytest.param("bias", marks=pytest.mark.slow)])
 def test_a_prompt_classifier_is_tuned_like_any_model(masked, how):
     model = jl.prompt_classifier(masked, "{text} is {mask}.", ["good", "bad"])
@@ -95,6 +110,9 @@ def test_label_words_are_one_token_each(masked):
         ("{text} is {mask}.", ["good", "§"], r"\['\[UNK\]'\]; expected one known token"),
         ("{text} is", ["good", "bad"], r"has \{mask\} 0 times; expected once"),
         ("{text} {text} {mask}", ["good", "bad"], r"has \{text\} 2 times"),
+        ("{text_a} is {mask}", ["good", "bad"], r"has \{text_b\} 0 times"),
+        ("{text} {text_a} {text_b} {mask}", ["good", "bad"], r"has \{text\}; expected \{text\}, or \{text_a\} and"),
+        ("{sentence} is {mask}", ["good", "bad"], r"has \{sentence\}; expected \{text\}"),
     ):
         with pytest.raises(jl.InputError, match=message):
             jl.prompt_classifier(masked, template, words)
@@ -105,6 +123,8 @@ def test_label_words_are_one_token_each(masked):
     model = jl.prompt_classifier(masked, "{text} is {mask}.", ["good", "bad"])
     with pytest.raises(jl.InputError, match=r"text 1 holds '\[MASK\]'"):
         jl.prompt_batch(model, ["fine", "a [MASK] film"])
+    with pytest.raises(jl.InputError, match=r"an example has 2 text\(s\); expected \{text\} for one"):
+        jl.prompt_batch(model, [("one", "two")])
     with pytest.raises(jl.InputError, match="got no text"):
         jl.prompt_batch(model, [])
 

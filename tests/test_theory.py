@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import jaxlin as jl
 from jaxlin.ntk.kernel import KernelInfo
-from jaxlin.ntk.neural_tangents import load
+from jaxlin.ntk.neural_tangents import load_neural_tangents
 from jaxlin.theory.dynamics import phi_flow, phi_gradient_descent, phi_heavy_ball
 from tests import cases
 from tests.kernels import SIZES, kernel_of, problem
@@ -75,7 +75,7 @@ def test_leave_one_out_equals_refitting(p):
 @pytest.mark.parametrize("lam", [0.0, 0.5])
 def test_neural_tangents_flow(lam):
     """Test outputs for λ > 0, with the training points as test points: its train outputs leave the bias out."""
-    predict = load().predict
+    predict = load_neural_tangents().predict
     jac, jac_test, f0, f0_test, y = problem(3)
     kernel, cross = kernel_of(jac, 6), kernel_of(jac_test, 4, jac)
     fit = jl.kernel_regression(kernel, y, f0, lam)

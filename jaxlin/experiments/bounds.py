@@ -13,10 +13,11 @@ from rich.console import Console
 from jaxlin import plots
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.experiments.data_arguments import DataArguments
+from jaxlin.experiments.model_arguments import ModelArguments, starts_as_probe
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
 from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
-from jaxlin.experiments.setting import ModelArguments, OutputArguments, load, starts_as_probe
+from jaxlin.experiments.setting import OutputArguments, load
 from jaxlin.experiments.tables import bound_lines, bound_table, constants_table
 from jaxlin.experiments.tuned_arguments import TunedArguments, tune
 from jaxlin.training.bound_sweep import LAM_REL, BoundSweep, bound_sweep, check_sweep

@@ -17,6 +17,7 @@ from jaxlin import plots
 from jaxlin.errors import RUN_ERRORS, Interrupted
 from jaxlin.experiments.data_arguments import DataArguments
 from jaxlin.experiments.device_arguments import DeviceArguments, mesh_and_rules
+from jaxlin.experiments.model_arguments import ModelArguments
 from jaxlin.experiments.observe import RunClock, StepProfiler
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
@@ -25,7 +26,6 @@ from jaxlin.experiments.run_folder import RunFolder, SilentFolder, write_csv, wr
 from jaxlin.experiments.setting import (
     STEP_OPTIONS,
     CheckpointArguments,
-    ModelArguments,
     OutputArguments,
     SweepArguments,
     TrainingArguments,

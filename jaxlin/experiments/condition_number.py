@@ -36,9 +36,10 @@ from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.experiments.correlations import ALONE, PAPER, STABLE, correlations
 from jaxlin.experiments.data_arguments import DataArguments
+from jaxlin.experiments.model_arguments import ModelArguments
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
-from jaxlin.experiments.setting import Loaded, ModelArguments, load
+from jaxlin.experiments.setting import Loaded, load
 from jaxlin.models.load import load_model
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head

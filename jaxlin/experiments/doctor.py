@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_info
 from jaxlin.data.files import tasks_in
 from jaxlin.data.stdlib import load_stdlib_task
 from jaxlin.models.resolve import EMBEDDED_MODEL, resolve_model
-from jaxlin.ntk.neural_tangents import load
+from jaxlin.ntk.neural_tangents import load_neural_tangents
 from jaxlin.versions import versions
 
 
@@ -61,7 +61,7 @@ def report() -> dict[str, str]:
         "matmul precision": f"{precision or 'the device default'} in training, highest in kernels",
         "BLAS": _try(_blas),
         "x64": "on" if jax.config.read("jax_enable_x64") else "off",
-        "neural-tangents": _try(lambda: f"{load().__version__}, bridged to jax {jax.__version__}"),
+        "neural-tangents": _try(lambda: f"{load_neural_tangents().__version__}, bridged to jax {jax.__version__}"),
         "torch, tensorflow": ", ".join(f"{k} {'installed' if v else 'absent'} (not used)" for k, v in heavy.items()),
         "embedded model": _try(lambda: f"{resolve_model(EMBEDDED_MODEL)} (sha256 checked)"),
         "hub": f"cache {cache}, offline {bool(os.environ.get('HF_HUB_OFFLINE'))}",

@@ -18,11 +18,12 @@ from jaxlin import plots
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
 from jaxlin.experiments.data_arguments import DataArguments
+from jaxlin.experiments.model_arguments import ModelArguments, pretrained, starts_as_probe
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
 from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
 from jaxlin.experiments.select_page import LAM_BY, caveats, doubts, interval, named_criterion, page, rate_line
-from jaxlin.experiments.setting import Loaded, ModelArguments, OutputArguments, load, pretrained, starts_as_probe
+from jaxlin.experiments.setting import Loaded, OutputArguments, load
 from jaxlin.experiments.tuned_arguments import TunedArguments, tune
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
@@ -290,6 +291,8 @@ def _write(
     peft = report.peft_config(model_type)
     if peft is not None and source is not None:
         peft["base_model_name_or_path"] = source.name
+        if config.model.template is not None:  # an adapter of the language model; the library has no masked kind
+            peft["task_type"] = "CAUSAL_LM" if loaded.model.module.mask_id is None else None
         write_json(path / "adapter_config.json", peft)
     command, of = _compare_command(report, config), _of(report, loaded)
     write_csv(path / "table.csv", report.table)

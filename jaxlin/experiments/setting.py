@@ -11,15 +11,17 @@ import numpy as np
 
 from jaxlin.data.dataset import Dataset
 from jaxlin.data.labels import Scale, label_order, reorder, scale_of, standardise
+from jaxlin.data.prompt import tokenize_prompts
 from jaxlin.data.task import Task, TextSplit, subsample, tokenize
 from jaxlin.errors import InputError
 from jaxlin.experiments.data_arguments import DataArguments, load_task
 from jaxlin.experiments.device_arguments import DeviceArguments
+from jaxlin.experiments.model_arguments import ModelArguments, check_prompt, pretrained, prompt_note, starts_as_probe
 from jaxlin.experiments.tuned_arguments import TunedArguments, pairs, tune
-from jaxlin.models.load import load_model, with_remat
+from jaxlin.models.load import with_remat
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
-from jaxlin.models.resolve import EMBEDDED_MODEL
+from jaxlin.models.prompt import PromptClassifier
 from jaxlin.peft.select import full, head_only
 from jaxlin.training.checkpoint import Checkpoints
 from jaxlin.training.compare import check_lams
@@ -27,25 +29,6 @@ from jaxlin.training.config import TrainConfig
 from jaxlin.training.losses import targets
 from jaxlin.training.trainer import check_blocks, check_data, predict
 from jaxlin.tunable import Tunable
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelArguments:
-    """Model.
-
-    Attributes:
-        model_name_or_path: Local folder in Hugging Face's layout, hub id, or the embedded default.
-        model_revision: Branch, tag or commit of a hub model.
-        head: What the classification head reads (decoders: last or mean); auto: as the checkpoint was trained.
-        head_init: Start of a new head; probe: closed-form ridge on the frozen features.
-        new_head: Draw the map to the logits anew where the checkpoint has one.
-    """
-
-    model_name_or_path: str = EMBEDDED_MODEL
-    model_revision: str | None = None
-    head: Literal["auto", "mean", "cls", "pooler", "last"] = "auto"
-    head_init: Literal["probe", "random", "zero"] = "probe"
-    new_head: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,29 +306,10 @@ def _in_order_of_checkpoint(
     return task, {name: reorder(split, order) for name, split in splits.items()}, notes
 
 
-def pretrained(model_arguments: ModelArguments, num_labels: int, seed: int) -> Model:
-    """Loads the model alone.
-
-    Args:
-        model_arguments: Which; a head that is to start as a probe starts at random.
-        num_labels: Number of outputs.
-        seed: Of a new head.
-
-    Returns:
-        The model.
-
-    Raises:
-        InputError: If it cannot be used.
-    """
-    return load_model(
-        model_arguments.model_name_or_path,
-        num_labels,
-        head=model_arguments.head,
-        head_init="random" if model_arguments.head_init == "probe" else model_arguments.head_init,
-        new_head=model_arguments.new_head,
-        rng=seed,
-        revision=model_arguments.model_revision,
-    )
+def _tokenized(split: TextSplit, model: Model, max_length: int) -> tuple[Dataset, int]:
+    if isinstance(model.module, PromptClassifier):
+        return tokenize_prompts(split, model.tokenizer, model.module.template, max_length)
+    return tokenize(split, model.tokenizer, max_length, model.module.config.type_vocab_size > 1)
 
 
 def load(
@@ -367,10 +331,14 @@ def load(
         InputError: If anything given cannot be used.
     """
     task = load_task(arguments)
+    check_prompt(model_arguments, task)
     whole = {"train": task.train, "eval": task.validation}
     splits = {name: subsample(split, sizes[name], seed) for name, split in whole.items() if sizes[name] != 0}
     model = pretrained(model_arguments, task.num_labels, seed)
-    task, splits, notes = _in_order_of_checkpoint(model, task, splits)
+    if model_arguments.template is None:
+        task, splits, notes = _in_order_of_checkpoint(model, task, splits)
+    else:  # its label words are in the task's order
+        notes = (prompt_note(model_arguments, task.label_names),)
     # A checkpoint's own regression head speaks in the units that it was trained in.
     own_head = model.source is not None and not model.source.head_is_new
     scale = None if task.label_names or own_head else scale_of(splits["train"])
@@ -381,17 +349,11 @@ def load(
             f"(mean {scale.mean:.4g}, standard deviation {scale.std:.4g})",
         )
     max_length = min(arguments.max_seq_length, model.module.config.max_length)
-    token_types = model.module.config.type_vocab_size > 1
     data, truncated = {}, {}
     for name, split in splits.items():
-        data[name], truncated[name] = tokenize(split, model.tokenizer, max_length, token_types)
+        data[name], truncated[name] = _tokenized(split, model, max_length)
         check_data(full(model), data[name], loss)
     return Loaded(task, notes, scale, data, truncated, max_length, model)
-
-
-def starts_as_probe(model: Model, model_arguments: ModelArguments) -> bool:
-    """Whether the head is new and starts as a probe."""
-    return model_arguments.head_init == "probe" and model.source is not None and model.source.head_is_new
 
 
 def prepare(
@@ -430,9 +392,11 @@ def prepare(
         loaded = dataclasses.replace(loaded, model=with_remat(loaded.model))
     # For its errors, before the probe's pass over the data.
     check_blocks(tune(loaded.model, tuned, seed, sweep.with_frozen_A)[0], config)
-    probed = loaded.probed()
-    model = probed if starts_as_probe(loaded.model, model_arguments) else loaded.model
-    probe = head_only(probed)
-    baselines = {"linear_probe": {name: predict(probe, probe.theta0, part) for name, part in loaded.data.items()}}
+    model, baselines = loaded.model, {}
+    if model_arguments.template is None:  # a prompt has no head to probe with
+        probed = loaded.probed()
+        model = probed if starts_as_probe(loaded.model, model_arguments) else loaded.model
+        probe = head_only(probed)
+        baselines["linear_probe"] = {name: predict(probe, probe.theta0, part) for name, part in loaded.data.items()}
     tun, extra_arms = tune(model, tuned, seed, sweep.with_frozen_A)
     return Setting(**{**vars(loaded), "model": model}, tun=tun, extra_arms=extra_arms, baselines=baselines)

@@ -11,6 +11,7 @@ from jaxlin.errors import InputError
 from jaxlin.models.model import Model
 from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
+from jaxlin.peft.prompt import prompt_tuning
 from jaxlin.peft.select import bias_only, full, head_only, layer_norm_only, select
 from jaxlin.tunable import Tunable
 
@@ -22,7 +23,7 @@ class TunedArguments:
     """What is tuned.
 
     Attributes:
-        peft: Method: low-rank factors, scaling vectors, a kind of parameter, a regular expression, or all.
+        peft: Method: low-rank factors, scaling vectors, soft prompt, a kind of parameter, a regular expression, or all.
         lora_rank: Rank r.
         lora_alpha: Scale α.
         lora_targets: Modules that are adapted, by the end of their path; or one regular expression for whole paths.
@@ -35,11 +36,12 @@ class TunedArguments:
         modules_to_save: Modules that are tuned whole beside LoRA.
         ia3_targets: Modules whose output IA³ scales; as lora_targets.
         ia3_feedforward: Modules whose input IA³ scales.
+        num_virtual_tokens: Vectors that prompt tuning puts before each text.
         select: Regular expression for the parameters to tune, with --peft select.
         train_head: Whether the head is tuned too.
     """
 
-    peft: Literal["lora", "ia3", "bitfit", "layer_norm", "head", "select", "full"] = "lora"
+    peft: Literal["lora", "ia3", "prompt", "bitfit", "layer_norm", "head", "select", "full"] = "lora"
     lora_rank: int = 8
     lora_alpha: float = 8.0
     lora_targets: tuple[str, ...] = ("query", "value")
@@ -52,6 +54,7 @@ class TunedArguments:
     modules_to_save: tuple[str, ...] = ()
     ia3_targets: tuple[str, ...] = ("key", "value")
     ia3_feedforward: tuple[str, ...] = ("mlp/down",)
+    num_virtual_tokens: int = 8
     select: str | None = None
     train_head: bool = True
 
@@ -82,7 +85,8 @@ def _check(arguments: TunedArguments) -> None:
         name = field.name
         if name in ("peft", "train_head", "select") or getattr(arguments, name) == getattr(default, name):
             continue
-        method = "ia3" if name.startswith("ia3") else "lora"
+        prompt = name == "num_virtual_tokens"
+        method = "ia3" if name.startswith("ia3") else "prompt" if prompt else "lora"
         if arguments.peft != method and (arguments.peft, name) != ("ia3", "lora_layers"):
             raise InputError(f"--{name} needs --peft {method}; it is {arguments.peft}")
     if (arguments.select is not None) != (arguments.peft == "select"):
@@ -125,6 +129,8 @@ def tune(model: Model, arguments: TunedArguments, seed: int, with_frozen_A: bool
     if method == "ia3":
         outward, inward = _modules(arguments.ia3_targets), _modules(arguments.ia3_feedforward)
         return ia3(model, outward, inward, arguments.lora_layers or None, train_head=arguments.train_head), {}
+    if method == "prompt":
+        return prompt_tuning(model, arguments.num_virtual_tokens, train_head=arguments.train_head, rng=seed), {}
     if method in ("bitfit", "layer_norm"):
         return (bias_only if method == "bitfit" else layer_norm_only)(model, arguments.train_head), {}
     if arguments.select is not None:

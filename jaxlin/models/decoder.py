@@ -1,4 +1,4 @@
-"""Decoders (GPT-2, the Llama family) with a classification or a language-modelling head, in Flax Linen."""
+"""Decoders (GPT-2, the Llama family, Gemma) with a classification or a language-modelling head, in Flax Linen."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ class DecoderConfig:
         rope: Rotary positions; `None` for an embedding of `max_positions` rows (GPT-2).
         rms_norm: Whether norms only scale (RMSNorm); else LayerNorm.
         norm_eps: ε of every norm.
+        norm_offset: What RMSNorm adds to its weight (Gemma: 1).
+        scaled_embeddings: Whether word embeddings are multiplied by √D before the first layer (Gemma).
         activation: Of the MLP; a name of `ACTIVATIONS`.
         gated: Whether the MLP has a `gate`, the activation of which multiplies `up`.
         qkv_bias: Whether query, key and value have a bias.
@@ -56,6 +58,8 @@ class DecoderConfig:
     rope: Rope | None = None
     rms_norm: bool = True
     norm_eps: float = 1e-6
+    norm_offset: float = 0.0
+    scaled_embeddings: bool = False
     activation: str = "silu"
     gated: bool = True
     qkv_bias: bool = False
@@ -78,8 +82,28 @@ class DecoderConfig:
         return 0
 
 
+class OffsetRMSNorm(nn.Module):
+    """RMSNorm whose scale is its weight plus an offset, so that a weight of 0 may leave the scale at 1.
+
+    Attributes:
+        epsilon: ε.
+        offset: What is added to the weight.
+    """
+
+    epsilon: float
+    offset: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Returns x over its root mean square, scaled."""
+        normed = nn.RMSNorm(epsilon=self.epsilon, use_scale=False, name="norm")(x)
+        return normed * (self.offset + self.param("scale", nn.initializers.zeros, (x.shape[-1],)))
+
+
 def _norm(config: DecoderConfig, name: str) -> nn.Module:
     # Both take their statistics in float32 at least: half precision is widened, float64 stays.
+    if config.norm_offset:
+        return OffsetRMSNorm(config.norm_eps, config.norm_offset, name=name)
     if config.rms_norm:
         return nn.RMSNorm(epsilon=config.norm_eps, name=name)
     return nn.LayerNorm(epsilon=config.norm_eps, use_fast_variance=False, name=name)
@@ -112,6 +136,8 @@ class Embeddings(nn.Module):
         """Returns the input of the first layer."""
         config = self.config
         x = nn.Embed(config.vocab_size, config.hidden_size, name="word")(jnp.asarray(batch["input_ids"]))
+        if config.scaled_embeddings:
+            x = x * jnp.asarray(config.hidden_size**0.5, x.dtype)
         if config.rope is not None:
             return x
         positions = positions_of(jnp.asarray(batch["attention_mask"]))

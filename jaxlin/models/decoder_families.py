@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,11 +86,19 @@ def _llama_config(hf: Any) -> DecoderConfig:
             output_bias=bias,
             mlp_bias=getattr(hf, "mlp_bias", False),
             qk_norm=hf.model_type == "qwen3",
-            windows=() if hf.model_type == "llama" else _windows(hf),
+            windows=() if hf.model_type in ("llama", "gemma") else _windows(hf),
             tied=hf.tie_word_embeddings,
             initializer_range=hf.initializer_range,
         )
     )
+
+
+def _gemma_config(hf: Any) -> DecoderConfig:
+    activation = getattr(hf, "hidden_activation", None) or hf.hidden_act
+    # Checkpoints of the first release name the exact GELU and mean the tanh form that they were trained with.
+    activation = "gelu_pytorch_tanh" if activation == "gelu" else activation
+    config = dataclasses.replace(_llama_config(hf), activation=activation)
+    return _checked(dataclasses.replace(config, norm_offset=1.0, scaled_embeddings=True))
 
 
 def _of_layers(stem: str, modules: Mapping[str, str]) -> dict[str, str]:
@@ -127,6 +136,8 @@ _LLAMA = Family(
     is_decoder=True,
 )
 
+_GEMMA = dataclasses.replace(_LLAMA, config=_gemma_config)
+
 _GPT2 = Family(
     prefix="transformer.",
     modules={
@@ -156,6 +167,7 @@ _GPT2 = Family(
 
 DECODERS: Mapping[str, Family] = {
     "gpt2": _GPT2,
+    "gemma": _GEMMA,
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,

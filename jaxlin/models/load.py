@@ -120,7 +120,7 @@ def load_model(
     """Loads a pretrained text model with a classification head.
 
     Encoders: BERT, RoBERTa (XLM-R, CamemBERT, DistilRoBERTa), DistilBERT and ELECTRA. Decoders: GPT-2, Llama, Mistral,
-    Qwen2 and Qwen3. From safetensors, whole or in shards.
+    Qwen2, Qwen3 and Gemma (the first). From safetensors, whole or in shards.
 
     Args:
         name_or_path: Local folder in Hugging Face's layout, a hub id, or `"all-MiniLM-L6-v2"`, whose
@@ -179,17 +179,33 @@ def load_model(
     return Model(_cast(params, body), module, ModelSource(name_or_path, str(folder), head_is_new))
 
 
-def _load_language_model(name_or_path: str | Path, dtype: Any, revision: str | None, decoder: bool) -> Model:
+def load_language_model(
+    name_or_path: str | Path, dtype: Any = None, revision: str | None = None, decoder: bool | None = None
+) -> Model:
+    """Loads a decoder or an encoder with its language-modelling head; see `load_causal_lm` and `load_masked_lm`.
+
+    Args:
+        name_or_path: Local folder in Hugging Face's layout, or a hub id.
+        dtype: As in `load_model`.
+        revision: As in `load_model`.
+        decoder: Which of the two it must be; `None`: either.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: As in `load_model`; also if the checkpoint has no such head, or is of the other kind.
+    """
     _check_dtype(dtype)
     folder = resolve_model(str(name_or_path), revision)
     hf = _hf_config(folder)
     family = FAMILIES[hf.model_type]
-    if family.is_decoder != decoder:
+    if decoder not in (None, family.is_decoder):
         kinds = ("an encoder: load_masked_lm", "a decoder: load_causal_lm")
         raise InputError(
             f"{folder} is of {hf.model_type}, {kinds[family.is_decoder]} loads its language-modelling head"
         )
-    if not (decoder or _is_tied(hf)):
+    if not (family.is_decoder or _is_tied(hf)):
         raise InputError(f"{folder}: tie_word_embeddings is false; only heads tied to the word embedding are supported")
     config = family.config(hf)
     module = family.language_model(config)
@@ -238,7 +254,7 @@ def load_masked_lm(name_or_path: str | Path, *, dtype: Any = None, revision: str
         InputError: As in `load_model`; also if the checkpoint has no such head, or one whose output map is not the
             word embedding, or is a decoder's.
     """
-    return _load_language_model(name_or_path, dtype, revision, decoder=False)
+    return load_language_model(name_or_path, dtype, revision, decoder=False)
 
 
 def load_causal_lm(name_or_path: str | Path, *, dtype: Any = None, revision: str | None = None) -> Model:
@@ -256,4 +272,4 @@ def load_causal_lm(name_or_path: str | Path, *, dtype: Any = None, revision: str
     Raises:
         InputError: As in `load_model`; also if the checkpoint has no such head, or is an encoder's.
     """
-    return _load_language_model(name_or_path, dtype, revision, decoder=True)
+    return load_language_model(name_or_path, dtype, revision, decoder=True)

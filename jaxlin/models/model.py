@@ -122,8 +122,8 @@ def check_text_batch(module: Any, batch: Batch) -> None:
 
     Raises:
         InputError: If a column is missing or of another shape, if T exceeds the number of positions, if
-            an id or token type lies outside its table, if an example has no live token, or, of a prompt classifier
-            with a mask token, if an example does not hold it once.
+            an id or token type lies outside its table, if an example has no live token, or if `module` has a check of
+            its own (`check_batch`) that fails.
     """
     config = getattr(module, "config", None)
     if config is None or not hasattr(config, "vocab_size"):
@@ -155,12 +155,9 @@ def check_text_batch(module: Any, batch: Batch) -> None:
     empty = np.flatnonzero(~np.asarray(batch["attention_mask"]).astype(bool).any(axis=1))
     if empty.size:
         raise InputError(f"example {empty[0]} has no live token (attention_mask is all 0)")
-    mask_id = getattr(module, "mask_id", None)
-    if mask_id is not None:
-        blanks = (np.asarray(batch["input_ids"]) == mask_id).sum(axis=1)
-        if (blanks != 1).any():
-            first = int(np.argmax(blanks != 1))
-            raise InputError(f"example {first} holds {blanks[first]} mask tokens; expected one, as prompt_batch makes")
+    own = getattr(module, "check_batch", None)
+    if own is not None:
+        own(batch)
 
 
 HEAD_STARTS = ("random", "zero")

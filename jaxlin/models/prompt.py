@@ -12,36 +12,26 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jaxlin.data.prompt import Template, prompt_columns
 from jaxlin.errors import InputError
-from jaxlin.models.decoder import CausalLm, DecoderConfig, last_live
-from jaxlin.models.encoder import EncoderConfig, MaskedLm
+from jaxlin.models.decoder import CausalLm, last_live
+from jaxlin.models.encoder import MaskedLm
 from jaxlin.models.model import Model
+from jaxlin.models.reading import Reading
 from jaxlin.tunable import Batch
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptClassifier:
-    """A language model read at the blank of a template; compared by value.
+class PromptClassifier(Reading):
+    """A language model read at the blank of a template.
 
     Attributes:
-        module: The language model.
         template: What texts are put into.
         words: Ids of the label words, one a class.
         mask_id: Id of the token in the blank; `None` where the blank follows the last token (a causal LM).
     """
 
-    module: CausalLm | MaskedLm
     template: Template
     words: tuple[int, ...]
     mask_id: int | None
-
-    @property
-    def config(self) -> DecoderConfig | EncoderConfig:
-        """Shape of the language model."""
-        return self.module.config
-
-    def clone(self, config: DecoderConfig | EncoderConfig) -> PromptClassifier:
-        """Returns the same with the language model in another configuration, as Flax's modules do."""
-        return dataclasses.replace(self, module=self.module.clone(config=config))
 
     @property
     def head(self) -> str:
@@ -57,6 +47,19 @@ class PromptClassifier:
         logits = cast(Array, self.module.apply(variables, {**batch, "positions": at}))
         return logits[:, jnp.array(self.words)]
 
+    def check_batch(self, batch: Batch) -> None:
+        """Checks that every example has one blank.
+
+        Raises:
+            InputError: If one has not.
+        """
+        if self.mask_id is None:
+            return
+        blanks = (np.asarray(batch["input_ids"]) == self.mask_id).sum(axis=1)
+        if (blanks != 1).any():
+            first = int(np.argmax(blanks != 1))
+            raise InputError(f"example {first} holds {blanks[first]} mask tokens; expected one, as prompt_batch makes")
+
 
 def prompt_classifier(model: Model, template: str, label_words: Sequence[str]) -> Model:
     """Makes a classifier of a language model, with its pretrained head and no new one.
@@ -66,8 +69,9 @@ def prompt_classifier(model: Model, template: str, label_words: Sequence[str]) -
 
     Args:
         model: Of `load_causal_lm` or `load_masked_lm`.
-        template: A sentence with `{text}` and `{mask}`, such as `"{text} It was {mask}."`. A causal LM reads what
-            stands before `{mask}`, trailing blanks removed, and what follows is left out.
+        template: A sentence with `{text}`, or `{text_a}` and `{text_b}` for pairs of texts, and `{mask}`, such as
+            `"{text} It was {mask}."`. A causal LM reads what stands before `{mask}`, trailing blanks removed, and what
+            follows is left out.
         label_words: One a class, in the order of the classes; each one token of the tokenizer, behind a space where
             the template has one before `{mask}`.
 
@@ -75,8 +79,8 @@ def prompt_classifier(model: Model, template: str, label_words: Sequence[str]) -
         The model, for `lora` and every other way of tuning; `prompt_batch` makes its inputs.
 
     Raises:
-        InputError: If the model is no language model with a tokenizer, the template lacks `{text}` or `{mask}`, or the
-            label words are fewer than two, not one token each (the message names the tokens), or the same token.
+        InputError: If the model is no language model with a tokenizer, the template lacks a place or has another, or
+            the label words are fewer than two, not one token each (the message names the tokens), or the same token.
     """
     if not isinstance(model.module, CausalLm | MaskedLm):
         raise InputError(
@@ -104,7 +108,7 @@ def _word_id(tokenizer: Any, template: Template, word: str) -> int:
 
     if template.mask_token is None:
         # In context: a tokenizer may put a blank before the first word, and merge what it meets.
-        context = template.filled("").strip() or "It"
+        context = template.filled(*("" for _ in template.places)).strip() or "It"
         before, whole = encoded(context), encoded(context + answer)
         ids = whole[len(before) :] if whole[: len(before)] == before else whole
     else:
@@ -118,25 +122,27 @@ def _word_id(tokenizer: Any, template: Template, word: str) -> int:
 
 
 def prompt_batch(
-    model: Model, texts: Sequence[str], max_length: int | None = None
+    model: Model, texts: Sequence[str | tuple[str, ...]], max_length: int | None = None
 ) -> dict[str, Int[np.ndarray, "N T"]]:
     """Returns texts in the model's template as its inputs, for `Dataset.from_columns` or as a batch.
 
     Args:
         model: Of `prompt_classifier`.
-        texts: At least one.
+        texts: At least one; pairs `(text_a, text_b)` for a template of pairs.
         max_length: Tokens of a prompt, at most the model's own limit, which `None` stands for. A longer prompt loses
-            the end of its text, never a part of the template.
+            the end of its text, or of the longer of a pair, never a part of the template.
 
     Returns:
         `input_ids` and `attention_mask`, int32 `[N, T]`, padded on the right.
 
     Raises:
-        InputError: If the model is no prompt classifier, there is no text, or `max_length` leaves no room for text.
+        InputError: If the model is no prompt classifier, there is no text, the template is of pairs and the texts are
+            not or the other way round, or `max_length` leaves no room for text.
     """
     if not isinstance(model.module, PromptClassifier):
         raise InputError("prompt_batch needs a model of prompt_classifier")
     if not texts:
         raise InputError("prompt_batch got no text; expected at least one")
     limit = min(max_length or model.module.config.max_length, model.module.config.max_length)
-    return prompt_columns(texts, model.tokenizer, model.module.template, limit)[0]
+    parts = [(text,) if isinstance(text, str) else text for text in texts]
+    return prompt_columns(parts, model.tokenizer, model.module.template, limit)[0]

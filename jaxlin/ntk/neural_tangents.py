@@ -1,7 +1,7 @@
 """The bridge to neural-tangents 0.6.5 on today's JAX, and its kernels as an engine.
 
 The library's last release predates the removal of several JAX names and requires TensorFlow for a part
-(`neural_tangents.experimental`) that its kernels never use. `load()` supplies those names from
+(`neural_tangents.experimental`) that its kernels never use. `load_neural_tangents()` supplies those names from
 public JAX API, keeps that part out, and replaces three private functions whose JAX counterparts changed.
 """
 
@@ -176,12 +176,43 @@ def _replace_functions(empirical: Any) -> None:
     empirical._get_flops = get_flops
 
 
-@functools.cache
-def load() -> types.ModuleType:
-    """Returns the module `neural_tangents`, made to run on the installed JAX.
+def _try_out(nt: Any) -> None:
+    """Computes a small kernel by the implementation that uses most of JAX: what a changed JAX breaks, breaks here.
 
     Raises:
-        ImportError: If it cannot be imported; says which versions met.
+        AssertionError: If it is wrong.
+    """
+
+    def f(theta: Array, x: Array) -> Array:
+        return jax.nn.tanh(x @ theta) @ theta.T
+
+    theta, x = jax.numpy.arange(4.0).reshape(2, 2) / 8, jax.numpy.eye(2)
+    rows = jax.jacobian(f)(theta, x).reshape(4, 4)
+    exact = np.asarray(rows @ rows.T).reshape(2, 2, 2, 2).transpose(0, 2, 1, 3)
+    structured = nt.NtkImplementation.STRUCTURED_DERIVATIVES
+    found = jax.jit(nt.empirical_ntk_fn(f, trace_axes=(), vmap_axes=0, implementation=structured))(x, None, theta)
+    if np.abs(found - exact).max() > 1e-4:
+        raise AssertionError("its kernel of a function of four parameters is wrong")
+
+
+@functools.cache
+def load_neural_tangents() -> types.ModuleType:
+    """Returns the module `neural_tangents`, made to run on the installed JAX.
+
+    A `Tunable`'s `apply(theta, batch)` is its `apply_fn(params, x)`, with `vmap_axes=({name: 0 for name in batch}, 0,
+    {})`; the array `[N, N, C, C]` of a `Kernel` is what its `predict` functions take, with `trace_axes=()`.
+
+    Raises:
+        ImportError: If it cannot be imported, or does not work there; says which versions met.
+
+    Example:
+        >>> import jax.numpy as jnp, numpy as np, jaxlin as jl
+        >>> nt = jl.load_neural_tangents()
+        >>> tun = jl.Tunable(lambda theta, batch: batch["x"] @ theta["w"], {"w": jnp.zeros((2, 1))})
+        >>> K = jl.ntk(tun, {"x": np.eye(2, dtype=np.float32)})
+        >>> fn = nt.predict.gradient_descent_mse(K.array, np.array([[1.0], [-1.0]]), trace_axes=())
+        >>> fn(None, np.zeros((2, 1))).round(4).tolist()  # at the end of training
+        [[1.0], [-1.0]]
     """
     try:
         _supply_names()
@@ -189,10 +220,13 @@ def load() -> types.ModuleType:
         from neural_tangents._src import empirical
 
         _replace_functions(empirical)
-    except (ImportError, AttributeError) as error:
+        with warnings.catch_warnings(), jax.default_matmul_precision("highest"):
+            warnings.simplefilter("ignore", DeprecationWarning)  # the library's own use of JAX
+            _try_out(neural_tangents)
+    except Exception as error:  # whatever a changed JAX makes of it
         raise ImportError(
-            f"neural-tangents cannot be bridged to JAX {jax.__version__}: {error}. Install neural-tangents 0.6.5 "
-            'with a JAX from 0.10 to 0.12, or use engine="jacobian"'
+            f"neural-tangents cannot be bridged to JAX {jax.__version__}: {type(error).__name__}: {error}. Install "
+            'neural-tangents 0.6.5 with a JAX from 0.10 to 0.12, or use engine="jacobian"'
         ) from error
     return neural_tangents
 
@@ -207,7 +241,7 @@ def _kernel_tile(
     implementation: str,
 ) -> Array:
     """Kernel `[B1, B2, C, C]` of the leaves at positions `chosen`; `batch2=None` for that of batch1 with itself."""
-    nt = load()
+    nt = load_neural_tangents()
     leaves, tree = jax.tree.flatten(theta)
 
     def f(tuned: list[Array], batch: Batch) -> Array:

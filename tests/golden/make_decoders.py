@@ -31,6 +31,7 @@ FAMILIES = {
     "mistral": {**SIZE, "sliding_window": 4, "head_dim": 6, "num_key_value_heads": 1},
     "qwen2": {**SIZE, "use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1},
     "qwen3": {**SIZE, "head_dim": 6},
+    "gemma": {**SIZE, "head_dim": 6},
 }
 OPTIONS = {
     "llama": {"rope_parameters": LLAMA3},

@@ -32,7 +32,9 @@ class RegularizationSetting(Setting):
 
     Attributes:
         lam_rel: Pull strengths in units of μ₁.
-        pull_tasks: Tasks on which the pulls are compared, and on which an arm with LoRA's A frozen is trained.
+        frozen_tasks: Tasks on which an arm with LoRA's A frozen is trained.
+        pull_tasks: Tasks on which the pulls are compared.
+        pull_lam_rel: Pull strengths of the others, in units of μ₁.
         bound_examples: Training examples of the first of them on which the bounds are evaluated, in float64.
         bound_steps: Full-batch steps of descent for them.
         num_train_epochs: Passes over the training examples.
@@ -41,7 +43,9 @@ class RegularizationSetting(Setting):
     """
 
     lam_rel: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-    pull_tasks: tuple[str, ...] = ("cola", "sst2")
+    frozen_tasks: tuple[str, ...] = ("cola", "sst2")
+    pull_tasks: tuple[str, ...] = ("sst2",)
+    pull_lam_rel: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
     bound_examples: int = 48
     bound_steps: int = 24
     num_train_epochs: float = 3.0
@@ -71,11 +75,13 @@ def _sweep(setting: RegularizationSetting, work: Work, task: str, seed: int, pul
         seed=seed,
         group_by_length=True,
     )
-    frozen = pull == "coupled" and task in setting.pull_tasks
+    coupled = pull == PULLS[0]
+    frozen = coupled and task in setting.frozen_tasks
+    shares = setting.lam_rel if coupled else setting.pull_lam_rel
     options = {
         "what": "compare",
         "training": dataclasses.asdict(training),
-        "lam_rel": list(setting.lam_rel),
+        "lam_rel": list(shares),
         "frozen_A": frozen,
         "rank": setting.lora_rank,
     }
@@ -88,7 +94,7 @@ def _sweep(setting: RegularizationSetting, work: Work, task: str, seed: int, pul
             problem.train,
             problem.eval,
             training,
-            lam_rel=setting.lam_rel,
+            lam_rel=shares,
             extra_arms=arms,
             kernel_examples=len(problem.train),
             progress=lambda phase, done, of: work.progress(f"{phase}, {task}, seed {seed}, {pull}", done, of),
@@ -124,10 +130,10 @@ def _bounds(setting: RegularizationSetting, work: Work) -> list[Row]:
 
 def compute(setting: RegularizationSetting, work: Work) -> Tables:
     """Runs every sweep; the coupled pull first, seed by seed, so that a part is a whole of fewer seeds."""
-    missing = set(setting.pull_tasks) - set(setting.tasks)
+    missing = {*setting.pull_tasks, *setting.frozen_tasks} - set(setting.tasks)
     if missing:
-        raise InputError(f"--pull_tasks {sorted(missing)[0]} is not among --tasks {' '.join(setting.tasks)}")
-    coupled = [(task, seed, "coupled") for seed in range(setting.seeds) for task in setting.tasks]
+        raise InputError(f"{sorted(missing)[0]} is not among --tasks {' '.join(setting.tasks)}")
+    coupled = [(task, seed, PULLS[0]) for seed in range(setting.seeds) for task in setting.tasks]
     others = [(t, s, pull) for pull in PULLS[1:] for s in range(setting.seeds) for t in setting.pull_tasks]
     table: list[Row] = []
     for done, (task, seed, pull) in enumerate([*coupled, *others]):
@@ -154,7 +160,11 @@ def _main(table: Sequence[Row]) -> Figure:
     """Everything against λ under the coupled pull, a column a task."""
     rows = of(table, pull="coupled")
     tasks = distinct(rows, "task")
-    figure, axes = plots.canvas(len(_ROWS), len(tasks), max(1.9 * len(tasks), 5.0), 10.2, sharex=True, sharey="row")
+    figure, axes = plots.canvas(len(_ROWS), len(tasks), max(1.9 * len(tasks), 5.0), 10.2, sharex=True)
+    for line in axes[:-1]:  # scores are of other kinds from task to task
+        for axis in line[1:]:
+            axis.sharey(line[0])
+            axis.tick_params(labelleft=False)
     with plots.drawing():
         for column, task in enumerate(tasks):
             mine = of(rows, task=task)
@@ -168,24 +178,15 @@ def _main(table: Sequence[Row]) -> Figure:
                     label = plots.NAMES[arm] if len(arms) > 1 else None
                     band(axis, of(mine, arm=arm), "lam_over_mu1", key, at, fmt=style, color=colour, label=label)
                 if key == "agreement_eval":
-                    label = "full with start f₀"
-                    colour = plots.COLOURS["start"]
-                    band(
-                        axis,
-                        of(mine, arm=FULL),
-                        "lam_over_mu1",
-                        "agreement_f0_eval",
-                        at,
-                        fmt="d:",
-                        color=colour,
-                        label=label,
-                    )
+                    grey = {"fmt": "d:", "color": plots.COLOURS["start"], "label": "full with start f₀"}
+                    band(axis, of(mine, arm=FULL), "lam_over_mu1", "agreement_f0_eval", at, **grey)
                 if key == "score_eval":
                     _baselines(axis, mine)
                 if key in plots.SCALINGS or key == "output_gap_eval":
                     _guide(axis, of(mine, arm=FULL), key, at)
                 axis.set_xlabel("pull λ/μ₁" if line == len(_ROWS) - 1 else "")
                 axis.tick_params(labelsize=6.5)
+                axis.tick_params(axis="x", labelsize=5.5)
                 if not column:
                     axis.set_ylabel(name)
             axes[0, column].set_title(name_of(task))
@@ -209,13 +210,12 @@ def _baselines(axis: Axes, rows: Sequence[Row]) -> None:
 
 
 def _guide(axis: Axes, rows: Sequence[Row], column: str, at: Mapping[float, float]) -> None:
-    """Draws the slope that theory 5 gives for λ → ∞, through the value at the largest λ."""
+    """Draws the slope that theory 5 gives for λ → ∞, from λ = μ₁/10 on."""
     slope = plots.SCALINGS[column.removesuffix("_eval")]
     large = sorted(share for share in at if share >= 0.1)
-    values = values_of(of(rows, lam_over_mu1=large[-1]), column) if large else np.array([])
+    values = values_of(of(rows, lam_over_mu1=large[0]), column) if large else np.array([])
     if len(large) > 1 and len(values):
-        last = large[-1]
-        guide = [values.mean() * (share / last) ** slope for share in large]
+        guide = [values.mean() * (share / large[0]) ** slope for share in large]
         axis.plot([at[share] for share in large], guide, color=_GAP, lw=0.9, ls=":")
 
 
@@ -256,7 +256,7 @@ def _pulls(table: Sequence[Row]) -> Figure:
 
 
 def _frozen(table: Sequence[Row]) -> Figure:
-    rows = [row for row in of(table, pull="coupled") if row["task"] in _pull_tasks(table)]
+    rows = [row for row in of(table, pull="coupled") if row["task"] in distinct(of(table, arm=FROZEN_A), "task")]
     styles = {FULL: "o-", FROZEN_A: "v-", LINEARIZED: "s--"}
     lines = [({"arm": arm}, plots.NAMES[arm], plots.COLOURS[arm], style) for arm, style in styles.items()]
     return _side_by_side(rows, lines, f"With LoRA's A frozen; {sizes(rows)}")
@@ -346,7 +346,8 @@ def _scores(rows: Sequence[Row]) -> str:
 
 def _of_pulls(table: Sequence[Row]) -> str:
     lines = []
-    for task in _pull_tasks(table):
+    frozen_tasks = distinct(of(table, arm=FROZEN_A), "task")
+    for task in dict.fromkeys([*frozen_tasks, *_pull_tasks(table)]):
         for pull in PULLS:
             rows = of(table, task=task, pull=pull, arm=FULL)
             middle = of(rows, lam_over_mu1=1e-2)
@@ -375,7 +376,11 @@ STUDY = Study(
     name="02_regularization_and_linearity",
     title="How close full and linearized fine-tuning are, against the pull towards the pretrained weights",
     fast=RegularizationSetting(
-        **{**FAST, "pull_tasks": (STDLIB,)}, lam_rel=(0.0, 1e-2, 1.0), bound_examples=8, bound_steps=6
+        **{**FAST, "pull_tasks": (STDLIB,), "frozen_tasks": (STDLIB,)},
+        lam_rel=(0.0, 1e-2, 1.0),
+        pull_lam_rel=(1e-2,),
+        bound_examples=8,
+        bound_steps=6,
     ),
     full=RegularizationSetting(),
     compute=compute,

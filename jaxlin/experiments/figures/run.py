@@ -17,7 +17,7 @@ import tyro
 
 from jaxlin import plots
 from jaxlin.errors import InputError
-from jaxlin.experiments.figures import dynamics, lipschitz, regularization
+from jaxlin.experiments.figures import dynamics, lipschitz, llm, regularization
 from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.study import Row, Setting, Study, Work, read_tables, write_tables
 from jaxlin.experiments.progress import ProgressReporter
@@ -27,7 +27,7 @@ from jaxlin.versions import versions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STUDIES: tuple[Study, ...] = (regularization.STUDY, dynamics.STUDY, lipschitz.STUDY)
+STUDIES: tuple[Study, ...] = (regularization.STUDY, dynamics.STUDY, lipschitz.STUDY, llm.STUDY)
 """In the order of their numbers."""
 
 FAST_SWITCH = "JAXLIN_NOTEBOOKS"
@@ -95,8 +95,9 @@ def setting_of(study: Study, config: FiguresConfig) -> Setting:
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
     if config.tasks:
         given |= {"tasks": config.tasks}
-        if hasattr(setting, "pull_tasks"):
-            given |= {"pull_tasks": tuple(t for t in setting.pull_tasks if t in config.tasks) or config.tasks[:1]}
+        for name in ("pull_tasks", "frozen_tasks"):
+            if hasattr(setting, name):
+                given[name] = tuple(t for t in getattr(setting, name) if t in config.tasks) or config.tasks[:1]
     setting = dataclasses.replace(setting, **given)
     setting.check()
     return setting

@@ -14,8 +14,9 @@ from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
 from jaxlin.experiments.data_arguments import STDLIB, DataArguments
 from jaxlin.experiments.figures.cache import Cache
+from jaxlin.experiments.model_arguments import ModelArguments, starts_as_probe
 from jaxlin.experiments.run_folder import write_csv
-from jaxlin.experiments.setting import Loaded, ModelArguments, load, starts_as_probe
+from jaxlin.experiments.setting import Loaded, load
 from jaxlin.models.model import Model
 from jaxlin.models.resolve import EMBEDDED_MODEL
 from jaxlin.ntk.store import fingerprint
@@ -54,6 +55,10 @@ class Setting:
     model_name_or_path: str = EMBEDDED_MODEL
     data_dir: Path | None = None
     lora_rank: int = 8
+
+    def model_arguments(self) -> ModelArguments:
+        """Which model, and how its head starts."""
+        return ModelArguments(self.model_name_or_path)
 
     def check(self) -> None:
         """Refuses what cannot be meant.
@@ -129,9 +134,18 @@ class Work:
         """
         held = self._problem
         if held is None or (held.loaded.task.name, held.seed) != (task, seed):
-            self._problem = held = _problem(self.setting, task, seed)
-            self.data_sha256[task] = held.loaded.task.sha256()
+            self._problem = held = self.made(self.setting, task, seed)
         return held
+
+    def made(self, setting: Setting, task: str, seed: int) -> Problem:
+        """Returns a problem in a setting of its own, such as with another start of the head; it is not kept.
+
+        Raises:
+            InputError: If model or data cannot be used.
+        """
+        problem = _problem(setting, task, seed)
+        self.data_sha256[task] = problem.loaded.task.sha256()
+        return problem
 
     def get(self, problem: Problem, options: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         """Returns a result on a problem, computed if it is not kept; `options` are what else it depends on."""
@@ -140,7 +154,7 @@ class Work:
 
 def _problem(setting: Setting, task: str, seed: int) -> Problem:
     arguments = DataArguments(task_name=task, data_dir=setting.data_dir, max_seq_length=setting.max_seq_length)
-    model = ModelArguments(setting.model_name_or_path)
+    model = setting.model_arguments()
     loaded = load(model, arguments, {"train": setting.num_train, "eval": setting.num_eval}, seed, "squared")
     rank = setting.lora_rank
     probed = loaded.probed() if starts_as_probe(loaded.model, model) else loaded.model

@@ -1,0 +1,337 @@
+"""A decoder with a prompt and label words: is its fine-tuning nearer to linear than that of a new head?
+
+Kernels are said to describe fine-tuning best where a prompt makes the task look like pretraining (Malladi et al. 2023,
+"A Kernel-Based View of Language Model Fine-Tuning"). Three starts are compared on the same decoder, data and steps: the
+pretrained language-modelling head read at a prompt's label words; a new head fitted to the frozen features (probe); and
+a new head drawn at random.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxlin import plots
+from jaxlin.errors import InputError
+from jaxlin.experiments.figures.study import FAST, Problem, Row, Setting, Study, Tables, Work
+from jaxlin.experiments.figures.summary import band, distinct, lam_positions, name_of, of, sizes, values_of, written
+from jaxlin.experiments.model_arguments import ModelArguments
+from jaxlin.ntk.engine import ntk
+from jaxlin.peft.lora import lora
+from jaxlin.selection import select_layers
+from jaxlin.theory.spectrum import spectrum
+from jaxlin.training.compare import FULL, LINEARIZED, compare
+from jaxlin.training.config import TrainConfig
+from jaxlin.training.losses import evaluate, targets
+from jaxlin.training.trainer import predict, train
+from jaxlin.tunable import layer_index
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from jaxlin.tunable import Tunable
+
+STORIES = "stories260K"
+"""The real decoder of 260,032 parameters that is looked for in the folder JAXLIN_MODELS."""
+
+STARTS = ("prompt", "probe", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class LlmSetting(Setting):
+    """A decoder by prompt and by new heads.
+
+    Attributes:
+        template: Of the prompt.
+        label_words: One a class.
+        lam_rel: Pull strengths in units of μ₁.
+        num_kernel: Training examples that make the kernels.
+        num_train_epochs: Passes over the training examples.
+        batch_size: Examples a step.
+        learning_rate: Of Adam, decaying linearly to 0.
+        budget_share: Share of LoRA's parameters that a choice of layers may tune.
+        random_choices: Random choices of layers with that budget.
+        start: How the head starts; set by the study.
+    """
+
+    tasks: tuple[str, ...] = ("sst2", "imdb")
+    max_seq_length: int = 128
+    model_name_or_path: str = STORIES
+    template: str = "{text} It was {mask}"
+    label_words: tuple[str, ...] = ("little", "happy")
+    lam_rel: tuple[float, ...] = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
+    num_kernel: int = 128
+    num_train_epochs: float = 3.0
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    budget_share: float = 0.4
+    random_choices: int = 3
+    start: str = STARTS[0]
+
+    def model_arguments(self) -> ModelArguments:
+        """Which decoder, and how it makes logits."""
+        name = self.model_name_or_path
+        if name == STORIES:
+            folder = os.environ.get("JAXLIN_MODELS")
+            if folder is None or not (Path(folder) / STORIES).is_dir():
+                raise InputError(
+                    f"the environment variable JAXLIN_MODELS names no folder that holds {STORIES}; set it, or give a "
+                    "decoder by --model_name_or_path"
+                )
+            name = str(Path(folder) / STORIES)
+        if self.start == "prompt":
+            return ModelArguments(name, template=self.template, label_words=self.label_words)
+        return ModelArguments(name, head_init="probe" if self.start == "probe" else "random")
+
+
+def _training(setting: LlmSetting, seed: int) -> TrainConfig:
+    return TrainConfig(
+        loss="cross_entropy",
+        learning_rate=setting.learning_rate,
+        lr_scheduler_type="linear",
+        batch_size=setting.batch_size,
+        num_train_epochs=setting.num_train_epochs,
+        seed=seed,
+        group_by_length=True,
+    )
+
+
+_GAPS = ("distance", "parameter_gap", "output_gap_relative_eval", "kl_eval", "agreement_eval", "accuracy_eval")
+
+
+def _compared(setting: LlmSetting, problem: Problem) -> list[Row]:
+    found = compare(problem.tun, problem.train, problem.eval, _training(setting, problem.seed), lam_rel=setting.lam_rel)
+    return [
+        {"arm": row["arm"], "lam_over_mu1": row["lam_over_mu1"], **{name: row.get(name) for name in _GAPS}}
+        for row in found.table
+    ]
+
+
+def _kernel(setting: LlmSetting, problem: Problem) -> dict[str, list[Row]]:
+    """The spectrum of K₀ of the contrasts of the logits, as softmax sees them, and each layer's share of its trace."""
+    some = problem.train.take(np.arange(min(setting.num_kernel, len(problem.train))))
+    kernel = ntk(problem.tun, some, blocks="leaf").contrasts()
+    spec = spectrum(kernel)
+    traces: dict[str, float] = {}
+    for name, block in kernel.blocks.items():
+        layer = layer_index(name)
+        part = "head" if layer is None else f"layer {layer}"
+        traces[part] = traces.get(part, 0.0) + float(np.trace(block.matrix()))
+    whole = sum(traces.values())
+    shares = [{"part": part, "share": value / whole} for part, value in traces.items()]
+    values = [
+        {"index": i + 1, "eigenvalue": float(value), "noise_floor": spec.noise_floor}
+        for i, value in enumerate(spec.eigenvalues)
+    ]
+    return {"shares": shares, "spectrum": values}
+
+
+def _wide(setting: LlmSetting, problem: Problem, layers: Sequence[int] | None = None) -> Tunable:
+    rank = setting.lora_rank
+    return lora(problem.model, rank, float(rank), ("query", "key", "value"), layers, rng=problem.seed)
+
+
+def _selected(setting: LlmSetting, problem: Problem) -> list[Row]:
+    """Fine-tunes layers chosen by the kernel, the last ones, random ones, and all."""
+    everything = _wide(setting, problem)
+    depth = problem.model.module.config.num_layers
+    budget = int(setting.budget_share * everything.num_params)
+    count = max(1, int(setting.budget_share * depth))
+    some = problem.train.take(np.arange(min(setting.num_kernel, len(problem.train))))
+    y = np.asarray(targets(some["labels"], problem.loaded.task.num_labels), np.float64)
+    report = select_layers(everything, some, y, budget=budget, criterion="leave_one_out_error", contrasts=True)
+    rng = np.random.default_rng(problem.seed)
+    rows = []
+
+    def tuned(choice: str, tun: Tunable) -> None:
+        result = train(tun, problem.train, None, _training(setting, problem.seed))
+        scores = evaluate(predict(tun, result.theta, problem.eval), problem.eval["labels"], "cross_entropy")
+        rows.append({"choice": choice, "num_params": tun.num_params, "accuracy_eval": scores["accuracy"]})
+
+    choice = report.choice
+    named = lora(
+        problem.model,
+        setting.lora_rank,
+        float(setting.lora_rank),
+        tuple(module.rpartition("/")[2] for module in choice.modules),
+        choice.layers,
+        rng=problem.seed,
+    )
+    tuned("chosen", named)
+    tuned("last layers", _wide(setting, problem, range(depth - count, depth)))
+    for _ in range(setting.random_choices):
+        tuned("random layers", _wide(setting, problem, sorted(rng.permutation(depth)[:count].tolist())))
+    tuned("all layers", everything)
+    return rows
+
+
+def compute(setting: LlmSetting, work: Work) -> Tables:
+    """Compares the three starts on every task and seed; kernels and choices of layers with them."""
+    tables: dict[str, list[Row]] = {"table": [], "shares": [], "spectrum": [], "choices": []}
+    options = dataclasses.asdict(setting)
+    for name in ("tasks", "seeds", "data_dir", "model_name_or_path", "start"):
+        options.pop(name)
+    todo = [(seed, task, start) for seed in range(setting.seeds) for task in setting.tasks for start in STARTS]
+    for done, (seed, task, start) in enumerate(todo):
+        work.progress("starts", done, len(todo))
+        problem = work.made(dataclasses.replace(setting, start=start), task, seed)
+        labels = {**problem.labels, "start": start}
+
+        def kept(what: str, of_this: Any, problem: Problem = problem, start: str = start) -> Any:
+            return work.get(problem, {**options, "what": what, "start": start}, lambda: of_this(setting, problem))
+
+        tables["table"] += [{**labels, **row} for row in kept("compare", _compared)]
+        for name, rows in kept("kernel", _kernel).items():
+            tables[name] += [{**labels, **row} for row in rows]
+        if start == STARTS[0]:
+            tables["choices"] += [{**labels, **row} for row in kept("choices", _selected)]
+    return tables
+
+
+_COLOURS = {"prompt": "#0072B2", "probe": "#E69F00", "random": "#009E73"}
+_NAMES = {"prompt": "prompt, label words", "probe": "new head, probe", "random": "new head, random"}
+_PANELS = (
+    ("output_gap_relative_eval", "‖f−f̄‖ / ‖f−f₀‖", "log"),
+    ("agreement_eval", "agreement with linearized", "linear"),
+    ("accuracy_eval", "accuracy", "linear"),
+)
+
+
+def _main(table: Sequence[Row]) -> Figure:
+    tasks = distinct(table, "task")
+    figure, axes = plots.canvas(len(tasks), len(_PANELS), 7.0, 2.2 * len(tasks) + 0.5)
+    with plots.drawing():
+        for line, task in enumerate(tasks):
+            mine = of(table, task=task)
+            for column, (key, name, scale) in enumerate(_PANELS):
+                axis = axes[line, column]
+                axis.set_yscale(scale)
+                at = lam_positions(axis, mine)
+                for start in STARTS:
+                    rows = of(mine, start=start, arm=FULL)
+                    style = {"color": _COLOURS[start], "label": _NAMES[start], "fmt": "o-"}
+                    band(axis, rows, "lam_over_mu1", key, at, **style)
+                    if key == "accuracy_eval":
+                        other = {"color": _COLOURS[start], "label": None, "fmt": "s--"}
+                        band(axis, of(mine, start=start, arm=LINEARIZED), "lam_over_mu1", key, at, **other)
+                axis.set(ylabel=name, title=name_of(task) if column == 1 else "")
+                axis.tick_params(labelsize=6.5)
+        axes[0, 0].legend()
+        axes[0, 2].plot([], [], "s--", color="#000000", label="linearized")
+        axes[0, 2].legend()
+        figure.suptitle(f"Full against linearized fine-tuning of a decoder; {sizes(table)}", fontsize=8)
+    return figure
+
+
+def _kernels(tables: Tables) -> Figure:
+    """Spectra of the first seed, and the shares of the trace by layer."""
+    values, shares = tables["spectrum"], tables["shares"]
+    tasks = distinct(values, "task")
+    figure, axes = plots.canvas(2, len(tasks), 3.5 * max(len(tasks), 2), 4.8)
+    with plots.drawing():
+        for column, task in enumerate(tasks):
+            top, bottom = axes[:, column]
+            top.set(xscale="log", yscale="log", title=name_of(task), xlabel="index", ylabel="eigenvalue of K₀")
+            parts = distinct(of(shares, task=task), "part")
+            parts = [part for part in parts if part != "head"] + [part for part in parts if part == "head"]
+            for shift, start in enumerate(STARTS):
+                rows = [row for row in of(values, task=task, start=start) if row["eigenvalue"] > row["noise_floor"]]
+                band(top, rows, "index", "eigenvalue", color=_COLOURS[start], label=_NAMES[start])
+                each = [values_of(of(shares, task=task, start=start, part=part), "share") for part in parts]
+                heights = [known.mean() if len(known) else 0.0 for known in each]
+                where = np.arange(len(parts)) + 0.27 * (shift - 1)
+                bottom.bar(where, heights, 0.25, color=_COLOURS[start], label=_NAMES[start])
+            bottom.set_xticks(range(len(parts)), parts, rotation=30)
+            bottom.set(ylabel="share of the trace of K₀")
+        axes[0, 0].legend()
+        examples = max(row["index"] for row in values)
+        title = f"Tangent kernels at the start, {examples} training examples (contrasts of the logits); {sizes(values)}"
+        figure.suptitle(title, fontsize=8)
+    return figure
+
+
+def _choices(table: Sequence[Row]) -> Figure:
+    tasks, names = distinct(table, "task"), distinct(table, "choice")
+    figure, axes = plots.canvas(1, len(tasks), 3.2 * max(len(tasks), 2), 2.6)
+    with plots.drawing():
+        for column, task in enumerate(tasks):
+            axis = axes[0, column]
+            for i, name in enumerate(names):
+                values = values_of(of(table, task=task, choice=name), "accuracy_eval")
+                axis.plot(np.full(len(values), i), values, ".", color=plots.COLOURS["start"], ms=5)
+                axis.plot([i - 0.2, i + 0.2], [values.mean()] * 2, color=plots.COLOURS["full"], lw=2)
+            axis.set_xticks(range(len(names)), names, rotation=20)
+            axis.set(title=name_of(task), ylabel="validation accuracy")
+        figure.suptitle(f"Layers tuned through the prompt; points: runs, bars: their means; {sizes(table)}", fontsize=8)
+    return figure
+
+
+def draw(tables: Tables) -> dict[str, Figure]:
+    """Draws gaps against the pull, kernels, and choices of layers."""
+    return {
+        "against_the_pull": _main(tables["table"]),
+        "kernels": _kernels(tables),
+        "choices": _choices(tables["choices"]),
+    }
+
+
+def findings(tables: Tables) -> dict[str, str]:
+    """Says with which start the two are nearest, what is learnt, and what choosing layers brings."""
+    table = tables["table"]
+    full = of(table, arm=FULL)
+    least = min(distinct(full, "lam_over_mu1"))
+    lines, nearest = [], []
+    for task in distinct(full, "task"):
+        found = {s: of(full, task=task, start=s, lam_over_mu1=least) for s in STARTS}
+        gaps = {start: values_of(rows, "output_gap_relative_eval") for start, rows in found.items()}
+        nearest.append(min(gaps, key=lambda start: gaps[start].mean()))
+        for start, rows in found.items():
+            before = values_of(of(table, task=task, start=start, arm="start"), "accuracy_eval")
+            linear = of(table, task=task, start=start, arm=LINEARIZED, lam_over_mu1=least)
+            scores = [before, values_of(rows, "accuracy_eval"), values_of(linear, "accuracy_eval")]
+            cells = [written(gaps[start]), *(written(values, ".3f") for values in scores)]
+            lines.append(" | ".join(["| " + name_of(task), _NAMES[start], *cells]) + " |")
+    verdict = f"Without a pull (λ/μ₁ = {least:g}) full and linearized fine-tuning end nearest "
+    if set(nearest) == {STARTS[0]}:
+        verdict += "with the prompt on every task, as Malladi et al. would have it."
+    else:
+        which = zip(nearest, distinct(full, "task"), strict=True)
+        verdict += "with " + "; ".join(f"{_NAMES[start]} on {name_of(task)}" for start, task in which)
+        verdict += ". That a prompt makes fine-tuning the most linear does not hold here."
+    head = "| Task | start | ‖f−f̄‖/‖f−f₀‖ | accuracy before | full | linearized |\n|---|---|---|---|---|---|\n"
+    return {"gap": f"{verdict}\n\n{head}" + "\n".join(lines), "choices": _of_choices(tables["choices"])}
+
+
+def _of_choices(table: Sequence[Row]) -> str:
+    lines = []
+    for task in distinct(table, "task"):
+        for name in distinct(table, "choice"):
+            rows = of(table, task=task, choice=name)
+            params = written(values_of(rows, "num_params"), ",.0f")
+            lines.append(
+                f"| {name_of(task)} | {name} | {params} | {written(values_of(rows, 'accuracy_eval'), '.3f')} |"
+            )
+    return "| Task | tuned | parameters | accuracy |\n|---|---|---|---|\n" + "\n".join(lines)
+
+
+STUDY = Study(
+    name="09_llm",
+    title="A decoder by prompt and label words, against new heads: is fine-tuning nearer to linear?",
+    fast=LlmSetting(
+        **FAST,
+        model_name_or_path=STORIES,
+        label_words=("big", "little", "happy", "very"),
+        lam_rel=(0.0, 1e-1),
+        num_kernel=24,
+        random_choices=1,
+    ),
+    full=LlmSetting(),
+    compute=compute,
+    draw=draw,
+    findings=findings,
+)

