@@ -148,7 +148,7 @@ def made_up():
     for share in SHARES:
         for seed in (0, 1):
             same = {"task": "sst2", "seed": seed, "train_examples": 5, "eval_examples": 4, "metric": "accuracy"}
-            same |= {"lam_over_mu1": share}
+            same |= {"lam_over_mu1": share, "kernel_examples": 3}
             for step in (0, 1):
                 for arm in ("closed_form", "full", "linearized"):
                     apart = 0.2 * (arm != "full" and step and seed and share == SHARES[0])

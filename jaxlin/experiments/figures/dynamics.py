@@ -104,7 +104,7 @@ class _Start:
     def closed(self, lam: float, rate: float, steps: int) -> tuple[dict[str, np.ndarray], float]:
         """Returns outputs by split and ‖δ‖ after so many steps."""
         fit = dataclasses.replace(self.fit, ridge=lam)
-        options = {"t": steps, "learning_rate": rate, "momentum": MOMENTUM}
+        options: dict[str, Any] = {"t": steps, "learning_rate": rate, "momentum": MOMENTUM}
         alpha = fit.coefficients(**options).reshape(-1)
         outputs = {"train": fit.train(**options), "eval": fit.test(self.cross, self.f0["eval"], **options)}
         return outputs, float(max(alpha @ fit.matrix @ alpha, 0.0)) ** 0.5
@@ -211,14 +211,11 @@ def compute(setting: DynamicsSetting, work: Work) -> Tables:
             key = {"what": "dynamics", "lam_rel": share, "rank": setting.lora_rank, **options}
             found = work.get(problem, key, functools.partial(run, share))
             labels = {**problem.labels, "metric": problem.loaded.task.metrics[0], "lam_over_mu1": share}
+            labels["kernel_examples"] = min(setting.drift_examples, len(problem.train))
             for name, rows in found.items():
                 tables[name] += [{**labels, **row} for row in rows]
     keys = list(dict.fromkeys(key for row in tables["curves"] for key in row))
     return {**tables, "curves": [{key: row.get(key) for key in keys} for row in tables["curves"]]}
-
-
-_LINES = ((LINEARIZED, "-", 3.2, 0.45), (FULL, "-", 1.4, 1.0), (CLOSED, ":", 1.3, 1.0))
-"""Arms with style, width and opacity: the closed form is drawn into the line that it is to lie on."""
 
 
 def _panels(table: Sequence[Row]) -> tuple[tuple[str, str], ...]:
@@ -237,9 +234,14 @@ def _curves(rows: Sequence[Row]) -> Figure:
                 mine = of(rows, task=task, lam_over_mu1=share)
                 for line, (key, name) in enumerate(_panels(mine)):
                     axis = axes[4 * block + line, column]
-                    for arm, style, width, alpha in _LINES:
-                        look = {"color": plots.COLOURS[arm], "label": plots.NAMES[arm], "lw": width, "alpha": alpha}
-                        band(axis, of(mine, arm=arm), "step", key, fmt=style, filled=arm != CLOSED, **look)
+                    for arm, width, alpha in ((LINEARIZED, 3.2, 0.45), (FULL, 1.4, 1.0)):
+                        look: dict[str, Any] = {"color": plots.COLOURS[arm], "label": plots.NAMES[arm]}
+                        band(axis, of(mine, arm=arm), "step", key, lw=width, alpha=alpha, **look)
+                    # Into the line that it is to lie on; its seeds spread as those do.
+                    closed = of(mine, arm=CLOSED)
+                    steps = sorted(distinct(closed, "step"))
+                    means = [values_of(of(closed, step=step), key).mean() for step in steps]
+                    axis.plot(steps, means, ":", color=plots.COLOURS[CLOSED], label=plots.NAMES[CLOSED])
                     axis.set_ylabel("" if column else name)
                 axes[4 * block, column].set_title(f"{name_of(task)}, λ/μ₁ = {share:g}")
         for axis in axes[-1]:
@@ -291,10 +293,12 @@ def _against(
 def draw(tables: Tables) -> dict[str, Figure]:
     """Draws the curves, the kernel's drift with the gaps, and late linearization."""
     late, when = tables["late"], "linearized at step k of the full run"
-    caption = sizes(late)
+    caption, kernel = sizes(late), max(distinct(late, "kernel_examples"))
     return {
         "curves": _curves(tables["curves"]),
-        "drift": _against(tables["drift"], "step", _DRIFT, "step", "linear", f"Along the runs; {caption}"),
+        "drift": _against(
+            tables["drift"], "step", _DRIFT, "step", "linear", f"Along the runs; {caption}; K of {kernel}"
+        ),
         "late": _against(late, "linearize_at", _LATE, when, "log", f"At the end of the runs; {caption}"),
     }
 

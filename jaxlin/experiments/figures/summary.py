@@ -102,7 +102,6 @@ def band(
     column: str,
     positions: Mapping[Any, float] | None = None,
     fmt: str = "-",
-    filled: bool = True,
     **line: Any,
 ) -> None:
     """Draws the mean of a column over seeds against another, with the range of the seeds as a band.
@@ -114,7 +113,6 @@ def band(
         column: Column of the ordinate; where a row has none it is left out.
         positions: Abscissa of each value of `across`; `None`: the value.
         fmt: Of matplotlib's `plot`.
-        filled: Whether the band is drawn.
         line: Likewise.
     """
     at = sorted(distinct(rows, across))
@@ -126,8 +124,7 @@ def band(
     if axis.get_yscale() == "log":
         low, mean, high = (np.where(values > 0, values, np.nan) for values in (low, mean, high))
     (drawn,) = axis.plot(x, mean, fmt, **line)
-    if filled:
-        axis.fill_between(x, low, high, color=drawn.get_color(), alpha=0.18, lw=0)
+    axis.fill_between(x, low, high, color=drawn.get_color(), alpha=0.18, lw=0)
 
 
 def lam_positions(axis: Axes, rows: Sequence[Row]) -> dict[float, float]:
