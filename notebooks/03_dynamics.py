@@ -37,8 +37,7 @@ study.found("closed_form")
 #
 # A column a pull (in units of μ₁, the largest eigenvalue of K₀), from top to bottom: loss on training and on validation
 # examples, and the scores. The dotted black line is the closed form; the broad light one under it is the linearized
-# model as trained. What the blue line does beside them is what linearization misses. Waves are those of
-# momentum.
+# model as trained. What the blue line does beside them is what linearization misses. Waves are those of momentum.
 
 # %%
 study.show("curves")

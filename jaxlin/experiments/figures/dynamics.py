@@ -17,7 +17,7 @@ from jaxlin.experiments.figures.summary import (
     METRICS,
     band,
     distinct,
-    lam_shades,
+    lam_looks,
     name_of,
     of,
     sizes,
@@ -263,9 +263,6 @@ _LATE = tuple(
 """Panels: column, title, and what is measured."""
 
 
-_MARKS = "os^Dv"
-
-
 def _against(
     rows: Sequence[Row], across: str, panels: Sequence[tuple[str, str, str]], label: str, scale: str, title: str
 ) -> Figure:
@@ -277,8 +274,7 @@ def _against(
             for column, (key, name, unit) in enumerate(panels):
                 axis = axes[line, column]
                 axis.set_yscale(scale)
-                for number, (share, colour) in enumerate(lam_shades(shares).items()):
-                    mark = _MARKS[number % len(_MARKS)]
+                for share, (colour, mark) in lam_looks(shares).items():
                     mine = of(rows, task=task, lam_over_mu1=share)
                     band(axis, mine, across, key, fmt=f"{mark}-", color=colour, label=f"λ/μ₁ = {share:g}")
                 axis.set(xlabel=label, ylabel=unit, title=f"{name_of(task)}: {name}")

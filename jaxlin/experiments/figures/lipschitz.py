@@ -12,7 +12,7 @@ import numpy as np
 from jaxlin import plots
 from jaxlin.data.dataset import Dataset
 from jaxlin.experiments.figures.study import FAST, Problem, Row, Setting, Study, Tables, Work
-from jaxlin.experiments.figures.summary import band, distinct, lam_shades, name_of, of, sizes, values_of, written
+from jaxlin.experiments.figures.summary import band, distinct, lam_looks, name_of, of, sizes, values_of, written
 from jaxlin.ntk.change import PER_EXAMPLE, PER_PAIR, STACKED
 from jaxlin.ntk.engine import ntk
 from jaxlin.ntk.jacobian import evenly_spread
@@ -162,7 +162,6 @@ _ROWS = (
     (PER_EXAMPLE, "largest ‖J(θ;x)−J(θ₀;x)‖₂ / r"),
     (PER_PAIR, "largest ‖K(x,x′)−K₀(x,x′)‖₂ / r"),
 )
-_MARKS = "os^Dv"
 
 
 def _panel(axis: Axes, rows: Sequence[Row], reached: Sequence[Row]) -> None:
@@ -171,8 +170,7 @@ def _panel(axis: Axes, rows: Sequence[Row], reached: Sequence[Row]) -> None:
     colour, name = plots.COLOURS["random_direction"], plots.NAMES["random_direction"]
     band(axis, random, "radius", "L_avg", fmt="-", color=colour, label=f"L_avg, {name}")
     band(axis, random, "radius", "L_upper", fmt="--", color=colour, label=f"L_upper, {name}")
-    for number, (share, shade) in enumerate(lam_shades(distinct(reached, "lam_over_mu1")).items()):
-        mark = _MARKS[number % len(_MARKS)]
+    for share, (shade, mark) in lam_looks(distinct(reached, "lam_over_mu1")).items():
         for seed in distinct(rows, "seed"):
             mine = of(rows, lam_over_mu1=share, seed=seed)
             label = f"along a run, λ/μ₁ = {share:g}" if seed == rows[0]["seed"] else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -133,9 +134,9 @@ def lam_positions(axis: Axes, rows: Sequence[Row]) -> dict[float, float]:
     return dict(zip(shares, plots.lam_axis(axis, shares, "λ/μ₁").tolist(), strict=True))
 
 
-def lam_shades(shares: Sequence[float]) -> dict[float, Any]:
-    """Returns a colour for each λ/μ₁, darker where it is smaller."""
+def lam_looks(shares: Sequence[float]) -> dict[float, tuple[Any, str]]:
+    """Returns colour and marker for each λ/μ₁, darker where it is smaller."""
     import matplotlib.pyplot as plt
 
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(shares)))
-    return dict(zip(sorted(shares), shades, strict=True))
+    return dict(zip(sorted(shares), zip(shades, itertools.cycle("os^Dv"), strict=False), strict=True))
