@@ -22,7 +22,9 @@ from jaxlin.experiments.data_arguments import DataArguments, load_task
 from jaxlin.experiments.figures import (
     choose_layers,
     condition_number,
+    dynamics,
     kernel_regression,
+    lipschitz,
     llm,
     regularization,
     spectra,
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 STUDIES: tuple[Study, ...] = (
     regularization.STUDY,
+    dynamics.STUDY,
+    lipschitz.STUDY,
     spectra.STUDY,
     condition_number.STUDY,
     choose_layers.STUDY,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -132,3 +133,11 @@ def lam_positions(axis: Axes, rows: Sequence[Row]) -> dict[float, float]:
     """Makes the axis one of λ/μ₁, with 0 at its left end; returns where each value stands."""
     shares = sorted(distinct(rows, "lam_over_mu1"))
     return dict(zip(shares, plots.lam_axis(axis, shares, "λ/μ₁").tolist(), strict=True))
+
+
+def lam_looks(shares: Sequence[float]) -> dict[float, tuple[Any, str]]:
+    """Returns colour and marker for each λ/μ₁, darker where it is smaller."""
+    import matplotlib.pyplot as plt
+
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(shares)))
+    return dict(zip(sorted(shares), zip(shades, itertools.cycle("os^Dv"), strict=False), strict=True))
