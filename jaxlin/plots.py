@@ -22,7 +22,11 @@ COLOURS = {
     "full": "#0072B2",
     "linearized": "#D55E00",
     "full_A_frozen": "#009E73",
+    "full_pulled": "#0072B2",
     "kernel_regression": "#CC79A7",
+    "kernel_alone": "#56B4E9",
+    "kernel_logistic": "#882255",
+    "closed_form": "#000000",
     "start": "#999999",
     "majority_class": "#000000",
     "mean_score": "#000000",
@@ -41,16 +45,19 @@ COLOURS = {
     "everything": "#0072B2",
     "last_layers": "#009E73",
     "random_choice": "#56B4E9",
+    "random_direction": "#56B4E9",
 }
 NAMES = {
     "full": "full",
     "linearized": "linearized",
     "full_A_frozen": "full, A frozen",
     "kernel_regression": "kernel regression",
+    "closed_form": "linearized, closed form",
     "start": "start (θ₀)",
     "majority_class": "majority class",
     "mean_score": "mean score",
     "linear_probe": "linear probe",
+    "random_direction": "random directions",
 }
 MEASURED = {
     "distance": "‖δ‖",

@@ -79,6 +79,28 @@ def edited_checkpoint(folder, tensors=None, config=None):
     return copy
 
 
+def headless_checkpoint(folder):
+    """A copy of the tiny checkpoint in `folder/model` without its head of three outputs."""
+
+    def without_head(tensors):
+        for name in ("classifier.weight", "classifier.bias"):
+            del tensors[name]
+
+    return edited_checkpoint(folder, without_head)
+
+
+def sentiments(folder, train, validation):
+    """Writes the task `sst2` in `folder`: sentences whose label is in a word, but for a quarter or so."""
+    rng = np.random.default_rng(0)
+    (folder / "sst2").mkdir(parents=True)
+    for split, size in (("train", train), ("validation", validation)):
+        labels = (np.arange(size) + (rng.random(size) < 0.25)) % 2
+        words = [f"{'good' if i % 2 else 'bad'} film {rng.integers(9999)}" for i in range(size)]
+        rows = [f"{text}\t{label}" for text, label in zip(words, labels, strict=True)]
+        (folder / "sst2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    return folder
+
+
 def encoder(family, num_labels=3, **options):
     """A golden encoder: 2 layers, width 16, with its family's classification head."""
     with tempfile.TemporaryDirectory() as folder:

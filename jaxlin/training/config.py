@@ -15,9 +15,12 @@ from jaxlin.errors import InputError
 from jaxlin.training.losses import LOSSES
 from jaxlin.training.optim import MODES
 
+MOMENTUM = 0.9
+"""Of heavy ball, the optimizer `"momentum"`."""
+
 OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
     "sgd": optax.sgd,
-    "momentum": functools.partial(optax.sgd, momentum=0.9),
+    "momentum": functools.partial(optax.sgd, momentum=MOMENTUM),
     "adam": optax.adam,
     "rmsprop": optax.rmsprop,
     "lion": functools.partial(optax.lion, weight_decay=0.0),

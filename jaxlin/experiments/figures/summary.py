@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -78,9 +79,10 @@ def written(values: Sequence[float] | np.ndarray, form: str = ".3g") -> str:
 
 
 def with_interval(values: Sequence[float] | np.ndarray, form: str = "+.3f") -> str:
-    """Writes the mean of values and its 95 % interval, such as `+0.010 [−0.002, +0.022]`."""
+    """Writes the mean of values and its 95 % interval, such as `+0.010 [−0.002, +0.022]`; of one value no interval."""
     mean, low, high = mean_interval(values)
-    return f"{mean:{form}} [{low:{form}}, {high:{form}}]".replace("-", "−")
+    interval = f" [{low:{form}}, {high:{form}}]" if math.isfinite(low) else ""
+    return f"{mean:{form}}{interval}".replace("-", "−")
 
 
 def sizes(rows: Sequence[Row]) -> str:
@@ -131,3 +133,11 @@ def lam_positions(axis: Axes, rows: Sequence[Row]) -> dict[float, float]:
     """Makes the axis one of λ/μ₁, with 0 at its left end; returns where each value stands."""
     shares = sorted(distinct(rows, "lam_over_mu1"))
     return dict(zip(shares, plots.lam_axis(axis, shares, "λ/μ₁").tolist(), strict=True))
+
+
+def lam_looks(shares: Sequence[float]) -> dict[float, tuple[Any, str]]:
+    """Returns colour and marker for each λ/μ₁, darker where it is smaller."""
+    import matplotlib.pyplot as plt
+
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(shares)))
+    return dict(zip(sorted(shares), zip(shades, itertools.cycle("os^Dv"), strict=False), strict=True))
