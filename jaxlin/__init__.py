@@ -5,6 +5,7 @@ from jaxlin.data.dataset import Dataset
 from jaxlin.errors import DeviceMemoryError, InputError, Interrupted, ProcessLostError, TrainingDivergedError
 from jaxlin.linearize import linearize
 from jaxlin.mesh import make_mesh
+from jaxlin.models.export import save_model
 from jaxlin.models.linen import from_hf_flax, from_linen
 from jaxlin.models.load import load_causal_lm, load_masked_lm, load_model, with_remat
 from jaxlin.models.model import Model
@@ -26,6 +27,7 @@ from jaxlin.ntk.neural_tangents import load_neural_tangents
 from jaxlin.ntk.products import NTKOperator, ntk_vector_product
 from jaxlin.ntk.sketch import sketch
 from jaxlin.ntk.store import load_kernel
+from jaxlin.peft.adapter import load_adapter, save_adapter
 from jaxlin.peft.function import merge
 from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
@@ -100,6 +102,7 @@ __all__ = [
     "linearization_report",
     "linearize",
     "lipschitz_profile",
+    "load_adapter",
     "load_causal_lm",
     "load_checkpoint",
     "load_kernel",
@@ -123,6 +126,8 @@ __all__ = [
     "prompt_batch",
     "prompt_classifier",
     "prompt_tuning",
+    "save_adapter",
+    "save_model",
     "select",
     "select_layers",
     "shard",

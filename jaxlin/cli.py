@@ -19,6 +19,8 @@ from jaxlin.experiments.bounds import BoundsConfig
 from jaxlin.experiments.bounds import run as run_bounds
 from jaxlin.experiments.compare import CompareConfig
 from jaxlin.experiments.compare import run as run_compare
+from jaxlin.experiments.export import ExportConfig
+from jaxlin.experiments.export import run as run_export
 from jaxlin.experiments.figures.run import FiguresConfig
 from jaxlin.experiments.figures.run import run as run_figures
 from jaxlin.experiments.kernel import KernelConfig
@@ -63,6 +65,11 @@ def bounds(config: Annotated[BoundsConfig, tyro.conf.arg(name="")]) -> None:
 def select(config: Annotated[SelectConfig, tyro.conf.arg(name="")]) -> None:
     """Choose which layers and modules to adapt, by tangent kernels before anything is trained."""
     run_select(config)
+
+
+def export(config: Annotated[ExportConfig, tyro.conf.arg(name="")]) -> None:
+    """Write tuned weights of a compare run, or an adapter, for transformers or for peft."""
+    run_export(config)
 
 
 def figures(config: Annotated[FiguresConfig, tyro.conf.arg(name="")]) -> None:
@@ -115,7 +122,15 @@ def main() -> None:
             known = set(config_file.flat_options(configured())) - {"config", "debug"}
             words[1:1] = config_file.read(file, known)
         tyro.extras.subcommand_cli_from_dict(
-            {"compare": compare, "ntk": ntk, "select": select, "bounds": bounds, "figures": figures, "doctor": doctor},
+            {
+                "compare": compare,
+                "ntk": ntk,
+                "select": select,
+                "bounds": bounds,
+                "export": export,
+                "figures": figures,
+                "doctor": doctor,
+            },
             prog="jaxlin",
             description="Linearized fine-tuning of transformer language models.",
             config=(tyro.conf.OmitArgPrefixes,),

@@ -18,8 +18,8 @@
 # ("… It was"), and compare the logits of two *label words*. Nothing is drawn at random, and the task looks like
 # pretraining. Malladi et al. (2023) found that kernels describe such fine-tuning best. Is that so here?
 #
-# The model is small and real: `stories260K`, of the Llama family, trained on children's stories, with a vocabulary of 512
-# pieces. It knows no adjective of displeasure as one piece, so that its label words are the best of few. What it
+# The model is small and real: `stories260K`, of the Llama family, trained on children's stories, with a vocabulary of
+# 512 pieces. It knows no adjective of displeasure as one piece, so that its label words are the best of few. What it
 # learns of film reviews is little; how it learns is what is looked at.
 
 # %%
@@ -47,8 +47,8 @@ study.show("against_the_pull")
 # %% [markdown]
 # ## The kernels
 #
-# Above, the eigenvalues of the tangent kernel at the start; below, which layers it comes from. A new head has a kernel of
-# its own, and where it is large, fine-tuning is mostly that of the head. With a prompt there is no head to tune.
+# Above, the eigenvalues of the tangent kernel at the start; below, which layers it comes from. A new head has a kernel
+# of its own, and where it is large, fine-tuning is mostly that of the head. With a prompt there is no head to tune.
 
 # %%
 study.show("kernels")
@@ -70,7 +70,8 @@ study.found("choices")
 # ## The same on the command line
 #
 # ```
-# jaxlin compare --model_name_or_path FOLDER --template "{text} It was {mask}" --label_words little happy --task_name sst2
-# jaxlin ntk     --model_name_or_path FOLDER --template "{text} It was {mask}" --label_words little happy --task_name sst2
-# jaxlin select  --model_name_or_path FOLDER --template "{text} It was {mask}" --label_words little happy --task_name sst2
+# PROMPT='--model_name_or_path FOLDER --label_words little happy'
+# jaxlin compare $PROMPT --template "{text} It was {mask}" --task_name sst2 --loss cross_entropy
+# jaxlin ntk     $PROMPT --template "{text} It was {mask}" --task_name sst2
+# jaxlin select  $PROMPT --template "{text} It was {mask}" --task_name sst2
 # ```

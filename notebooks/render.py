@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import jupytext
 from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
+QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "PYTHONWARNINGS": "ignore:IProgress not found"}
+"""Environment in which neither the absence of PyTorch, which is not used, nor that of widgets is remarked on."""
 
 
 def executed(source: Path, timeout: int = 1800):
@@ -18,8 +21,8 @@ def executed(source: Path, timeout: int = 1800):
         nbclient.exceptions.CellExecutionError: If a cell fails.
     """
     notebook = jupytext.read(source)
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3")
-    client.execute(cwd=str(HERE))
+    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", coalesce_streams=True)
+    client.execute(cwd=str(HERE), env={**QUIET, **os.environ})
     for cell in notebook.cells:
         cell.get("metadata", {}).pop("execution", None)  # times of day: a run of the same is then the same file
     return notebook

@@ -218,6 +218,7 @@ BAD = {
     "options that are no mapping": (lambda t, f: config_file(t, "- 1"), "expected lines `option: value`"),
     "unknown option in the file": (lambda t, f: config_file(t, "sed: 3"), "'sed' is no option; did you mean seed?"),
     "a file in the file": (lambda t, f: config_file(t, "config: b.yaml"), "'config' is no option"),
+    "words that are no words": (lambda t, f: config_file(t, "label_words: [yes, no]"), "put words in quotes"),
     "nested options": (lambda t, f: config_file(t, "seed: {a: 1}"), "seed is nested"),
 }
 

@@ -18,7 +18,7 @@ SIZES = {
     "compare": {"max_steps": 3, "per_device_train_batch_size": 8, "lam_rel": [0.1]},
     "ntk": {"num_samples": 24},
     "select": {"num_samples": 8, "draws": 1, "lora_targets": ["query", "value"], "lipschitz_directions": 0},
-    "bounds": {"num_samples": 4, "steps": 2, "selective_steps": 1, "directions": 1, "lam_rel": ["1"]},
+    "bounds": {"num_samples": 20, "steps": 2, "selective_steps": 1, "directions": 1, "lam_rel": ["1"]},
 }
 
 

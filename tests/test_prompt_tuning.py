@@ -70,3 +70,9 @@ def test_bad_input():
     tun = jl.prompt_tuning(model, longest - batch["input_ids"].shape[1] + 1)
     with pytest.raises(jl.InputError, match=f"the model has {longest} positions"):
         jl.predict(tun, tun.theta0, batch)
+
+
+def test_the_loss_of_every_token_is_refused(tmp_path):
+    lm = jl.load_causal_lm(cases.write_language_model(tmp_path, cases.DECODERS["gpt2: LM"]))
+    with pytest.raises(jl.InputError, match="would have the vectors' places predicted"):
+        jl.prompt_tuning(jl.next_token_loss(lm))

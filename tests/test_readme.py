@@ -56,7 +56,7 @@ def test_kernel_times_are_those_measured():
 
 
 def test_correlations_are_those_measured():
-    with (ROOT / "notebooks" / "results" / "condition_number_correlations.csv").open() as stream:
+    with (ROOT / "notebooks" / "results" / "06_condition_number_predicts" / "correlations.csv").open() as stream:
         found = {(r["predictor"], r["way"], r["outcome"]): r for r in csv.DictReader(stream) if r["task"] == "pooled"}
 
     def cell(row, name):

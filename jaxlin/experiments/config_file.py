@@ -72,6 +72,8 @@ def read(file: Path, known: Collection[str]) -> list[str]:
         values = value if isinstance(value, list) else [value]
         if any(isinstance(item, dict | list) for item in values):
             raise InputError(f"--config {file}: {key} is nested; expected a value or a list of values")
+        if isinstance(value, list) and any(isinstance(item, bool) for item in value):
+            raise InputError(f"--config {file}: {key} lists true or false (YAML so reads yes, no); put words in quotes")
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:

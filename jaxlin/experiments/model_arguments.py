@@ -13,6 +13,7 @@ from jaxlin.models.load import load_language_model, load_model
 from jaxlin.models.model import Model
 from jaxlin.models.prompt import prompt_classifier
 from jaxlin.models.resolve import EMBEDDED_MODEL
+from jaxlin.peft.adapter import adapter_head, with_saved_modules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,7 @@ class ModelArguments:
     Attributes:
         model_name_or_path: Local folder in Hugging Face's layout, hub id, or the embedded default.
         model_revision: Branch, tag or commit of a hub model.
+        adapter_name_or_path: Folder of a LoRA adapter of the peft library for it, which tuning starts from.
         head: What the classification head reads (decoders: last or mean); auto: as the checkpoint was trained.
         head_init: Start of a new head; probe: closed-form ridge on the frozen features.
         new_head: Draw the map to the logits anew where the checkpoint has one.
@@ -32,6 +34,7 @@ class ModelArguments:
 
     model_name_or_path: str = EMBEDDED_MODEL
     model_revision: str | None = None
+    adapter_name_or_path: str | None = None
     head: Literal["auto", "mean", "cls", "pooler", "last"] = "auto"
     head_init: Literal["probe", "random", "zero"] = "probe"
     new_head: bool = False
@@ -76,7 +79,7 @@ def prompt_note(arguments: ModelArguments, label_names: Sequence[str]) -> str:
 
 
 def pretrained(arguments: ModelArguments, num_labels: int, seed: int) -> Model:
-    """Loads the model alone.
+    """Loads the model, with what an adapter stores whole in its place.
 
     Args:
         arguments: Which; a head that is to start as a probe starts at random.
@@ -89,13 +92,22 @@ def pretrained(arguments: ModelArguments, num_labels: int, seed: int) -> Model:
     Raises:
         InputError: If it cannot be used.
     """
+    adapter, head = arguments.adapter_name_or_path, str(arguments.head)
+    if adapter is not None and head == "auto" and arguments.template is None:
+        stored = adapter_head(adapter, arguments.model_name_or_path, arguments.model_revision)
+        head = head if stored is None else stored[0]
+    model = _pretrained(arguments, head, num_labels, seed)
+    return model if adapter is None else with_saved_modules(model, adapter)
+
+
+def _pretrained(arguments: ModelArguments, head: str, num_labels: int, seed: int) -> Model:
     if arguments.template is not None:
         model = load_language_model(arguments.model_name_or_path, revision=arguments.model_revision)
         return prompt_classifier(model, arguments.template, arguments.label_words)
     return load_model(
         arguments.model_name_or_path,
         num_labels,
-        head=arguments.head,
+        head=head,
         head_init="random" if arguments.head_init == "probe" else arguments.head_init,
         new_head=arguments.new_head,
         rng=seed,

@@ -68,6 +68,9 @@ def options_file(config: Any, setting: Loaded) -> str:
         model = dataclasses.replace(model, model_name_or_path=folder)
     elif source is not None and source.name != EMBEDDED_MODEL:
         model = dataclasses.replace(model, model_revision=Path(source.folder).name)  # as the hub's cache has it
+    if model.adapter_name_or_path is not None:
+        adapter = str(Path(model.adapter_name_or_path).expanduser().absolute())
+        model = dataclasses.replace(model, adapter_name_or_path=adapter)
     if commit := setting.task.provenance.get("commit"):
         data = dataclasses.replace(data, dataset_revision=commit)
     config = dataclasses.replace(config, model=model, data=data)

@@ -133,6 +133,10 @@ def _check(config: SelectConfig) -> None:
         raise InputError(f"--memory_budget {arguments.memory_budget}: expected GiB above 0")
     if config.data.max_train_samples or config.data.max_eval_samples:
         raise InputError("--max_train_samples and --max_eval_samples are of compare; give --num_samples")
+    if config.model.adapter_name_or_path is not None:
+        raise InputError(
+            "--adapter_name_or_path is of compare, ntk and bounds; select chooses before anything is adapted"
+        )
     if arguments.criterion == "validation_error" and not arguments.num_eval_samples:
         raise InputError("--criterion validation_error needs --num_eval_samples")
 

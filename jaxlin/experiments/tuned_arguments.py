@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from jaxlin.errors import InputError
 from jaxlin.models.model import Model
+from jaxlin.peft.adapter import load_adapter
 from jaxlin.peft.ia3 import ia3
 from jaxlin.peft.lora import lora
 from jaxlin.peft.prompt import prompt_tuning
@@ -78,17 +79,21 @@ def pairs(words: Sequence[str], option: str, kind: Callable[[str], Any] = float)
     return out
 
 
-def _check(arguments: TunedArguments) -> None:
-    """Refuses options that the method does not heed."""
+def _check(arguments: TunedArguments, adapter: str | None) -> None:
+    """Refuses options that the method, or an adapter that is started from, does not heed."""
     default = TunedArguments()
     for field in dataclasses.fields(arguments):
         name = field.name
         if name in ("peft", "train_head", "select") or getattr(arguments, name) == getattr(default, name):
             continue
+        if adapter is not None and name != "freeze_A":
+            raise InputError(f"--{name} and --adapter_name_or_path {adapter} are both given; the adapter settles it")
         prompt = name == "num_virtual_tokens"
         method = "ia3" if name.startswith("ia3") else "prompt" if prompt else "lora"
         if arguments.peft != method and (arguments.peft, name) != ("ia3", "lora_layers"):
             raise InputError(f"--{name} needs --peft {method}; it is {arguments.peft}")
+    if adapter is not None and arguments.peft != "lora":
+        raise InputError(f"--adapter_name_or_path is a LoRA adapter; --peft is {arguments.peft}")
     if (arguments.select is not None) != (arguments.peft == "select"):
         raise InputError("--select REGEX and --peft select belong together")
     if not arguments.train_head and arguments.peft in ("head", "select", "full"):
@@ -106,10 +111,15 @@ def tune(model: Model, arguments: TunedArguments, seed: int, with_frozen_A: bool
     Raises:
         InputError: If an option is not for the method chosen, or does not fit the model.
     """
-    _check(arguments)
+    adapter = model.source.adapter if model.source else None
+    _check(arguments, adapter)
     method = arguments.peft
     if with_frozen_A and (method != "lora" or arguments.freeze_A):
         raise InputError(f"--with_frozen_A needs --peft lora with A tuned; it is {method}")
+    if adapter is not None:
+        given: dict[str, Any] = {"train_head": arguments.train_head}
+        extra = {FROZEN_A: load_adapter(model, adapter, **given, freeze_A=True)} if with_frozen_A else {}
+        return load_adapter(model, adapter, **given, freeze_A=arguments.freeze_A), extra
     if method == "lora":
         options: dict[str, Any] = {
             "rank": arguments.lora_rank,

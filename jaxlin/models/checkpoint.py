@@ -30,7 +30,7 @@ Modules = Mapping[str, tuple[str, ...]]
 """Checkpoint module names to our module paths: one, or those whose outputs the checkpoint's holds side by side."""
 
 
-def _tensor_names(family: Family, num_layers: int) -> Modules:
+def module_names(family: Family, num_layers: int) -> Modules:
     """Names and paths with the layers written out."""
     names: dict[str, tuple[str, ...]] = {}
     for theirs, ours in {**{name: (path,) for name, path in family.modules.items()}, **family.fused}.items():
@@ -39,7 +39,7 @@ def _tensor_names(family: Family, num_layers: int) -> Modules:
     return names
 
 
-def _flax_leaf(path: str, kind: str) -> str:
+def flax_leaf(path: str, kind: str) -> str:
     """Name of the Flax leaf for a checkpoint's `weight` or `bias` of the module at `path`."""
     if kind == "bias":
         return "bias"
@@ -68,7 +68,7 @@ def tensor_names(folder: Path, family: Family) -> set[str]:
     """
     names: set[str] = set()
     for file in weights_files(folder):
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             names |= {name.removeprefix(family.prefix) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
     return names
 
@@ -99,7 +99,7 @@ def weights_files(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened(file: Path) -> Iterator[Any]:
     """Opens a safetensors file; whatever is wrong with it is one error."""
     try:
         with safe_open(file, framework="numpy") as tensors:
@@ -108,7 +108,7 @@ def _opened(file: Path) -> Iterator[Any]:
         raise InputError(f"{file} cannot be read as safetensors: {error}") from error
 
 
-def _flax_paths(name: str, family: Family, modules: Modules, tied: bool, file: Path) -> tuple[str, ...]:
+def flax_paths(name: str, family: Family, modules: Modules, tied: bool, file: Path) -> tuple[str, ...]:
     """Returns the paths of a checkpoint's tensor in our parameters; none for what no module of ours has.
 
     Raises:
@@ -127,10 +127,10 @@ def _flax_paths(name: str, family: Family, modules: Modules, tied: bool, file: P
         near = difflib.get_close_matches(module, modules, 1)
         hint = f" (did it mean {near[0]!r}?)" if near else ""
         raise InputError(f"{file} holds an unexpected tensor {name!r}{hint}")
-    return tuple(f"{path}/{_flax_leaf(path, kind)}" for path in modules[module])
+    return tuple(f"{path}/{flax_leaf(path, kind)}" for path in modules[module])
 
 
-def _flax_arrays(
+def flax_arrays(
     value: np.ndarray, paths: tuple[str, ...], family: Family, expected: Mapping[str, Any], where: str
 ) -> dict[str, np.ndarray]:
     """Returns a tensor in Flax's layout by path, cut where it holds several of ours side by side.
@@ -180,15 +180,15 @@ def load_params(
         InputError: If a file is damaged, a tensor is missing, unexpected, of another shape, not
             floating point, or holds NaN or infinity. The message names the tensor.
     """
-    modules = _tensor_names(family, num_layers)
+    modules = module_names(family, num_layers)
     found: dict[str, jax.Array] = {}
     for file in weights_files(folder):
-        with _opened(file) as tensors:
+        with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-                paths = _flax_paths(name, family, modules, tied, file)
+                paths = flax_paths(name, family, modules, tied, file)
                 again = paths == (WORDS,) and WORDS in found and name.endswith(f"{family.decoder}.weight")
                 if paths and set(paths) <= set(expected) and not again:  # else of a head that is not wanted
-                    parts = _flax_arrays(tensors.get_tensor(name), paths, family, expected, f"{file}: tensor {name!r}")
+                    parts = flax_arrays(tensors.get_tensor(name), paths, family, expected, f"{file}: tensor {name!r}")
                     found |= {path: jnp.asarray(part, dtype) for path, part in parts.items()}
     missing = set(expected) - set(found)
     lost = sorted(path for path in missing if not in_head(path))

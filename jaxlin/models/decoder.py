@@ -240,7 +240,7 @@ class Decoder(nn.Module):
 
 
 class DecoderClassifier(nn.Module):
-    """Decoder, the state of one token or the mean of all, and a linear head.
+    """Decoder, the state of one token or the mean of all, and a linear head without a bias, as transformers' `score`.
 
     Computes in the dtype of its parameters. Dropout is left out, as in `SequenceClassifier`.
 
@@ -265,7 +265,7 @@ class DecoderClassifier(nn.Module):
         features = mean_state(x, mask) if at is None else x[:, 0]
         if output_features:
             return features
-        return nn.Dense(self.num_labels, name=CLASSIFIER)(features)
+        return nn.Dense(self.num_labels, use_bias=False, name=CLASSIFIER)(features)
 
 
 class CausalLm(nn.Module):

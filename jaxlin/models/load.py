@@ -41,6 +41,15 @@ def _hf_config(folder: Path) -> Any:
         raise InputError(f"{file} cannot be read: {error}") from error
 
 
+def family_in(folder: Path) -> Family:
+    """Returns the family of the checkpoint in a folder.
+
+    Raises:
+        InputError: If its configuration cannot be read, or its architecture is not supported.
+    """
+    return FAMILIES[_hf_config(folder).model_type]
+
+
 def _has_classifier(folder: Path, hf: Any) -> bool:
     """Whether a checkpoint is a classifier's, by its configuration or, where that says nothing, by its tensors."""
     if hf.architectures:
@@ -129,9 +138,9 @@ def load_model(
         head: What the linear map to the logits reads: `"mean"` (mean of the token states); of an encoder, `"cls"`
             (state of the first token) or `"pooler"` (that state after a dense map and an activation: BERT's pooler,
             or the head of the family's `ForSequenceClassification`); of a decoder, `"last"` (state of the last token
-            that is not padding; a checkpoint's own map, `score`, has no bias: it starts at 0 here); or `"auto"`: of
-            a decoder `"last"`, of an encoder as the checkpoint was trained, and `"mean"` where nothing behind the
-            token states was.
+            that is not padding). A decoder's map has no bias, as transformers' `score` has none. `"auto"`: of a decoder
+            `"last"`, of an encoder as the checkpoint was trained, and `"mean"` where nothing behind the token states
+            was.
         head_init: How to start a head that the checkpoint does not have: `"random"` (normal with the
             configuration's `initializer_range`) or `"zero"`. For a probe head see `probe_head`.
         new_head: Draw the map to the logits anew where the checkpoint has one, such as for another task.
@@ -168,12 +177,10 @@ def load_model(
         expected = {path: leaf for path, leaf in expected.items() if not path.startswith(f"{CLASSIFIER}/")}
     params, missing = load_params(folder, family, config.num_layers, expected, dtype, _is_tied(hf))
     body = jax.tree.leaves(params)[0].dtype
-    if family.is_decoder and CLASSIFIER in params and f"{CLASSIFIER}/bias" in missing:
-        params[CLASSIFIER]["bias"] = jnp.zeros(num_labels)
-        missing.remove(f"{CLASSIFIER}/bias")
     head_is_new = CLASSIFIER not in params or any(in_head(path) for path in missing)
     if head_is_new:
-        params[CLASSIFIER] = draw_head(head_init, rng, config.hidden_size, num_labels, config.initializer_range)
+        bias = not family.is_decoder
+        params[CLASSIFIER] = draw_head(head_init, rng, config.hidden_size, num_labels, config.initializer_range, bias)
     if any(path.startswith(f"{CLASSIFIER_DENSE}/") for path in missing):
         params[CLASSIFIER_DENSE] = new_dense(rng, config.hidden_size, config.initializer_range)
     return Model(_cast(params, body), module, ModelSource(name_or_path, str(folder), head_is_new))

@@ -33,11 +33,13 @@ class ModelSource:
         name: The name it was asked for by.
         folder: Local folder with `config.json`, weights and tokenizer.
         head_is_new: Whether the classification head was not in the checkpoint.
+        adapter: Folder of the adapter that its head is of, and that its tuning starts from, on the command line.
     """
 
     name: str
     folder: str
     head_is_new: bool
+    adapter: str | None = None
 
 
 @functools.lru_cache(maxsize=8)
@@ -163,7 +165,9 @@ def check_text_batch(module: Any, batch: Batch) -> None:
 HEAD_STARTS = ("random", "zero")
 
 
-def new_head(kind: str, rng: int | Array, width: int, num_labels: int, scale: float) -> dict[str, Array]:
+def new_head(
+    kind: str, rng: int | Array, width: int, num_labels: int, scale: float, bias: bool = True
+) -> dict[str, Array]:
     """Returns a fresh linear head, `kernel [D, C]` and `bias [C]`, float32 (the same draw with x64 on and off).
 
     Args:
@@ -172,11 +176,13 @@ def new_head(kind: str, rng: int | Array, width: int, num_labels: int, scale: fl
         width: D.
         num_labels: C.
         scale: Standard deviation of the random kernel.
+        bias: Whether it has one.
     """
     shape = (width, num_labels)
     kernel = jax.random.normal(named_key(rng, f"head:{CLASSIFIER}/kernel"), shape, jnp.float32) * scale
     zeros = jnp.zeros(shape, jnp.float32)
-    return {"kernel": kernel if kind == "random" else zeros, "bias": jnp.zeros(num_labels, jnp.float32)}
+    head = {"kernel": kernel if kind == "random" else zeros}
+    return head | {"bias": jnp.zeros(num_labels, jnp.float32)} if bias else head
 
 
 def new_dense(rng: int | Array, width: int, scale: float) -> dict[str, Array]:

@@ -38,7 +38,8 @@ def probe_head(
 ) -> Model:
     """Returns `model` with the head of closed-form ridge regression on its frozen features (LP-FT's start).
 
-    The head minimises `½‖features·W + b − y‖² + (ridge/2)‖W‖²`, summed over examples, the bias free.
+    The head minimises `½‖features·W + b − y‖² + (ridge/2)‖W‖²`, summed over examples, the bias free; a decoder's head
+    has none, and b is 0.
 
     Args:
         model: Its present head is ignored.
@@ -56,7 +57,8 @@ def probe_head(
     """
     if not isinstance(model.module, SequenceClassifier | DecoderClassifier):
         raise InputError("probe_head needs a model of load_model, whose head reads known features")
-    data, num_labels = as_dataset(batch), model.params[CLASSIFIER]["bias"].shape[0]
+    data, old = as_dataset(batch), model.params[CLASSIFIER]
+    num_labels, has_bias = old["kernel"].shape[1], "bias" in old
     if np.shape(y) != (len(data), num_labels):
         raise InputError(f"y has shape {np.shape(y)}; expected (examples, outputs) = {(len(data), num_labels)}")
     if ridge is not None and not 0 <= ridge < math.inf:
@@ -64,10 +66,11 @@ def probe_head(
     from sklearn.linear_model import RidgeCV
 
     features = frozen_features(model, data)
-    top = np.linalg.norm(features - features.mean(axis=0), ord=2) ** 2
-    if not top > 0:  # all features are the same: the bias is all there is
-        return with_head(model, {"kernel": np.zeros((features.shape[1], num_labels)), "bias": np.mean(y, axis=0)})
+    top = np.linalg.norm(features - features.mean(axis=0) if has_bias else features, ord=2) ** 2
+    if not top > 0:  # all features are the same, or 0: the bias is all there is
+        flat = {"kernel": np.zeros((features.shape[1], num_labels)), "bias": np.mean(y, axis=0)}
+        return with_head(model, {name: flat[name] for name in old})
     alphas = top * np.logspace(-7, 0, 22) if ridge is None else [max(ridge, 1e-12 * top)]
-    fit = RidgeCV(alphas=alphas).fit(features, y)
-    kernel = np.atleast_2d(fit.coef_).T
-    return with_head(model, {"kernel": kernel, "bias": np.atleast_1d(fit.intercept_)})
+    fit = RidgeCV(alphas=alphas, fit_intercept=has_bias).fit(features, y)
+    fitted = {"kernel": np.atleast_2d(fit.coef_).T, "bias": np.atleast_1d(fit.intercept_)}
+    return with_head(model, {name: fitted[name] for name in old})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -81,23 +81,51 @@ def lora(
         if not math.isfinite(alphas[path]):
             raise InputError(f"LoRA alpha {alphas[path]}; expected a finite number")
     saved = saved_modules(model, modules_to_save)
-    head, frozen = split_params(model.params, lambda path: (train_head and in_head(path)) or path in saved)
     if not train_head:
         require_live_head(model)
     params = flatten_dict(model.params, sep="/")
     transposed = getattr(model.module, "transposed", ())
-    theta, rest = flatten_dict(head, sep="/"), flatten_dict(frozen, sep="/")
+    factors: dict[str, tuple[Array, Array]] = {}
+    magnitudes: dict[str, Array] = {}
     for path, (d_in, d_out) in modules.items():
         kernel, bound = params[f"{path}/kernel"], d_in**-0.5
         # Drawn in float32: the same A with x64 on and off.
         draw = jax.random.uniform(named_key(rng, f"lora:{path}"), (d_in, ranks[path]), jnp.float32, -bound, bound)
-        (rest if freeze_A else theta)[f"{path}/lora_A"] = draw.astype(kernel.dtype)
-        theta[f"{path}/lora_B"] = jnp.zeros((ranks[path], d_out), kernel.dtype)
+        factors[path] = draw.astype(kernel.dtype), jnp.zeros((ranks[path], d_out), kernel.dtype)
         if use_dora:
             norm = jnp.linalg.norm(kernel, axis=1 if path in transposed else 0)
             if not bool(jnp.all(norm > 0)):
                 raise InputError(f"DoRA: {path} has an output with all weights zero, which has no direction")
-            theta[f"{path}/dora_magnitude"] = norm
+            magnitudes[path] = norm
     scales = {path: alphas[path] / (ranks[path] ** 0.5 if use_rslora else ranks[path]) for path in modules}
+    return adapted(
+        model, lambda path: (train_head and in_head(path)) or path in saved, factors, scales, freeze_A, magnitudes
+    )
+
+
+def adapted(
+    model: Model,
+    tuned: Callable[[str], bool],
+    factors: Mapping[str, tuple[Array, Array]],
+    scales: Mapping[str, float],
+    freeze_A: bool = False,
+    magnitudes: Mapping[str, Array] | None = None,
+) -> Tunable:
+    """Returns a model with low-rank factors as they are given.
+
+    Args:
+        model: The pretrained model.
+        tuned: Whether a parameter of its own, by path, is tuned too.
+        factors: Path of a dense module to A `[d_in, r]` and B `[r, d_out]`.
+        scales: Likewise to s.
+        freeze_A: Keep every A fixed.
+        magnitudes: Likewise to DoRA's m `[d_out]`; `None`: LoRA.
+    """
+    whole, frozen = split_params(model.params, tuned)
+    theta, rest = flatten_dict(whole, sep="/"), flatten_dict(frozen, sep="/")
+    for path, (a, b) in factors.items():
+        (rest if freeze_A else theta)[f"{path}/lora_A"] = a
+        theta[f"{path}/lora_B"] = b
+    theta |= {f"{path}/dora_magnitude": m for path, m in (magnitudes or {}).items()}
     function = PeftFunction(unflatten_dict(rest, sep="/"), model.module, tuple(scales.items()))
     return Tunable(function, unflatten_dict(theta, sep="/"))

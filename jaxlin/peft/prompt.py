@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxlin.errors import InputError
 from jaxlin.models.model import Model, check_text_batch, named_key
+from jaxlin.models.next_token import NextTokenLoss
 from jaxlin.peft.function import split_params
 from jaxlin.peft.select import require_live_head
 from jaxlin.tunable import Batch, Tunable, in_head
@@ -109,8 +110,8 @@ def prompt_tuning(
         A Tunable whose theta has `prompt` `[p, width of the embedding]`, and the head.
 
     Raises:
-        InputError: If the model is no text model of this package, p is out of range, the text has no token, or the head
-            is zero and frozen.
+        InputError: If the model is no text model of this package or one of `next_token_loss`, p is out of range, the
+            text has no token, or the head is zero and frozen.
 
     References:
         Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning".
@@ -118,6 +119,8 @@ def prompt_tuning(
     config = getattr(model.module, "config", None)
     if config is None or not hasattr(config, "vocab_size"):
         raise InputError(f"prompt_tuning needs a text model; the module of this one is a {type(model.module).__name__}")
+    if isinstance(model.module, NextTokenLoss):
+        raise InputError("prompt_tuning would have the vectors' places predicted, as next_token_loss does every token")
     if not 1 <= num_virtual_tokens < config.max_length:
         raise InputError(
             f"num_virtual_tokens={num_virtual_tokens}; expected at least 1, and fewer than the model's positions, "

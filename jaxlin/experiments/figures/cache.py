@@ -42,14 +42,20 @@ class Cache:
             begin = time.monotonic()
             result = compute()
             write_json(path, {"key": key, "seconds": time.monotonic() - begin, "result": result})
-        found = json.loads(path.read_text(), object_hook=_numbers)
+        found = _numbers(json.loads(path.read_text()))
         if path not in self.read:
             self.read.add(path)
             self.seconds += found["seconds"]
         return found["result"]
 
 
-def _numbers(content: dict[str, Any]) -> dict[str, Any]:
+_WORDS = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
+
+
+def _numbers(content: Any) -> Any:
     """JSON has no NaN and no infinity: `write_json` makes words of them."""
-    words = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
-    return {key: words.get(value, value) if isinstance(value, str) else value for key, value in content.items()}
+    if isinstance(content, dict):
+        return {key: _numbers(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_numbers(value) for value in content]
+    return _WORDS.get(content, content) if isinstance(content, str) else content

@@ -213,12 +213,11 @@ def _main(table: Sequence[Row]) -> Figure:
                 axis.set_yscale(scale)
                 at = lam_positions(axis, mine)
                 for start in STARTS:
-                    rows = of(mine, start=start, arm=FULL)
-                    style = {"color": _COLOURS[start], "label": _NAMES[start], "fmt": "o-"}
-                    band(axis, rows, "lam_over_mu1", key, at, **style)
+                    rows, colour = of(mine, start=start, arm=FULL), _COLOURS[start]
+                    band(axis, rows, "lam_over_mu1", key, at, "o-", color=colour, label=_NAMES[start])
                     if key == "accuracy_eval":
-                        other = {"color": _COLOURS[start], "label": None, "fmt": "s--"}
-                        band(axis, of(mine, start=start, arm=LINEARIZED), "lam_over_mu1", key, at, **other)
+                        rows = of(mine, start=start, arm=LINEARIZED)
+                        band(axis, rows, "lam_over_mu1", key, at, "s--", color=colour)
                 axis.set(ylabel=name, title=name_of(task) if column == 1 else "")
                 axis.tick_params(labelsize=6.5)
         axes[0, 0].legend()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -17,7 +18,17 @@ import tyro
 
 from jaxlin import plots
 from jaxlin.errors import InputError
-from jaxlin.experiments.figures import dynamics, lipschitz, llm, regularization
+from jaxlin.experiments.data_arguments import DataArguments, load_task
+from jaxlin.experiments.figures import (
+    choose_layers,
+    condition_number,
+    dynamics,
+    kernel_regression,
+    lipschitz,
+    llm,
+    regularization,
+    spectra,
+)
 from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.study import Row, Setting, Study, Work, read_tables, write_tables
 from jaxlin.experiments.progress import ProgressReporter
@@ -27,7 +38,16 @@ from jaxlin.versions import versions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STUDIES: tuple[Study, ...] = (regularization.STUDY, dynamics.STUDY, lipschitz.STUDY, llm.STUDY)
+STUDIES: tuple[Study, ...] = (
+    regularization.STUDY,
+    dynamics.STUDY,
+    lipschitz.STUDY,
+    spectra.STUDY,
+    condition_number.STUDY,
+    choose_layers.STUDY,
+    kernel_regression.STUDY,
+    llm.STUDY,
+)
 """In the order of their numbers."""
 
 FAST_SWITCH = "JAXLIN_NOTEBOOKS"
@@ -79,7 +99,11 @@ def chosen(names: Sequence[str]) -> tuple[Study, ...]:
         if not fitting:
             raise InputError(f"there is no study {name!r}; expected some of {', '.join(s.name for s in STUDIES)}")
         found += fitting
-    return tuple(found) or STUDIES
+    return tuple({study.name: study for study in found}.values()) or STUDIES
+
+
+_OPTIONS = ("model_name_or_path", "data_dir", "seeds", "num_train", "max_seq_length")
+"""Options that change the setting; `tasks` besides."""
 
 
 def setting_of(study: Study, config: FiguresConfig) -> Setting:
@@ -91,8 +115,7 @@ def setting_of(study: Study, config: FiguresConfig) -> Setting:
     if config.fast == config.full:
         raise InputError("give one of --fast (about a minute a study) and --full (the setting of the results kept)")
     setting = study.fast if config.fast else study.full
-    names = ("model_name_or_path", "data_dir", "seeds", "num_train", "max_seq_length")
-    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    given = _given(config)
     if config.tasks:
         given |= {"tasks": config.tasks}
         for name in ("pull_tasks", "frozen_tasks"):
@@ -101,6 +124,17 @@ def setting_of(study: Study, config: FiguresConfig) -> Setting:
     setting = dataclasses.replace(setting, **given)
     setting.check()
     return setting
+
+
+def _given(config: FiguresConfig) -> dict[str, Any]:
+    return {name: value for name in _OPTIONS if (value := getattr(config, name)) is not None}
+
+
+def command_of(study: Study, config: FiguresConfig) -> str:
+    """Returns the command line that makes a study again."""
+    tasks = f" --tasks {' '.join(config.tasks)}" if config.tasks else ""
+    options = "".join(f" --{name} {value}" for name, value in _given(config).items())
+    return f"jaxlin figures {study.name} --{'fast' if config.fast else 'full'}{tasks}{options}"
 
 
 def hardware() -> dict[str, Any]:
@@ -161,12 +195,13 @@ def run(config: FiguresConfig) -> None:
         InputError: If anything given cannot be used.
         KeyboardInterrupt: If interrupted; the same command goes on.
     """
-    mode = "fast" if config.fast else "full"
     settings = [(study, setting_of(study, config)) for study in chosen(config.names)]
+    tasks = dict.fromkeys(task for _, setting in settings for task in setting.tasks)
+    for task in tasks:  # for its error, before the first task's hours
+        load_task(DataArguments(task_name=task, data_dir=settings[0][1].data_dir))
     for study, setting in settings:
         folder = config.output_dir / study.name
-        command = f"jaxlin figures {study.name} --{mode}"
-        tables, record = run_study(study, setting, folder, command, config.quiet)
+        tables, record = run_study(study, setting, folder, command_of(study, config), config.quiet)
         print(f"{study.name}: {study.title}")
         for text in study.findings(tables).values():
             print(f"  {text}")
@@ -217,13 +252,28 @@ class Opened:
             f"**JAX** {record['versions']['jax']}"
         )
 
+    @functools.cached_property
+    def findings(self) -> dict[str, str]:
+        """What was found, by name."""
+        return self.study.findings(self.tables)
+
+    @functools.cached_property
+    def figures(self) -> dict[str, Figure]:
+        """Figures by name, which matplotlib's interactive side forgets."""
+        import matplotlib.pyplot as plt
+
+        drawn = self.study.draw(self.tables)
+        for figure in drawn.values():
+            plt.close(figure)
+        return drawn
+
     def found(self, name: str) -> Text:
         """One finding; its numbers are the tables'."""
-        return Text(self.study.findings(self.tables)[name])
+        return Text(self.findings[name])
 
     def show(self, name: str) -> Picture:
         """One figure."""
-        return Picture(self.study.draw(self.tables)[name])
+        return Picture(self.figures[name])
 
 
 def open_study(name: str, results: Path | str = "results") -> Opened:

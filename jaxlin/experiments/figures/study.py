@@ -192,9 +192,12 @@ class Study:
 
 
 def write_tables(folder: Path, tables: Tables) -> None:
-    """Writes `<name>.csv` for each table, numbers with six digits: tables are to be kept."""
+    """Writes `<name>.csv` for each table, numbers with six digits: tables are to be kept. One without rows is empty."""
     for name, rows in tables.items():
-        write_csv(folder / f"{name}.csv", [{key: _rounded(value) for key, value in row.items()} for row in rows])
+        if rows:
+            write_csv(folder / f"{name}.csv", [{key: _rounded(value) for key, value in row.items()} for row in rows])
+        else:
+            (folder / f"{name}.csv").write_text("")
 
 
 def _rounded(value: Any) -> Any:
@@ -213,6 +216,8 @@ def read_tables(folder: Path) -> dict[str, list[Row]]:
 def _value(text: str) -> Any:
     if text in ("", "True", "False"):
         return {"": None, "True": True, "False": False}[text]
+    if "_" in text:  # a name: Python would read 1_0 as 10
+        return text
     for kind in (int, float):
         try:
             return kind(text)

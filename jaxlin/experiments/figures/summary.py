@@ -79,9 +79,10 @@ def written(values: Sequence[float] | np.ndarray, form: str = ".3g") -> str:
 
 
 def with_interval(values: Sequence[float] | np.ndarray, form: str = "+.3f") -> str:
-    """Writes the mean of values and its 95 % interval, such as `+0.010 [−0.002, +0.022]`."""
+    """Writes the mean of values and its 95 % interval, such as `+0.010 [−0.002, +0.022]`; of one value no interval."""
     mean, low, high = mean_interval(values)
-    return f"{mean:{form}} [{low:{form}}, {high:{form}}]".replace("-", "−")
+    interval = f" [{low:{form}}, {high:{form}}]" if math.isfinite(low) else ""
+    return f"{mean:{form}}{interval}".replace("-", "−")
 
 
 def sizes(rows: Sequence[Row]) -> str:

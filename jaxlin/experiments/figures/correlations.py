@@ -48,7 +48,7 @@ def correlations(table: Sequence[Mapping[str, Any]], resamples: int) -> list[dic
     which every run diverged has no row and no part in what is pooled.
 
     Args:
-        table: Rows of a `Study`; whole draws only.
+        table: Rows of `condition_number`; whole draws only.
         resamples: Bootstrap resamples and permutations.
 
     Returns:
@@ -58,7 +58,7 @@ def correlations(table: Sequence[Mapping[str, Any]], resamples: int) -> list[dic
     tasks = list(dict.fromkeys(row["task"] for row in table))
     predictors = [prefix + name for prefix in ("", ALONE) for name in CRITERIA] + ["num_params"]
     out = []
-    for way in (PAPER, STABLE):
+    for way in dict.fromkeys(row["way"] for row in table):
         columns = {
             name: {task: _values(table, task, way, name) for task in tasks}
             for name in {*predictors, *OUTCOMES, "num_modules"}

@@ -1,0 +1,249 @@
+"""What the study of chosen layers shows: figures and findings from its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxlin import plots
+from jaxlin.experiments.figures.choices import MODULES, Choice
+from jaxlin.experiments.figures.study import Row, Tables
+from jaxlin.experiments.figures.summary import (
+    distinct,
+    mean_interval,
+    name_of,
+    of,
+    sizes,
+    values_of,
+    with_interval,
+    written,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+BY_LOSS, BY_KAPPA = "leave_one_out_error", "condition_number"
+"""Criteria that layers are chosen by here: the first is the one that is asked whether choosing pays."""
+EVERYTHING, LAST, RANDOM, START = "everything", "last_layers", "random_choice", "start"
+NAMES = {
+    BY_LOSS: "chosen by leave-one-out loss",
+    BY_KAPPA: "chosen by κ",
+    LAST: "last layers",
+    RANDOM: "random choices",
+    EVERYTHING: "everything",
+    START: "start (no fine-tuning)",
+}
+OTHERS = (BY_KAPPA, LAST, RANDOM, EVERYTHING, START)
+"""What the choice is held against."""
+MEASURES = (("score_eval", "score", 1), ("loss_eval", "validation loss", -1), ("loss_train", "training loss", -1))
+"""Column, in words, and whether more (1) or less (−1) is better."""
+_NEVER_POOLED = ("stsb", "wnli")
+
+
+def differences(table: Sequence[Row], other: str, column: str) -> np.ndarray:
+    """Returns the choice minus another arm, a value a seed; of several runs of an arm in a seed the mean counts."""
+    found = []
+    for seed in distinct(table, "seed"):
+        mine, theirs = (values_of(of(table, arm=arm, seed=seed), column) for arm in (BY_LOSS, other))
+        if len(mine) and len(theirs):
+            found.append(mine.mean() - theirs.mean())
+    return np.array(found)
+
+
+def pooled(table: Sequence[Row], other: str, column: str) -> np.ndarray:
+    """Returns the mean difference of each task that may be pooled: an interval of these is one over tasks."""
+    tasks = [task for task in distinct(table, "task") if task not in _NEVER_POOLED]
+    return np.array([differences(of(table, task=task), other, column).mean() for task in tasks])
+
+
+def _points(axis: Axes, values: np.ndarray, at: float, colour: str) -> None:
+    axis.plot(values, np.full(len(values), at), ".", color=colour, ms=3, alpha=0.6)
+    mean, low, high = mean_interval(values)
+    axis.plot([mean], [at], "o", color=colour, ms=4.5)
+    if np.isfinite(low):
+        axis.plot([low, high], [at, at], "-", color=colour, lw=1.3)
+
+
+def _difference_figure(table: Sequence[Row]) -> Figure:
+    """Paired differences, a line an arm, a row a task and one for the mean of the tasks."""
+    tasks = distinct(table, "task")
+    lines = len(tasks) + (len(tasks) > 1)
+    figure, axes = plots.canvas(lines, 3, 7.0, 1.05 * lines + 1.0, sharey=True, sharex="col")
+    with plots.drawing():
+        for line in range(lines):
+            own = line < len(tasks)
+            for axis, (column, name, better) in zip(axes[line], MEASURES, strict=True):
+                for at, other in enumerate(OTHERS):
+                    rows = of(table, task=tasks[line]) if own else table
+                    values = (differences if own else pooled)(rows, other, column)
+                    _points(axis, values, at, plots.COLOURS[other])
+                axis.axvline(0, color="#000000", lw=0.7)
+                axis.tick_params(labelsize=6.5)
+                if line == lines - 1:
+                    axis.set_xlabel(f"{name}: chosen − other\n({'more' if better > 0 else 'less'} is better)")
+            title = name_of(tasks[line]) if own else "mean of the tasks, interval over tasks"
+            axes[line, 1].set_title(f"{title} ({table_metric(table, tasks[line])})" if own else title)
+        axes[0, 0].set_yticks(range(len(OTHERS)), [NAMES[other] for other in OTHERS])
+        axes[0, 0].set_ylim(len(OTHERS) - 0.5, -0.5)
+        figure.suptitle(
+            "Layers chosen by leave-one-out loss against others: paired differences, a dot a seed,\n"
+            f"mean and 95 % interval; {_sizes(table)}",
+            fontsize=8,
+        )
+    return figure
+
+
+def table_metric(table: Sequence[Row], task: str) -> str:
+    """Returns the metric that a task is scored by."""
+    return str(of(table, task=task)[0]["metric"])
+
+
+def _sizes(table: Sequence[Row]) -> str:
+    return sizes(table).replace(" (mean, and range as a band)", "")
+
+
+def _where(table: Sequence[Row]) -> Figure:
+    """In which share of the draws each module of each layer was chosen, by two criteria."""
+    tasks, letters = distinct(table, "task"), list(MODULES)
+    every = Choice.parse(of(table, arm=EVERYTHING)[0]["choice"])
+    depth = len(every.layers)
+    figure, axes = plots.canvas(2, len(tasks), max(1.65 * len(tasks) + 0.7, 4.0), 3.1, sharex=True, sharey=True)
+    with plots.drawing():
+        for line, arm in enumerate((BY_LOSS, BY_KAPPA)):
+            for column, task in enumerate(tasks):
+                rows, counts = of(table, task=task, arm=arm), np.zeros((len(letters), depth))
+                for row in rows:
+                    choice = Choice.parse(row["choice"])
+                    for letter in choice.modules:
+                        counts[letters.index(letter), list(choice.layers)] += 1 / len(rows)
+                axis = axes[line, column]
+                image = axis.imshow(counts, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+                axis.grid(False)
+                axis.set_xticks(range(depth))
+                axis.set_yticks(range(len(letters)), list(MODULES.values()))
+                if not line:
+                    axis.set_title(name_of(task))
+                else:
+                    axis.set_xlabel("layer")
+            axes[line, 0].set_ylabel(NAMES[arm].removeprefix("chosen "))
+        figure.colorbar(image, ax=axes, label="share of draws")
+        figure.suptitle(f"What was chosen; {_sizes(table)}", fontsize=8)
+    return figure
+
+
+def draw(tables: Tables) -> dict[str, Figure]:
+    """Draws the paired differences, and what was chosen."""
+    return {"differences": _difference_figure(tables["table"]), "chosen": _where(tables["table"])}
+
+
+def _scores(table: Sequence[Row]) -> str:
+    arms = [BY_LOSS, *OTHERS]
+    lines = []
+    for task in distinct(table, "task"):
+        cells = [written(values_of(of(table, task=task, arm=arm), "score_eval")) for arm in arms]
+        lines.append(f"| {name_of(task)} ({table_metric(table, task)}) | " + " | ".join(cells) + " |")
+    sizes_of = [written(values_of(of(table, arm=arm), "num_params"), ".0f") for arm in arms]
+    lines.append("| parameters tuned | " + " | ".join(sizes_of) + " |")
+    head = " | ".join(NAMES[arm] for arm in arms)
+    return (
+        f"Validation score, mean over seeds and range:\n\n| Task | {head} |\n{'|---' * (len(arms) + 1)}|\n"
+        + "\n".join(lines)
+    )
+
+
+def _differences(table: Sequence[Row]) -> str:
+    lines = []
+    for task in distinct(table, "task"):
+        for column, name, _ in MEASURES[:2]:
+            cells = [with_interval(differences(of(table, task=task), other, column), "+.4f") for other in OTHERS]
+            lines.append(f"| {name_of(task)} | {name} | " + " | ".join(cells) + " |")
+    head = " | ".join(f"− {NAMES[other]}" for other in OTHERS)
+    return (
+        "Chosen by leave-one-out loss minus each other, paired by seed, with 95 % intervals over seeds:\n\n"
+        f"| Task | of | {head} |\n{'|---' * (len(OTHERS) + 2)}|\n" + "\n".join(lines)
+    )
+
+
+def outcome(values: np.ndarray, better: int) -> int:
+    """Returns 1 where the interval says better, −1 worse, 0 neither, as where all seeds differ alike."""
+    _, low, high = mean_interval(values)
+    return 0 if low <= 0 <= high or low == high else int(np.sign(low) * better)
+
+
+def _verdict(table: Sequence[Row]) -> str:
+    tasks = distinct(table, "task")
+    many = f"{len(tasks)} task{'s' * (len(tasks) > 1)}"
+    lines = []
+    for other in OTHERS:
+        found = {
+            name: [outcome(differences(of(table, task=task), other, column), better) for task in tasks]
+            for column, name, better in MEASURES[:2]
+        }
+        counts = [
+            f"{name}: better in {seen.count(1)}, worse in {seen.count(-1)}, not told apart in {seen.count(0)}"
+            for name, seen in found.items()
+        ]
+        line = f"- against {NAMES[other]}: {'; '.join(counts)} of {many}"
+        over_tasks = pooled(table, other, "score_eval")
+        if len(over_tasks) > 1:
+            line += f"; mean difference of the score over tasks {with_interval(over_tasks)}"
+        lines.append(line + ".")
+    equal = {other: outcome(pooled(table, other, "score_eval"), 1) for other in (LAST, RANDOM)}
+    words = {1: "is better than that of", -1: "is worse than that of", 0: "cannot be told from that of"}
+    ends = " and ".join(f"{words[sign]} {NAMES[other]}" for other, sign in equal.items())
+    pays = "pays" if min(equal.values()) == 1 else "does not show that it pays"
+    used = values_of(of(table, arm=BY_LOSS), "num_params").mean() / values_of(of(table, arm=LAST), "num_params").mean()
+    return (
+        f"**Choosing layers by leave-one-out loss {pays} here**: over {many} its score {ends}. It used "
+        f"{100 * used:.3g} % of the parameters that it might tune; those two use all.\n\n" + "\n".join(lines)
+    )
+
+
+def _what(tables: Tables) -> str:
+    table, chosen = tables["table"], tables["chosen"]
+    lines = []
+    for task in distinct(table, "task"):
+        cells = [", ".join(row["choice"] for row in of(table, task=task, arm=arm)) for arm in (BY_LOSS, BY_KAPPA)]
+        lines.append(f"| {name_of(task)} | " + " | ".join(cell.replace(", ", " · ") for cell in cells) + " |")
+    ranks = {name: _order(table, name) for name in (BY_LOSS, BY_KAPPA)}
+    said = " and ".join(f"{value:+.2f} for ".replace("-", "−") + _WORDS[name] for name, value in ranks.items())
+    return (
+        f"Chosen of {chosen[0]['candidates']} candidates on {chosen[0]['select_examples']} examples, seed by seed "
+        "(layers:modules, by first letter):\n\n| Task | by leave-one-out loss | by κ |\n|---|---|---|\n"
+        + "\n".join(lines)
+        + "\n\nRank correlation of what the kernel said with the validation loss after fine-tuning, among the choices "
+        f"of one seed, mean over tasks and seeds: {said}."
+    )
+
+
+_WORDS = {BY_LOSS: "leave-one-out loss", BY_KAPPA: "κ"}
+
+
+def _order(table: Sequence[Row], criterion: str) -> float:
+    """Mean rank correlation, within a task and seed, of a criterion with the validation loss of the choices."""
+    from scipy.stats import spearmanr
+
+    found = []
+    for task in distinct(table, "task"):
+        for seed in distinct(table, "seed"):
+            rows = [row for row in of(table, task=task, seed=seed) if row[criterion] is not None]
+            unique = {row["choice"]: row for row in rows}.values()
+            if len(unique) > 2:
+                sides = [[row[column] for row in unique] for column in (criterion, "loss_eval")]
+                found.append(spearmanr(*sides).statistic)
+    return float(np.nanmean(found)) if found else float("nan")
+
+
+def findings(tables: Tables) -> dict[str, str]:
+    """Says whether choosing pays, how each arm scores, the paired differences, and what was chosen."""
+    table = tables["table"]
+    return {
+        "verdict": _verdict(table),
+        "scores": _scores(table),
+        "differences": _differences(table),
+        "chosen": _what(tables),
+    }

@@ -1,0 +1,408 @@
+"""Does the condition number of K₀ predict fine-tuning? The paper's claim, tested over choices of what is tuned.
+
+For every task, draw of (A, head, data order) and choice of layers × {query, key, value} that get LoRA factors: what K₀
+says before training (`jaxlin.theory.criteria`), and what fine-tuning then gives, (i) in the paper's way: a random head
+that is tuned too, Adam at a fixed rate, cross-entropy, no pull; and (ii) in the theory's: a probe head, frozen, descent
+on squared loss at η = c/(μ₁ + λ), with a pull. The fixed rate and c are chosen on held-out rows of the training file,
+once a task.
+
+The primary predictor, named before the runs that are kept (a trial of 16 came first): log κ of the kernel of the LoRA
+factors at θ₀, which is what differs between choices (as in the paper's script), the outcome final training loss under
+(i), pooled over tasks. All else is secondary, and with this many correlations some of it will look significant by
+chance. Under (i) the kernel of all that is tuned is nearly that of the head alone: a new head's weights are small,
+LoRA's kernel of their square.
+
+Under (ii) the probe is fitted on the training examples, as what is then trained starts from it: leave-one-out error,
+marginal likelihood and alignment there are of labels that the head has seen.
+
+There are two parts. The *wide* one (tables `table`, `correlations`) has many choices and few examples, in both ways:
+1,200 runs in the full setting, about 95 minutes on 2 cores. The *larger* one (`large`, `large_correlations`) is a check
+of it with fewer choices, as many examples as other studies have and whole validation sets, in the paper's way alone at
+one rate, on those of the tasks that have the rows for it: 96 runs, about 25 minutes. `jaxlin figures 06 --full` runs
+both, the larger one first, and with `--seeds 0` that alone. The fast setting is both, on few embedded examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxlin.data.dataset import Dataset
+from jaxlin.errors import InputError, TrainingDivergedError
+from jaxlin.experiments.data_arguments import DataArguments
+from jaxlin.experiments.figures import condition_number_page as page
+from jaxlin.experiments.figures.choices import HEAD, Choice, choices_of, depth_of, num_params, tunable
+from jaxlin.experiments.figures.correlations import ALONE, PAPER, STABLE, correlations
+from jaxlin.experiments.figures.study import FAST, Row, Setting, Study, Tables, Work
+from jaxlin.experiments.model_arguments import ModelArguments
+from jaxlin.experiments.setting import Loaded, load
+from jaxlin.models.load import load_model
+from jaxlin.models.probe import probe_head
+from jaxlin.ntk.engine import ntk
+from jaxlin.ntk.kinds import contrast_basis
+from jaxlin.ntk.store import fingerprint
+from jaxlin.peft.part import only
+from jaxlin.theory.criteria import criteria
+from jaxlin.training.config import TrainConfig
+from jaxlin.training.losses import evaluate, targets, to_mean
+from jaxlin.training.trainer import predict, train
+from jaxlin.tunable import Tunable
+from jaxlin.versions import versions
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionNumberSetting(Setting):
+    """Does the condition number predict fine-tuning? Tasks must be of classes; seeds are draws of A, head, data order.
+
+    Attributes:
+        layer_sets: Sets of layers, each as digits joined by commas; default: eight of a model of six layers.
+        module_sets: Sets of modules, letters of q, k and v.
+        num_tune: Held-out examples of the training file, on which rates are chosen.
+        num_kernel: Training examples that make the kernel.
+        batch_size: Examples a step.
+        num_train_epochs: Passes over the training examples.
+        paper_learning_rates: Fixed rates of Adam, of which one is chosen a task.
+        stable_factors: c of η = c/(μ₁ + λ), of which one is chosen a task; none: only the paper's way.
+        lam_rel: λ of (ii) in units of μ₁; criteria that need a λ use the same.
+        resamples: Bootstrap resamples and permutations.
+        large_draws: Draws of the larger part.
+        large_layer_sets: Its sets of layers.
+        large_module_sets: Its sets of modules.
+        large_num_train: Its training examples; tasks with fewer are left out of it. Validation examples are all.
+        large_num_train_epochs: Its passes over them.
+        large_learning_rate: Its fixed rate of Adam.
+    """
+
+    tasks: tuple[str, ...] = ("cola", "sst2", "mrpc", "rte", "uci_yelp")
+    num_train: int = 128
+    num_eval: int | None = 200
+    max_seq_length: int = 48
+    layer_sets: tuple[str, ...] = ("0,1", "2,3", "4,5", "0,5", "0,1,2", "3,4,5", "0,2,4", "0,1,2,3,4,5")
+    module_sets: tuple[str, ...] = ("q", "k", "v", "qv", "qkv")
+    num_tune: int = 96
+    num_kernel: int = 64
+    batch_size: int = 16
+    num_train_epochs: float = 3.0
+    paper_learning_rates: tuple[float, ...] = (4e-3, 4e-4)
+    stable_factors: tuple[float, ...] = (0.1, 0.3, 1.0)
+    lam_rel: float = 1e-3
+    resamples: int = 1000
+    large_draws: int = 2
+    large_layer_sets: tuple[str, ...] = ("0,1", "2,3", "4,5", "0,1,2,3,4,5")
+    large_module_sets: tuple[str, ...] = ("q", "v", "qkv")
+    large_num_train: int = 1000
+    large_num_train_epochs: float = 2.0
+    large_learning_rate: float = 1e-3
+
+    def check(self) -> None:
+        """Refuses what cannot be meant.
+
+        Raises:
+            InputError: If something is.
+        """
+        dataclasses.replace(self, seeds=max(self.seeds, 1))._check_shared()
+        if self.seeds < 0 or self.large_draws < 0 or not self.seeds + self.large_draws:
+            raise InputError(f"--seeds {self.seeds}, --large_draws {self.large_draws}: expected at least one draw")
+
+    def _check_shared(self) -> None:
+        super().check()
+        for name in ("num_tune", "num_kernel", "batch_size", "resamples", "large_num_train"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} {getattr(self, name)}: expected at least 1")
+        if not self.paper_learning_rates:
+            raise InputError("--paper_learning_rates needs at least one value")
+        if not self.lam_rel > 0:
+            raise InputError(f"--lam_rel {self.lam_rel}: expected above 0")
+        choices_of(self.layer_sets, self.module_sets)
+        choices_of(self.large_layer_sets, self.large_module_sets)
+
+    def larger(self, tasks: Sequence[str]) -> ConditionNumberSetting:
+        """Returns the larger part as a setting of its own."""
+        return dataclasses.replace(
+            self,
+            tasks=tuple(tasks),
+            seeds=self.large_draws,
+            num_train=self.large_num_train,
+            num_eval=None,
+            layer_sets=self.large_layer_sets,
+            module_sets=self.large_module_sets,
+            num_train_epochs=self.large_num_train_epochs,
+            paper_learning_rates=(self.large_learning_rate,),
+            stable_factors=(),
+        )
+
+
+def tuned(choice: Choice, way: str) -> tuple[str, ...]:
+    """Returns the blocks that are tuned: the head too in the paper's way."""
+    return (*choice.blocks, HEAD) if way == PAPER else choice.blocks
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Draw:
+    """One task with one draw of A and head: what is tuned in each way, and the data."""
+
+    task: str
+    draw: int
+    tuns: Mapping[str, Tunable]
+    train: Dataset
+    tune: Dataset
+    eval: Dataset
+    metric: str
+    identity: Mapping[str, Any]
+
+
+def _load(setting: ConditionNumberSetting, task: str) -> Loaded:
+    arguments = DataArguments(task_name=task, data_dir=setting.data_dir, max_seq_length=setting.max_seq_length)
+    sizes = {"train": setting.num_train + setting.num_tune, "eval": setting.num_eval}
+    model = ModelArguments(setting.model_name_or_path, head_init="random", new_head=True)
+    loaded = load(model, arguments, sizes, 0, "squared")
+    if loaded.task.num_labels < 2:
+        raise InputError(f"task {task} has {loaded.task.num_labels} output; expected classes")
+    return loaded
+
+
+def _has_rows(setting: ConditionNumberSetting, loaded: Loaded) -> bool:
+    return len(loaded.data["train"]) >= setting.num_train + setting.num_tune
+
+
+def _drawn(setting: ConditionNumberSetting, loaded: Loaded, draw: int) -> _Draw:
+    """Draws A and head, and groups what is tuned by module."""
+    classes, whole = loaded.task.num_labels, loaded.data["train"]
+    if not _has_rows(setting, loaded):
+        raise InputError(
+            f"task {loaded.task.name} has {len(whole)} training rows; expected --num_train {setting.num_train} and "
+            f"--num_tune {setting.num_tune} of them"
+        )
+    order = np.random.default_rng(0).permutation(len(whole))
+    parts = whole.take(order[: setting.num_train]), whole.take(order[setting.num_train :])
+    model = load_model(setting.model_name_or_path, classes, head=loaded.model.module.head, new_head=True, rng=draw)
+    probed = probe_head(model, parts[0], np.asarray(targets(parts[0]["labels"], classes), np.float64))
+    starts = {PAPER: model, STABLE: probed} if setting.stable_factors else {PAPER: model}
+    tuns = {way: tunable(start, setting.lora_rank, draw) for way, start in starts.items()}
+    depth = depth_of(tuns[PAPER])
+    choices = choices_of(setting.layer_sets, setting.module_sets)
+    if beyond := [choice.name for choice in choices if max(choice.layers) >= depth]:
+        raise InputError(f"--layer_sets: {beyond[0]} names a layer that the model has not; it has {depth}, from 0")
+    identity = {
+        "models": {way: fingerprint(tun, tun.theta0) for way, tun in tuns.items()},
+        "data": [part.sha256() for part in (*parts, loaded.data["eval"])],
+        "versions": versions(),
+    }
+    return _Draw(
+        loaded.task.name, draw, tuns, *parts, loaded.data["eval"], metric=loaded.task.metrics[0], identity=identity
+    )
+
+
+def _predictors(
+    setting: ConditionNumberSetting, drawn: _Draw, way: str, choices: Sequence[Choice]
+) -> dict[str, dict[str, Any]]:
+    """What K₀ says of every choice, from one pass of block kernels: of the contrasts of logits, as softmax sees them.
+
+    With a probe head LoRA's kernel vanishes along the constant direction, so that κ of all of it would be infinite.
+
+    Returns:
+        By name of the choice.
+    """
+    tun, some = drawn.tuns[way], drawn.train.take(np.arange(min(setting.num_kernel, len(drawn.train))))
+    kernel, outputs = ntk(tun, some).contrasts(), predict(tun, tun.theta0, some)
+    basis = contrast_basis(outputs.shape[1])
+    f0 = outputs @ basis
+    y = np.asarray(targets(some["labels"], outputs.shape[1]), np.float64) @ basis
+    found: dict[str, dict[str, Any]] = {}
+    for choice in choices:
+        row: dict[str, Any] = {}
+        for prefix, blocks in (("", tuned(choice, way)), (ALONE, choice.blocks)):
+            one = criteria(kernel.subset(blocks), y, f0, lam_rel=setting.lam_rel)
+            row |= {prefix + name: value for name, value in one.values.items()}
+            row[f"{prefix}condition_number_is_bound"] = one.condition_number_is_bound
+        found[choice.name] = row
+    return found
+
+
+def _train_config(setting: ConditionNumberSetting, way: str, strength: float, mu1: float, drawn: _Draw) -> TrainConfig:
+    """How to train; `strength` is the rate of (i), and c of (ii)."""
+    common: dict[str, Any] = {
+        "batch_size": setting.batch_size,
+        "num_train_epochs": setting.num_train_epochs,
+        "seed": drawn.draw,
+        "group_by_length": True,
+    }
+    if way == PAPER:
+        schedule: dict[str, Any] = {"lr_scheduler_type": "linear", "warmup_ratio": 0.06}
+        return TrainConfig(loss="cross_entropy", optimizer="adam", learning_rate=strength, **schedule, **common)
+    n = len(drawn.train)
+    top = mu1 * n / min(setting.num_kernel, n)  # of all training examples: μ grows with their number
+    lam = setting.lam_rel * top
+    rate = to_mean(strength / (top + lam), n, "learning_rate")
+    return TrainConfig(loss="squared", optimizer="sgd", learning_rate=rate, lam=lam, **common)
+
+
+def _fine_tune(drawn: _Draw, choice: Choice, way: str, config: TrainConfig, held_out: Dataset) -> dict[str, Any]:
+    """Trains one choice; what diverged has no numbers."""
+    tun = only(drawn.tuns[way], tuned(choice, way))
+    try:
+        result = train(tun, drawn.train, None, config)
+    except TrainingDivergedError:
+        return {"diverged": True, "train_loss": None, "eval_loss": None, "metric": None, "distance": None}
+    on_train, on_held_out = (
+        evaluate(predict(tun, result.theta, part), part["labels"], config.loss) for part in (drawn.train, held_out)
+    )
+    return {
+        "diverged": False,
+        "train_loss": on_train["loss"],
+        "eval_loss": on_held_out["loss"],
+        "metric": on_held_out[drawn.metric],
+        "distance": result.history[-1]["distance"],
+    }
+
+
+class Runs:
+    """One part of the study, a result at a time through the cache."""
+
+    def __init__(self, setting: ConditionNumberSetting, work: Work) -> None:
+        """Loads nothing yet."""
+        self.setting, self.work = setting, work
+        self.choices = choices_of(setting.layer_sets, setting.module_sets)
+        self._loaded: dict[str, Loaded] = {}
+        self._strengths: dict[str, dict[str, float]] = {}
+        self._drawn: dict[tuple[str, int], _Draw] = {}
+
+    def loaded(self, task: str) -> Loaded:
+        """A task's data, and the model."""
+        if task not in self._loaded:
+            self._loaded[task] = _load(self.setting, task)
+            self.work.data_sha256[task] = self._loaded[task].task.sha256()
+        return self._loaded[task]
+
+    def drawn(self, task: str, draw: int) -> _Draw:
+        """A task with one draw of A and head."""
+        if (task, draw) not in self._drawn:
+            self._drawn = {key: value for key, value in self._drawn.items() if key[0] == task}  # models are large
+            self._drawn[task, draw] = _drawn(self.setting, self.loaded(task), draw)
+        return self._drawn[task, draw]
+
+    def predictors(self, task: str, draw: int, way: str) -> dict[str, Any]:
+        """What K₀ says of every choice."""
+        drawn, setting = self.drawn(task, draw), self.setting
+        key = {
+            "what": "predictors",
+            "way": way,
+            "of": dict(drawn.identity),
+            "num_kernel": setting.num_kernel,
+            "lam_rel": setting.lam_rel,
+            "choices": [choice.name for choice in self.choices],
+        }
+        return dict(self.work.cache.get(key, lambda: _predictors(setting, drawn, way, self.choices)))
+
+    def run(self, task: str, draw: int, choice: Choice, way: str, strength: float, *, tuning: bool) -> dict[str, Any]:
+        """What fine-tuning of a choice gives."""
+        drawn = self.drawn(task, draw)
+        mu1 = self.predictors(task, draw, way)[choice.name]["mu_max"]
+        training = _train_config(self.setting, way, strength, mu1, drawn)
+        key = {"what": "run", "of": dict(drawn.identity), "choice": choice.name, "way": way, "tuning": tuning}
+        key["training"] = dataclasses.asdict(training)
+        held_out = drawn.tune if tuning else drawn.eval
+        result = self.work.cache.get(key, lambda: _fine_tune(drawn, choice, way, training, held_out))
+        return {**result, "learning_rate": training.learning_rate}
+
+    def strengths(self, task: str) -> dict[str, float]:
+        """The rate of (i) and the c of (ii) whose held-out loss is least, over the smallest, a middle and all.
+
+        Returns:
+            By way; where one value is given, that.
+
+        Raises:
+            InputError: If all of them diverge.
+        """
+        if task in self._strengths:
+            return self._strengths[task]
+        by_size = sorted(self.choices, key=lambda choice: len(choice.blocks))
+        some = [by_size[0], by_size[len(by_size) // 2], by_size[-1]]
+        given = {PAPER: self.setting.paper_learning_rates, STABLE: self.setting.stable_factors}
+        chosen = {way: values[0] for way, values in given.items() if len(values) == 1}
+        for way, values in given.items():
+            if len(values) < 2:
+                continue
+            losses = {}
+            for value in values:
+                rows = [self.run(task, 0, choice, way, value, tuning=True) for choice in some]
+                each = [np.inf if row["diverged"] else row["eval_loss"] for row in rows]
+                losses[value] = float(np.mean(each)) if np.isfinite(each).all() else np.inf
+            if not np.isfinite(min(losses.values())):
+                raise InputError(f"task {task}: every strength {list(values)} of {way!r} diverges; give smaller ones")
+            chosen[way] = min(values, key=losses.__getitem__)
+        self._strengths[task] = chosen
+        return chosen
+
+    def rows(self, what: str) -> Iterator[Row]:
+        """Yields a row a task, draw, choice and way; `what` is this part, for progress."""
+        setting = self.setting
+        total, done = setting.seeds * len(setting.tasks) * len(self.choices), 0
+        for draw in range(setting.seeds):
+            for task in setting.tasks:
+                strengths = self.strengths(task)
+                predictors = {way: self.predictors(task, draw, way) for way in strengths}
+                drawn = self.drawn(task, draw)
+                for choice in self.choices:
+                    for way, tun in drawn.tuns.items():
+                        result = self.run(task, draw, choice, way, strengths[way], tuning=False)
+                        yield {
+                            "task": task,
+                            "draw": draw,
+                            "choice": choice.name,
+                            "num_modules": len(choice.blocks),
+                            "num_params": num_params(tun, tuned(choice, way)),
+                            "way": way,
+                            "strength": strengths[way],
+                            **result,
+                            **predictors[way][choice.name],
+                            "train_examples": len(drawn.train),
+                            "eval_examples": len(drawn.eval),
+                        }
+                    done += 1
+                    self.work.progress(what, done, total)
+
+
+def compute(setting: ConditionNumberSetting, work: Work) -> Tables:
+    """Runs the larger part, then the wide one, and correlates every criterion with every outcome in each."""
+    tables: dict[str, Sequence[Row]] = {}
+    if setting.large_draws:
+        large = Runs(setting.larger(setting.tasks), work)
+        enough = [task for task in setting.tasks if _has_rows(large.setting, large.loaded(task))]
+        large.setting = setting.larger(enough)
+        if enough:
+            tables["large"] = list(large.rows("larger runs"))
+            tables["large_correlations"] = correlations(tables["large"], setting.resamples)
+    if setting.seeds:
+        tables["table"] = list(Runs(setting, work).rows("wide runs"))
+        tables["correlations"] = correlations(tables["table"], setting.resamples)
+    return tables
+
+
+STUDY = Study(
+    name="06_condition_number_predicts",
+    title="Whether the condition number of the kernel before training predicts what fine-tuning gives",
+    fast=ConditionNumberSetting(
+        **{**FAST, "seeds": 1, "num_train": 32, "num_eval": 32},
+        num_tune=16,
+        num_kernel=16,
+        layer_sets=("0,1", "4,5"),
+        module_sets=("q", "v"),
+        num_train_epochs=1.0,
+        paper_learning_rates=(4e-3,),
+        stable_factors=(0.3,),
+        resamples=100,
+        large_draws=1,
+        large_layer_sets=("0,1", "4,5"),
+        large_module_sets=("q", "v"),
+        large_num_train=64,
+        large_num_train_epochs=1.0,
+    ),
+    full=ConditionNumberSetting(),
+    compute=compute,
+    draw=page.draw,
+    findings=page.findings,
+)

@@ -1,0 +1,251 @@
+"""What the study of the condition number shows: figures and findings from its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxlin import plots
+from jaxlin.experiments.figures.correlations import ALONE, EQUAL_SIZE, PAPER, POOLED, PRIMARY, STABLE
+from jaxlin.experiments.figures.study import Row, Tables
+from jaxlin.experiments.figures.summary import distinct, name_of, of
+from jaxlin.theory.criteria import CRITERIA
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+KAPPA = PRIMARY[0]
+PARTS = {"": ("table", "correlations"), "large": ("large", "large_correlations")}
+"""Prefix of figures and findings of a part to its tables."""
+_OUTCOMES = {
+    (PAPER, "train_loss"): "training loss, Adam at a fixed rate",
+    (PAPER, "metric"): "validation metric, same runs",
+    (STABLE, "train_loss"): "training loss, descent at c/(μ₁+λ)",
+}
+_SHOWN = (KAPPA, *(f"{ALONE}{name}" for name in CRITERIA if f"{ALONE}{name}" != KAPPA), "num_params")
+
+
+def name_of_predictor(predictor: str) -> str:
+    """Returns a predictor in words."""
+    if predictor == "num_params":
+        return "number of parameters"
+    words = plots.CRITERIA[predictor.removeprefix(ALONE)]
+    return f"{words} (primary)" if predictor == KAPPA else words
+
+
+def _counted(rows: Sequence[Row], column: str) -> str:
+    count = len(distinct(rows, column))
+    return f"{count} {column}{'s' * (count > 1)}"
+
+
+def _sizes(rows: Sequence[Row]) -> str:
+    parts = [sorted(set(distinct(rows, column))) for column in ("train_examples", "eval_examples")]
+    train, evaluation = (f"{part[0]}" if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts)
+    return (
+        f"{train} training and {evaluation} validation examples, {_counted(rows, 'choice')}, {_counted(rows, 'draw')}"
+    )
+
+
+def _points(rows: Sequence[Row], outcome: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """κ (geometric mean), outcome and number of modules of every choice, means over draws; without what diverged."""
+    found = []
+    for name in distinct(rows, "choice"):
+        mine = [row for row in of(rows, choice=name) if row[outcome] is not None]
+        if mine:
+            log, values = ([row[column] for row in mine] for column in (KAPPA, outcome))
+            found.append((np.exp(np.mean(np.log(log))), np.mean(values), mine[0]["num_modules"]))
+    kappa, value, modules = np.array(found, float).T
+    return kappa, value, modules
+
+
+def _scatter(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
+    """κ against final training loss and metric, a point a choice, a column a task."""
+    rows = of(table, way=PAPER)
+    tasks = distinct(rows, "task")
+    figure, axes = plots.canvas(2, len(tasks), max(1.35 * len(tasks) + 0.6, 4.4), 4.0, sharex="col")
+    with plots.drawing():
+        for column, task in enumerate(tasks):
+            mine = of(rows, task=task)
+            for axis, outcome in zip(axes[:, column], ("train_loss", "metric"), strict=True):
+                kappa, value, modules = _points(mine, outcome)
+                image = axis.scatter(kappa, value, c=modules, cmap="viridis", s=11, norm="log", zorder=3)
+                (found,) = of(correlations, predictor=KAPPA, way=PAPER, outcome=outcome, task=task)
+                name = f"{name_of(task)}\n" if outcome == "train_loss" else ""
+                axis.set_title(f"{name}ρ = {_signed(found['spearman'])}", fontsize=8)
+                axis.set_xscale("log")
+                axis.tick_params(labelsize=6.5)
+            axes[1, column].set_xlabel("κ at θ₀")
+        axes[0, 0].set_ylabel("final training loss")
+        axes[1, 0].set_ylabel("validation metric")
+        ticks = sorted(distinct(rows, "num_modules"))
+        bar = figure.colorbar(image, ax=axes[:, -1], label="modules tuned", aspect=30)
+        bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
+        bar.minorticks_off()
+        figure.suptitle(f"A point a choice of layers and modules, Adam at a fixed rate;\n{_sizes(rows)}", fontsize=8)
+    return figure
+
+
+def _interval(axis: Axes, row: Row, name: str, at: float, **style: Any) -> None:
+    value, low, high = row[name], row[f"{name}_interval_low"], row[f"{name}_interval_high"]
+    if np.isfinite(value):
+        axis.plot([low, high], [at, at], "-", color=style["color"], lw=1)
+        axis.plot([value], [at], **style)
+
+
+def _forest(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
+    """Every predictor's correlations, plain and partial, with their intervals."""
+    pooled = of(correlations, task=POOLED)
+    panels = [(key, name) for key, name in _OUTCOMES.items() if of(pooled, way=key[0], outcome=key[1])]
+    figure, axes = plots.canvas(1, len(panels), 1.4 + 1.85 * len(panels), 3.7, sharey=True, sharex=True)
+    plain, partial = plots.COLOURS["plain"], plots.COLOURS["partial"]
+    with plots.drawing():
+        for axis, ((way, outcome), name) in zip(axes[0], panels, strict=True):
+            for at, predictor in enumerate(_SHOWN):
+                (row,) = of(pooled, predictor=predictor, way=way, outcome=outcome)
+                _interval(axis, row, "spearman", at - 0.16, marker="o", color=plain)
+                _interval(axis, row, "partial", at + 0.16, marker="s", color=partial, mfc="white")
+            axis.axvline(0, color="#000000", lw=0.7)
+            axis.set(title=name.replace(", ", ",\n"), xlabel="rank correlation", xlim=(-1.05, 1.05))
+        axes[0, 0].set_yticks(range(len(_SHOWN)), [name_of_predictor(name) for name in _SHOWN])
+        axes[0, 0].invert_yaxis()
+        axes[0, 0].plot([], [], "o-", color=plain, label="plain")
+        axes[0, 0].plot([], [], "s-", color=partial, mfc="white", label="trace and size held constant")
+        figure.legend(loc="outside lower center", ncols=2)
+        figure.suptitle(
+            f"Spearman’s ρ over choices, {_counted(table, 'task')} averaged, 95 % intervals;\n{_sizes(table)}",
+            fontsize=8,
+        )
+    return figure
+
+
+def draw(tables: Tables) -> dict[str, Figure]:
+    """Draws κ against outcomes, and every predictor's correlations, of each part that there is."""
+    found: dict[str, Figure] = {}
+    for prefix, (table, correlations) in PARTS.items():
+        if table in tables:
+            parts = tables[table], tables[correlations]
+            before = f"{prefix}_" if prefix else ""
+            found |= {f"{before}scatter": _scatter(*parts), f"{before}correlations": _forest(*parts)}
+    return found
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def cell(row: Row, name: str) -> str:
+    """Writes a correlation and its interval; empty where there is none."""
+    if not np.isfinite(row[name]):
+        return ""
+    low, high = (_signed(row[f"{name}_interval_{end}"]) for end in ("low", "high"))
+    return f"{_signed(row[name])} [{low}, {high}]"
+
+
+def _sign(row: Row, name: str) -> int:
+    """1 or −1 where the interval leaves out 0, else 0."""
+    low, high = row[f"{name}_interval_low"], row[f"{name}_interval_high"]
+    return 0 if not low * high > 0 else int(np.sign(row[name]))
+
+
+def _one(correlations: Sequence[Row], predictor: str, outcome: str, way: str = PAPER, task: str = POOLED) -> Row:
+    (found,) = of(correlations, predictor=predictor, way=way, outcome=outcome, task=task)
+    return found
+
+
+def verdict(correlations: Sequence[Row]) -> str:
+    """Says in a word whether the paper's claim holds: the smaller κ, the lower the loss; beyond what size says."""
+    primary = _one(correlations, KAPPA, "train_loss")
+    plain, partial = _sign(primary, "spearman"), _sign(primary, "partial")
+    if plain == 1:
+        return "holds" if partial == 1 else "holds, but says no more than the kernel’s size"
+    return "does not hold: the relation is the other way round" if plain == -1 else "does not show"
+
+
+def _verdict(table: Sequence[Row], correlations: Sequence[Row]) -> str:
+    primary, metric = _one(correlations, KAPPA, "train_loss"), _one(correlations, KAPPA, "metric")
+    directions = {1: "the smaller κ, the lower the loss", -1: "the *larger* κ, the lower the loss"}
+    plain, partial, on_metric = _sign(primary, "spearman"), _sign(primary, "partial"), _sign(metric, "spearman")
+    left = {
+        1: "what is left of it has the paper’s sign",
+        -1: "what is left of it has the sign opposite to the paper’s",
+        0: "nothing that differs from zero is left of it",
+    }
+    metrics = {
+        1: "goes with a *better* one for larger κ",
+        -1: "goes with a better one for smaller κ, as the paper says",
+        0: "shows no relation that differs from zero",
+    }
+    lines = [
+        f"**The paper’s claim {verdict(correlations)}** in this setting ({_sizes(table)}, "
+        f"{_counted(table, 'task')}). log κ against final training loss: ρ = {cell(primary, 'spearman')} — "
+        + (directions[plain] if plain else "the interval holds 0")
+        + ".",
+        f"For the validation metric κ {metrics[on_metric]}: ρ = {cell(metric, 'spearman')}.",
+    ]
+    if np.isfinite(primary["partial"]):
+        held = cell(primary, "partial")
+        lines.insert(1, f"With trace and number of parameters held constant: {held}, so {left[partial]}.")
+    known = [
+        row for row in of(correlations, way=PAPER, outcome="train_loss", task=POOLED) if row["predictor"] in _SHOWN
+    ]
+    best = max(known, key=lambda row: abs(row["spearman"]) if np.isfinite(row["spearman"]) else -1)
+    lines.append(
+        f"The strongest predictor of training loss is {name_of_predictor(best['predictor'])} "
+        f"(ρ = {cell(best, 'spearman')})."
+    )
+    equal = of(correlations, predictor=KAPPA, way=PAPER, outcome="train_loss", task=EQUAL_SIZE)
+    if equal:
+        lines.append(f"Among choices of equally many modules κ has ρ = {cell(equal[0], 'spearman')}.")
+    if of(correlations, way=STABLE):
+        stable = _one(correlations, KAPPA, "train_loss", STABLE)
+        signs = {1: "the paper’s sign", -1: "the opposite sign", 0: "no sign that can be told"}
+        lines.append(
+            f"Under descent at c/(μ₁+λ), where theory says that κ_λ sets the rate, κ has "
+            f"{signs[_sign(stable, 'spearman')]}: ρ = {cell(stable, 'spearman')}."
+        )
+    return " ".join(lines)
+
+
+def _table(correlations: Sequence[Row]) -> str:
+    has_stable = bool(of(correlations, way=STABLE))
+    lines = []
+    for predictor in _SHOWN:
+        loss, metric = (_one(correlations, predictor, outcome) for outcome in ("train_loss", "metric"))
+        cells = [cell(loss, "spearman"), cell(loss, "partial"), cell(metric, "spearman")]
+        if has_stable:
+            cells.append(cell(_one(correlations, predictor, "train_loss", STABLE), "spearman"))
+        lines.append(f"| {name_of_predictor(predictor)} | " + " | ".join(cells) + " |")
+    heads = [_OUTCOMES[PAPER, "train_loss"], "partial", _OUTCOMES[PAPER, "metric"]]
+    heads += [_OUTCOMES[STABLE, "train_loss"]] if has_stable else []
+    return f"| At θ₀ | {' | '.join(heads)} |\n{'|---' * (len(heads) + 1)}|\n" + "\n".join(lines)
+
+
+def _agreement(wide: Sequence[Row], large: Sequence[Row]) -> str:
+    """Whether the larger part says the same of κ."""
+    same = []
+    for outcome, name in (("train_loss", "plain"), ("train_loss", "partial"), ("metric", "metric")):
+        key = "partial" if name == "partial" else "spearman"
+        signs = [_sign(_one(part, KAPPA, outcome), key) for part in (wide, large)]
+        words = {1: "positive", -1: "negative", 0: "not told from zero"}
+        said = "the same" if signs[0] == signs[1] else "not the same"
+        same.append(f"{name}: {said} ({words[signs[0]]} in the wide part, {words[signs[1]]} here)")
+    return "Against the wide part, the sign of κ’s correlation is — " + "; ".join(same) + "."
+
+
+def findings(tables: Tables) -> dict[str, str]:
+    """Says whether the paper's claim holds, in each part that there is, and whether the two agree."""
+    found = {}
+    for prefix, (table, correlations) in PARTS.items():
+        if table in tables:
+            before = f"{prefix}_" if prefix else ""
+            found[f"{before}verdict"] = _verdict(tables[table], tables[correlations])
+            found[f"{before}table"] = _table(tables[correlations])
+    if {"large", "table"} <= set(tables):
+        found["agreement"] = _agreement(tables["correlations"], tables["large_correlations"])
+    elif "large" not in tables:
+        found["large_verdict"] = found["large_table"] = found["agreement"] = "The larger part has not been run here."
+    return found
