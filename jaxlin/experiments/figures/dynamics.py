@@ -49,7 +49,7 @@ class DynamicsSetting(Setting):
     Attributes:
         lam_rel: Pull strengths in units of μ₁, each a column of the figure.
         steps: Of a run.
-        every: Steps between two at which outputs are computed; it divides `steps`.
+        every: Steps between two at which outputs of the full model are computed; it divides `steps`.
         late_steps: Steps of the full run at which it is linearized anew.
         drift_steps: Steps at which the kernel is computed.
         drift_examples: Training examples that it is computed on.
@@ -129,16 +129,18 @@ def _run(setting: DynamicsSetting, work: Work, problem: Problem, start: _Start, 
         lam=lam,
         seed=problem.seed,
     )
-    at = range(0, setting.steps + 1, setting.every)
     name = f"{problem.loaded.task.name}, seed {problem.seed}, λ/μ₁ = {share:g}"
-    keep = sorted({*at, *setting.late_steps, *setting.drift_steps})
+    steps = range(setting.steps + 1)
+    shown = steps[:: setting.every]
 
     def tell(row: Row) -> None:
         work.progress(f"full, {name}", row["step"], setting.steps)
 
+    keep = {*shown, *setting.late_steps, *setting.drift_steps}
     full = train(tun, problem.train, config=config, keep=keep, log=tell)
     linear = start.linear
-    lazy = train(linear.tun, linear.data[0], config=config, keep=keep)
+    parts = dict(zip(SPLITS, linear.data, strict=True))
+    lazy = train(linear.tun, linear.data[0], config=config, keep=steps)
 
     metric = problem.loaded.task.metrics[0]
 
@@ -147,16 +149,16 @@ def _run(setting: DynamicsSetting, work: Work, problem: Problem, start: _Start, 
         kept = {k: {"loss": values["loss"], "score": values[metric]} for k, values in found.items()}
         return {"arm": arm, "step": step, "distance": distance, **by_split(kept)}
 
-    curves, closed = [], {}
-    for step in range(setting.steps + 1):
-        closed[step], distance = start.closed(lam, rate, step)
-        curves.append(row(CLOSED, step, closed[step], distance))
-    parts = dict(zip(SPLITS, linear.data, strict=True))
-    for step in at:
+    curves = []
+    for step in steps:
+        closed, distance = start.closed(lam, rate, step)
+        theta = lazy.states[step].theta
+        straight = {split: predict(linear.tun, theta, part) for split, part in parts.items()}
+        curves.append(row(CLOSED, step, closed, distance))
+        curves.append(row(LINEARIZED, step, straight, _distance(lazy, step)) | _off(straight, closed, start.f0))
+    for step in shown:
         bent = {split: predict(tun, full.states[step].theta, part) for split, part in data.items()}
-        straight = {split: predict(linear.tun, lazy.states[step].theta, part) for split, part in parts.items()}
         curves.append(row(FULL, step, bent, _distance(full, step)))
-        curves.append(row(LINEARIZED, step, straight, _distance(lazy, step)) | _off(straight, closed[step], start.f0))
 
     tracker = Tracker.of(tun, problem.train, linear.tun, linear.data[0], kernel_examples=setting.drift_examples)
     drift = tracker.report(full, lazy, setting.drift_steps).table
