@@ -87,6 +87,7 @@ def test_rows_are_what_their_parts_give(setting, ran):
     assert rows[page.EVERYTHING]["num_params"] == alone.num_params
 
 
+@pytest.mark.slow
 def test_a_second_run_computes_nothing(setting, ran, monkeypatch):
     folder, _, tables = ran
 
@@ -131,6 +132,7 @@ def test_paired_differences():
     assert len(page.pooled([row for row in table if row["task"] == "a"] + scores, page.LAST, "score_eval")) == 1
 
 
+@pytest.mark.slow
 def test_what_it_says_is_what_the_tables_hold(ran):
     tables = ran[2]
     said = page.findings(tables)

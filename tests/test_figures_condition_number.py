@@ -89,6 +89,7 @@ def test_a_run_and_going_on(setting, tmp_path, monkeypatch):
     assert set(page.findings(read)) == {"verdict", "table", "large_verdict", "large_table", "agreement"}
 
 
+@pytest.mark.slow
 def test_one_row_from_its_parts(setting, tmp_path):
     study = experiment.Runs(setting, work_of(setting, tmp_path))
     choice = study.choices[1]

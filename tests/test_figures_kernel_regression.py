@@ -63,6 +63,7 @@ def loss(outputs, labels):
     return 0.5 * np.mean(np.sum((outputs - np.eye(2)[labels]) ** 2, axis=1))
 
 
+@pytest.mark.slow
 def test_regressions_are_those_of_the_kernel(small, parts):
     setting, _, tables, _ = small
     train, held_out, y, tun, kernel, cross, own = parts
@@ -105,6 +106,7 @@ def _without(matrix, y, f0, ridge, i):
     return f0[i] + matrix[np.ix_(own, rest)] @ alpha
 
 
+@pytest.mark.slow
 def test_logistic_regression_and_its_bins(small, parts):
     tables = small[2]
     train, held_out, _, _, kernel, cross, _ = parts
@@ -126,6 +128,7 @@ def test_logistic_regression_and_its_bins(small, parts):
     assert told.calibration_error(bins) == pytest.approx(gap)
 
 
+@pytest.mark.slow
 def test_fine_tuning_and_pairs_are_what_training_gives(small, parts):
     tables = small[2]
     train, held_out, _, tun, kernel, _, _ = parts

@@ -47,6 +47,7 @@ def test_vectors_are_words(family):
     assert np.ptp(np.asarray(expected), axis=0).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_it_is_tuned_and_linearized_like_any_tunable():
     model = cases.encoder("bert")
     cases.check(jl.prompt_tuning(model, COUNT), small_batch(model), None)

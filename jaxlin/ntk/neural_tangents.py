@@ -308,6 +308,7 @@ def neural_tangents_parts(
         InputError: If the implementation is unknown, or the check does not fit the budget.
         FloatingPointError: If the check fails.
     """
+    load_neural_tangents()  # tried out here, and not within a trace
     if implementation not in IMPLEMENTATIONS:
         raise InputError(f"implementation={implementation!r} is unknown; expected one of {', '.join(IMPLEMENTATIONS)}")
     other, c = data1 if data2 is None else data2, num_outputs(tun, data1)
