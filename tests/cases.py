@@ -89,15 +89,16 @@ def headless_checkpoint(folder):
     return edited_checkpoint(folder, without_head)
 
 
-def sentiments(folder, train, validation):
-    """Writes the task `sst2` in `folder`: sentences whose label is in a word, but for a quarter or so."""
+def sentiments(folder, train, validation, tasks=("sst2",)):
+    """Writes tasks in `folder`: sentences whose label is in a word, but for a quarter or so."""
     rng = np.random.default_rng(0)
-    (folder / "sst2").mkdir(parents=True)
-    for split, size in (("train", train), ("validation", validation)):
-        labels = (np.arange(size) + (rng.random(size) < 0.25)) % 2
-        words = [f"{'good' if i % 2 else 'bad'} film {rng.integers(9999)}" for i in range(size)]
-        rows = [f"{text}\t{label}" for text, label in zip(words, labels, strict=True)]
-        (folder / "sst2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    for task in tasks:
+        (folder / task).mkdir(parents=True)
+        for split, size in (("train", train), ("validation", validation)):
+            labels = (np.arange(size) + (rng.random(size) < 0.25)) % 2
+            words = [f"{'good' if i % 2 else 'bad'} film {rng.integers(9999)}" for i in range(size)]
+            rows = [f"{text}\t{label}" for text, label in zip(words, labels, strict=True)]
+            (folder / task / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
     return folder
 
 

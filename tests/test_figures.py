@@ -287,25 +287,6 @@ def test_sizes_say_examples_and_seeds():
 # Study 02 on small data.
 
 
-def write_tasks(folder, tasks=("sst2", "cola"), train=40, validation=12):
-    """Tasks of two classes in the files' format, whose label is in a word, but for a quarter or so."""
-    rng = np.random.default_rng(0)
-    for task in tasks:
-        (folder / task).mkdir(parents=True)
-        for split, size in (("train", train), ("validation", validation)):
-            labels = (np.arange(size) + (rng.random(size) < 0.25)) % 2
-            words = [f"{'good' if i % 2 else 'bad'} film {rng.integers(9999)}" for i in range(size)]
-            rows = [f"{text}\t{label}" for text, label in zip(words, labels, strict=True)]
-            (folder / task / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
-    return folder
-
-
-def headless(folder):
-    """The tiny checkpoint without its head of three outputs: a new one starts as a probe."""
-    names = ("classifier.weight", "classifier.bias")
-    return cases.edited_checkpoint(folder, lambda tensors: [tensors.pop(name) for name in names])
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """Setting, folder, tables and record of a small run."""
@@ -318,8 +299,8 @@ def small(tmp_path_factory):
         num_train=16,
         num_eval=10,
         max_seq_length=16,
-        model_name_or_path=str(headless(folder)),
-        data_dir=write_tasks(folder / "data"),
+        model_name_or_path=str(cases.headless_checkpoint(folder)),
+        data_dir=cases.sentiments(folder / "data", 40, 12, ("sst2", "cola")),
         lora_rank=2,
         lam_rel=(0.0, 1e-2, 1.0),
         pull_lam_rel=(1e-2,),

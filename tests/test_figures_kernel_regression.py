@@ -14,7 +14,7 @@ from jaxlin.experiments.figures import kernel_regression as study
 from jaxlin.experiments.figures import kernel_regression_findings as told
 from jaxlin.experiments.figures import summary
 from jaxlin.experiments.figures.run import run_study
-from tests.test_figures import headless, rows_of, write_tasks
+from tests import cases
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,8 @@ def small(tmp_path_factory):
         num_train=16,
         num_eval=10,
         max_seq_length=16,
-        model_name_or_path=str(headless(folder)),
-        data_dir=write_tasks(folder / "data"),
+        model_name_or_path=str(cases.headless_checkpoint(folder)),
+        data_dir=cases.sentiments(folder / "data", 40, 12, ("sst2", "cola")),
         lora_rank=2,
         lam_rel=(1e-3, 1e-1),
         levels=(0.5, 0.9),

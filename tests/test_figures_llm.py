@@ -16,18 +16,13 @@ TEMPLATE, WORDS = "{text} it is {mask}", ("bad", "good")
 
 @pytest.fixture
 def setting(tmp_path):
-    rng = np.random.default_rng(0)
-    (tmp_path / "data" / "sst2").mkdir(parents=True)
-    for split, size in (("train", 40), ("validation", 12)):
-        rows = [f"{'good' if i % 2 else 'bad'} film {rng.integers(9999)}\t{i % 2}" for i in range(size)]
-        (tmp_path / "data" / "sst2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
     return llm.LlmSetting(
         tasks=("sst2",),
         seeds=1,
         num_train=16,
         max_seq_length=32,
         model_name_or_path=str(cases.write_language_model(tmp_path / "lm", cases.DECODERS["llama: LM"])),
-        data_dir=tmp_path / "data",
+        data_dir=cases.sentiments(tmp_path / "data", 40, 12),
         lora_rank=2,
         template=TEMPLATE,
         label_words=WORDS,
