@@ -234,7 +234,7 @@ class Opened:
     Attributes:
         study: Which.
         tables: Its tables.
-        record: Command, setting, hardware, seconds, versions.
+        record: Command, setting, hardware, seconds, versions; of kept ones also `about`, what else there is to say.
     """
 
     study: Study
@@ -249,7 +249,7 @@ class Opened:
         return Text(
             f"**Command** `{record['command']}` · **model** {setting['model_name_or_path']} · **hardware** "
             f"{record['cores']} cores ({record['machine']}), {record['device']} · **time taken** {took} · "
-            f"**JAX** {record['versions']['jax']}"
+            f"**JAX** {record['versions']['jax']}" + (f" · {record['about']}" if "about" in record else "")
         )
 
     @functools.cached_property
