@@ -4,7 +4,6 @@ import ast
 import importlib.util
 import json
 import os
-import time
 from pathlib import Path
 
 import jupytext
@@ -21,7 +20,6 @@ LIVE = ("01_quickstart",)
 OF_STUDIES = [source for source in SOURCES if source.stem not in LIVE]
 HOW = "; render it: cd notebooks && python render.py {}"
 MOST_BYTES = 10_000_000
-MOST_SECONDS = 180
 
 
 def by_name(sources):
@@ -139,9 +137,7 @@ def test_it_runs_in_fast_mode_in_a_fresh_kernel(source, monkeypatch):
             pytest.skip(str(error))
     monkeypatch.setenv(FAST_SWITCH, "fast")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")]))
-    begin = time.monotonic()
-    notebook = _render().executed(source, timeout=MOST_SECONDS)
-    assert time.monotonic() - begin < MOST_SECONDS
+    notebook = _render().executed(source)
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
