@@ -15,6 +15,7 @@ from jaxlin.experiments.figures import kernel_regression_findings as told
 from jaxlin.experiments.figures import summary
 from jaxlin.experiments.figures.run import run_study
 from tests import cases
+from tests.test_figures import rows_of
 
 
 @pytest.fixture(scope="module")

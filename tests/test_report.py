@@ -43,7 +43,7 @@ def test_functions_of_two_kernels(seed, top, scale):
     np.testing.assert_allclose(basis.T @ b @ basis, np.diag(mu[:top][::-1]), atol=1e-9 * mu[0])
     assert gap == pytest.approx(np.inf if top == 12 else (mu[top - 1] - mu[top]) / mu[0], rel=1e-6)
     found = principal_angles(kernel, kernel0, top)
-    assert np.all(np.diff(found) <= 0)
+    assert np.all(np.diff(found) <= 1e-6)  # angles of 0 are so to rounding of their cosine
     np.testing.assert_allclose(found, brute_angles(a, b, top), atol=1e-6)
 
 
