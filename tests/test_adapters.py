@@ -151,7 +151,8 @@ def test_a_head_that_transformers_has_not(tmp_path, family):
     assert "features @ weight.T + bias" in (folder / "README.md").read_text()
     assert digest(folder / "adapter_model.safetensors", values=True) == GOLDEN["headless_adapter"][family]["sha256"]
     again = jl.load_adapter(model, folder)
-    np.testing.assert_array_equal(outputs(again, again.theta0, family), outputs(tun, theta, family))
+    # GPT-2's three factors come back as one of three times the rank: sums in another order.
+    np.testing.assert_allclose(outputs(again, again.theta0, family), outputs(tun, theta, family), atol=1e-6, rtol=0)
     # peft's adapted model without a head, first token: what `cls` reads.
     if family == "roberta":
         params = jl.merge(tun, theta)
