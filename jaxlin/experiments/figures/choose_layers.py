@@ -22,36 +22,31 @@ from jaxlin.errors import InputError
 from jaxlin.experiments.figures import choose_layers_page as page
 from jaxlin.experiments.figures.choices import MODULES, Choice, depth_of, num_params, tunable
 from jaxlin.experiments.figures.choose_layers_page import BY_KAPPA, BY_LOSS, EVERYTHING, LAST, RANDOM, START
-from jaxlin.experiments.figures.study import FAST, Problem, Row, Setting, Study, Tables, Work
+from jaxlin.experiments.figures.study import FAST, AdamSetting, Problem, Row, Study, Tables, Work
 from jaxlin.experiments.figures.summary import METRICS
 from jaxlin.models.probe import probe_head
 from jaxlin.peft.lora import lora
 from jaxlin.peft.part import only
 from jaxlin.selection import select_layers
-from jaxlin.training.config import TrainConfig
 from jaxlin.training.losses import evaluate, targets
 from jaxlin.training.trainer import predict, train
 from jaxlin.tunable import Tunable
 
 
 @dataclasses.dataclass(frozen=True)
-class ChooseLayersSetting(Setting):
-    """Chosen layers against others with as many parameters, and against all.
+class ChooseLayersSetting(AdamSetting):
+    """Chosen layers against others with as many parameters, and against all; every choice is trained alike.
 
     Attributes:
         select_examples: Training examples that the choice is made on; the others make the probe head.
         budget_layers: Most parameters that may be tuned: those of query, key and value of so many layers.
         random_choices: Choices drawn anew for each seed, of those that use the budget up.
-        num_train_epochs: Passes over the training examples.
-        batch_size: Examples a step.
-        learning_rate: Of Adam, decaying linearly to 0; the same for every choice.
     """
 
     select_examples: int = 256
     budget_layers: int = 2
     random_choices: int = 3
     num_train_epochs: float = 2.0
-    batch_size: int = 32
     learning_rate: float = 2e-3
 
     def check(self) -> None:
@@ -61,9 +56,7 @@ class ChooseLayersSetting(Setting):
             InputError: If something is.
         """
         super().check()
-        for name in ("select_examples", "budget_layers", "random_choices"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: expected at least 1")
+        self.require_positive("select_examples", "budget_layers", "random_choices")
         if self.select_examples >= self.num_train:
             raise InputError(
                 f"--num_train {self.num_train}: expected more than the {self.select_examples} examples that layers are "
@@ -174,14 +167,7 @@ def _of_problem(setting: ChooseLayersSetting, work: Work, task: str, seed: int) 
     shared = {"study": "choose_layers", "select_examples": setting.select_examples, "rank": setting.lora_rank}
     budget = {"budget_layers": setting.budget_layers}
     found = work.get(problem, {**shared, **budget, "what": "select"}, lambda: _select(setting, problem, start))
-    training = TrainConfig(
-        learning_rate=setting.learning_rate,
-        lr_scheduler_type="linear",
-        batch_size=setting.batch_size,
-        num_train_epochs=setting.num_train_epochs,
-        seed=seed,
-        group_by_length=True,
-    )
+    training = setting.training(seed)
 
     def fine_tuned(choice: Choice) -> Row:
         tun = only(start.tun, choice.blocks)

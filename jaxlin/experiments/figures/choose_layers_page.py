@@ -11,6 +11,7 @@ from jaxlin import plots
 from jaxlin.experiments.figures.choices import MODULES, Choice
 from jaxlin.experiments.figures.study import Row, Tables
 from jaxlin.experiments.figures.summary import (
+    NEVER_POOLED,
     distinct,
     mean_interval,
     name_of,
@@ -41,7 +42,6 @@ OTHERS = (BY_KAPPA, LAST, RANDOM, EVERYTHING, START)
 """What the choice is held against."""
 MEASURES = (("score_eval", "score", 1), ("loss_eval", "validation loss", -1), ("loss_train", "training loss", -1))
 """Column, in words, and whether more (1) or less (−1) is better."""
-_NEVER_POOLED = ("stsb", "wnli")
 
 
 def differences(table: Sequence[Row], other: str, column: str) -> np.ndarray:
@@ -56,7 +56,7 @@ def differences(table: Sequence[Row], other: str, column: str) -> np.ndarray:
 
 def pooled(table: Sequence[Row], other: str, column: str) -> np.ndarray:
     """Returns the mean difference of each task that may be pooled: an interval of these is one over tasks."""
-    tasks = [task for task in distinct(table, "task") if task not in _NEVER_POOLED]
+    tasks = [task for task in distinct(table, "task") if task not in NEVER_POOLED]
     return np.array([differences(of(table, task=task), other, column).mean() for task in tasks])
 
 
@@ -91,7 +91,7 @@ def _difference_figure(table: Sequence[Row]) -> Figure:
         axes[0, 0].set_ylim(len(OTHERS) - 0.5, -0.5)
         figure.suptitle(
             "Layers chosen by leave-one-out loss against others: paired differences, a dot a seed,\n"
-            f"mean and 95 % interval; {_sizes(table)}",
+            f"mean and 95 % interval; {sizes(table, banded=False)}",
             fontsize=8,
         )
     return figure
@@ -100,10 +100,6 @@ def _difference_figure(table: Sequence[Row]) -> Figure:
 def table_metric(table: Sequence[Row], task: str) -> str:
     """Returns the metric that a task is scored by."""
     return str(of(table, task=task)[0]["metric"])
-
-
-def _sizes(table: Sequence[Row]) -> str:
-    return sizes(table).replace(" (mean, and range as a band)", "")
 
 
 def _where(table: Sequence[Row]) -> Figure:
@@ -131,7 +127,7 @@ def _where(table: Sequence[Row]) -> Figure:
                     axis.set_xlabel("layer")
             axes[line, 0].set_ylabel(NAMES[arm].removeprefix("chosen "))
         figure.colorbar(image, ax=axes, label="share of draws")
-        figure.suptitle(f"What was chosen; {_sizes(table)}", fontsize=8)
+        figure.suptitle(f"What was chosen; {sizes(table, banded=False)}", fontsize=8)
     return figure
 
 

@@ -109,9 +109,7 @@ class ConditionNumberSetting(Setting):
 
     def _check_shared(self) -> None:
         super().check()
-        for name in ("num_tune", "num_kernel", "batch_size", "resamples", "large_num_train"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)}: expected at least 1")
+        self.require_positive("num_tune", "num_kernel", "batch_size", "resamples", "large_num_train")
         if not self.paper_learning_rates:
             raise InputError("--paper_learning_rates needs at least one value")
         if not self.lam_rel > 0:

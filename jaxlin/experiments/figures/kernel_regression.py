@@ -23,7 +23,7 @@ from jaxlin.experiments.figures.kernel_regression_figures import (
     draw,
 )
 from jaxlin.experiments.figures.kernel_regression_findings import findings
-from jaxlin.experiments.figures.study import FAST, Problem, Row, Setting, Study, Tables, Work
+from jaxlin.experiments.figures.study import FAST, AdamSetting, Problem, Row, Study, Tables, Work
 from jaxlin.models.probe import frozen_features
 from jaxlin.ntk.engine import kernel_from_jacobian
 from jaxlin.ntk.jacobian import jacobian
@@ -51,24 +51,18 @@ PAIRS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class KernelRegressionSetting(Setting):
+class KernelRegressionSetting(AdamSetting):
     """The kernel against fine-tuning.
 
     Attributes:
         lam_rel: λ in units of μ₁ among which leave-one-out chooses, above 0.
         levels: Nominal probabilities of predictive intervals.
         bins: Bins of predicted probabilities, of equally many examples.
-        num_train_epochs: Passes of fine-tuning over the training examples.
-        batch_size: Examples a step.
-        learning_rate: Of Adam, decaying linearly to 0.
     """
 
     lam_rel: tuple[float, ...] = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
     levels: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
     bins: int = 8
-    num_train_epochs: float = 3.0
-    batch_size: int = 32
-    learning_rate: float = 1e-3
 
 
 class _Clock:
@@ -266,18 +260,6 @@ def _fine_tuned(problem: Problem, arm: str, config: TrainConfig, work: Work) -> 
     return {"scores": _scores(outputs, labels), "decisions": predicted(outputs).tolist(), "times": clock.rows}
 
 
-def _training(setting: KernelRegressionSetting, seed: int, lam: float) -> TrainConfig:
-    return TrainConfig(
-        learning_rate=setting.learning_rate,
-        lr_scheduler_type="linear",
-        batch_size=setting.batch_size,
-        num_train_epochs=setting.num_train_epochs,
-        lam=lam,
-        seed=seed,
-        group_by_length=True,
-    )
-
-
 def _pair(arm: str, other: str, scores: Mapping[str, Row], right: Mapping[str, np.ndarray], metric: str) -> Row:
     """Returns how much better an arm is than another, and on how many examples only one of them is right."""
     names = ("difference", "accuracy_difference", "only_arm_right", "only_other_right")
@@ -302,7 +284,7 @@ def _results(setting: KernelRegressionSetting, work: Work, problem: Problem) -> 
     kernel = work.get(problem, options, lambda: _kernel(setting, problem, work))
     tuned = {}
     for arm, share in ((FULL, 0.0), (PULLED, kernel["lam_over_mu1"])):
-        config = _training(setting, problem.seed, share * kernel["mu_1"])
+        config = setting.training(problem.seed, lam=share * kernel["mu_1"])
         key = {"what": "full", "training": dataclasses.asdict(config), "rank": setting.lora_rank}
         tuned[arm] = work.get(problem, key, functools.partial(_fine_tuned, problem, arm, config, work))
     return kernel, tuned

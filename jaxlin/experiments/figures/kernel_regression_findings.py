@@ -21,6 +21,7 @@ from jaxlin.experiments.figures.kernel_regression_figures import (
 )
 from jaxlin.experiments.figures.summary import (
     METRICS,
+    NEVER_POOLED,
     distinct,
     mean_interval,
     name_of,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 SHOWN_PAIRS = ((REGRESSION, FULL), (ALONE, FULL), (REGRESSION, PROBE), (FULL, PROBE), (PULLED, PROBE))
 COVERED = 0.9
 """Nominal coverage that the findings speak of."""
-_UNPOOLED = ("stsb", "wnli")
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -68,7 +68,7 @@ def _between(values: np.ndarray) -> str:
 
 def pooled(pairs: Sequence[Row], arm: str, other: str) -> np.ndarray:
     """Returns the mean accuracy difference of each task that may be pooled."""
-    rows = [row for row in of(pairs, arm=arm, other=other) if row["task"] not in _UNPOOLED]
+    rows = [row for row in of(pairs, arm=arm, other=other) if row["task"] not in NEVER_POOLED]
     means = [values_of(of(rows, task=task), "accuracy_difference") for task in distinct(rows, "task")]
     return np.array([values.mean() for values in means if len(values)])
 

@@ -11,14 +11,13 @@ import numpy as np
 
 from jaxlin import plots
 from jaxlin.data.dataset import Dataset
-from jaxlin.experiments.figures.study import FAST, Problem, Row, Setting, Study, Tables, Work
+from jaxlin.experiments.figures.study import FAST, AdamSetting, Problem, Row, Study, Tables, Work
 from jaxlin.experiments.figures.summary import band, distinct, lam_looks, name_of, of, sizes, values_of, written
 from jaxlin.ntk.change import PER_EXAMPLE, PER_PAIR, STACKED
 from jaxlin.ntk.engine import ntk
 from jaxlin.ntk.jacobian import evenly_spread
 from jaxlin.ntk.lipschitz import QUANTITIES, lipschitz_profile
 from jaxlin.theory.spectrum import spectrum
-from jaxlin.training.config import TrainConfig
 from jaxlin.training.trainer import train
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class LipschitzSetting(Setting):
+class LipschitzSetting(AdamSetting):
     """Profiles in random directions, and along real fine-tuning.
 
     Attributes:
@@ -36,9 +35,6 @@ class LipschitzSetting(Setting):
         profile_examples: Training examples that Jacobian and kernel are taken on.
         lam_rel: Pull strengths of the runs in units of μ₁.
         points: States of a run at which the profile is taken too.
-        num_train_epochs: Passes over the training examples.
-        batch_size: Examples a step.
-        learning_rate: Of Adam, decaying linearly to 0.
         mu_examples: Training examples that μ₁ is estimated on, times their share.
     """
 
@@ -47,9 +43,6 @@ class LipschitzSetting(Setting):
     profile_examples: int = 32
     lam_rel: tuple[float, ...] = (0.0, 1e-2)
     points: int = 3
-    num_train_epochs: float = 3.0
-    batch_size: int = 32
-    learning_rate: float = 1e-3
     mu_examples: int = 256
 
 
@@ -86,15 +79,7 @@ def _trained(setting: LipschitzSetting, work: Work, problem: Problem, share: flo
     if share:
         few = _some(problem.train, setting.mu_examples)
         lam = share * _mu1(problem, few) * n / len(few)
-    config = TrainConfig(
-        learning_rate=setting.learning_rate,
-        lr_scheduler_type="linear",
-        batch_size=setting.batch_size,
-        num_train_epochs=setting.num_train_epochs,
-        lam=lam,
-        seed=problem.seed,
-        group_by_length=True,
-    )
+    config = setting.training(problem.seed, lam=lam)
     total = config.total_steps(n)
     steps = sorted({int(step) for step in np.geomspace(1, total, setting.points).round()})
 

@@ -18,15 +18,14 @@ import numpy as np
 
 from jaxlin import plots
 from jaxlin.errors import InputError
-from jaxlin.experiments.figures.study import FAST, Problem, Row, Setting, Study, Tables, Work
-from jaxlin.experiments.figures.summary import band, distinct, lam_positions, name_of, of, sizes, values_of, written
+from jaxlin.experiments.figures.study import FAST, AdamSetting, Problem, Row, Study, Tables, Work
+from jaxlin.experiments.figures.summary import against_the_pull, band, distinct, name_of, of, sizes, values_of, written
 from jaxlin.experiments.model_arguments import ModelArguments
 from jaxlin.ntk.engine import ntk
 from jaxlin.peft.lora import lora
 from jaxlin.selection import select_layers
 from jaxlin.theory.spectrum import spectrum
 from jaxlin.training.compare import FULL, LINEARIZED, compare
-from jaxlin.training.config import TrainConfig
 from jaxlin.training.losses import evaluate, targets
 from jaxlin.training.trainer import predict, train
 from jaxlin.tunable import layer_index
@@ -43,7 +42,7 @@ STARTS = ("prompt", "probe", "random")
 
 
 @dataclasses.dataclass(frozen=True)
-class LlmSetting(Setting):
+class LlmSetting(AdamSetting):
     """A decoder by prompt and by new heads.
 
     Attributes:
@@ -51,9 +50,6 @@ class LlmSetting(Setting):
         label_words: One a class.
         lam_rel: Pull strengths in units of μ₁.
         num_kernel: Training examples that make the kernels.
-        num_train_epochs: Passes over the training examples.
-        batch_size: Examples a step.
-        learning_rate: Of Adam, decaying linearly to 0.
         budget_share: Share of LoRA's parameters that a choice of layers may tune.
         random_choices: Random choices of layers with that budget.
         start: How the head starts; set by the study.
@@ -66,9 +62,6 @@ class LlmSetting(Setting):
     label_words: tuple[str, ...] = ("little", "happy")
     lam_rel: tuple[float, ...] = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
     num_kernel: int = 128
-    num_train_epochs: float = 3.0
-    batch_size: int = 32
-    learning_rate: float = 1e-3
     budget_share: float = 0.4
     random_choices: int = 3
     start: str = STARTS[0]
@@ -89,23 +82,17 @@ class LlmSetting(Setting):
         return ModelArguments(name, head_init="probe" if self.start == "probe" else "random")
 
 
-def _training(setting: LlmSetting, seed: int) -> TrainConfig:
-    return TrainConfig(
-        loss="cross_entropy",
-        learning_rate=setting.learning_rate,
-        lr_scheduler_type="linear",
-        batch_size=setting.batch_size,
-        num_train_epochs=setting.num_train_epochs,
-        seed=seed,
-        group_by_length=True,
-    )
+LOSS = "cross_entropy"
+"""A prompt's logits have a level and a scale of their own, which squared loss would fit first."""
 
 
 _GAPS = ("distance", "parameter_gap", "output_gap_relative_eval", "kl_eval", "agreement_eval", "accuracy_eval")
 
 
 def _compared(setting: LlmSetting, problem: Problem) -> list[Row]:
-    found = compare(problem.tun, problem.train, problem.eval, _training(setting, problem.seed), lam_rel=setting.lam_rel)
+    found = compare(
+        problem.tun, problem.train, problem.eval, setting.training(problem.seed, loss=LOSS), lam_rel=setting.lam_rel
+    )
     return [
         {"arm": row["arm"], "lam_over_mu1": row["lam_over_mu1"], **{name: row.get(name) for name in _GAPS}}
         for row in found.table
@@ -149,8 +136,8 @@ def _selected(setting: LlmSetting, problem: Problem) -> list[Row]:
     rows = []
 
     def tuned(choice: str, tun: Tunable) -> None:
-        result = train(tun, problem.train, None, _training(setting, problem.seed))
-        scores = evaluate(predict(tun, result.theta, problem.eval), problem.eval["labels"], "cross_entropy")
+        result = train(tun, problem.train, None, setting.training(problem.seed, loss=LOSS))
+        scores = evaluate(predict(tun, result.theta, problem.eval), problem.eval["labels"], LOSS)
         rows.append({"choice": choice, "num_params": tun.num_params, "accuracy_eval": scores["accuracy"]})
 
     choice = report.choice
@@ -203,28 +190,11 @@ _PANELS = (
 
 
 def _main(table: Sequence[Row]) -> Figure:
-    tasks = distinct(table, "task")
-    figure, axes = plots.canvas(len(tasks), len(_PANELS), 7.0, 2.2 * len(tasks) + 0.5)
-    with plots.drawing():
-        for line, task in enumerate(tasks):
-            mine = of(table, task=task)
-            for column, (key, name, scale) in enumerate(_PANELS):
-                axis = axes[line, column]
-                axis.set_yscale(scale)
-                at = lam_positions(axis, mine)
-                for start in STARTS:
-                    rows, colour = of(mine, start=start, arm=FULL), _COLOURS[start]
-                    band(axis, rows, "lam_over_mu1", key, at, "o-", color=colour, label=_NAMES[start])
-                    if key == "accuracy_eval":
-                        rows = of(mine, start=start, arm=LINEARIZED)
-                        band(axis, rows, "lam_over_mu1", key, at, "s--", color=colour)
-                axis.set(ylabel=name, title=name_of(task) if column == 1 else "")
-                axis.tick_params(labelsize=6.5)
-        axes[0, 0].legend()
-        axes[0, 2].plot([], [], "s--", color="#000000", label="linearized")
-        axes[0, 2].legend()
-        figure.suptitle(f"Full against linearized fine-tuning of a decoder; {sizes(table)}", fontsize=8)
-    return figure
+    lines = [({"start": s, "arm": FULL}, _NAMES[s], _COLOURS[s], "o-") for s in STARTS]
+    # Of the linearized arm there are scores only.
+    lines += [({"start": s, "arm": LINEARIZED}, f"{_NAMES[s]}, linearized", _COLOURS[s], "s--") for s in STARTS]
+    title = f"Full (solid) against linearized (dashed) fine-tuning of a decoder; {sizes(table)}"
+    return against_the_pull(table, _PANELS, lines, title)
 
 
 def _kernels(tables: Tables) -> Figure:

@@ -11,13 +11,22 @@ import numpy as np
 from jaxlin import plots
 from jaxlin.errors import InputError
 from jaxlin.experiments.data_arguments import STDLIB
-from jaxlin.experiments.figures.study import FAST, Row, Setting, Study, Tables, Work
-from jaxlin.experiments.figures.summary import band, distinct, lam_positions, name_of, of, sizes, values_of, written
+from jaxlin.experiments.figures.study import FAST, AdamSetting, Row, Study, Tables, Work
+from jaxlin.experiments.figures.summary import (
+    against_the_pull,
+    band,
+    distinct,
+    lam_positions,
+    name_of,
+    of,
+    sizes,
+    values_of,
+    written,
+)
 from jaxlin.experiments.tuned_arguments import FROZEN_A
 from jaxlin.peft.lora import lora
 from jaxlin.training.bound_sweep import bound_sweep
 from jaxlin.training.compare import FULL, LINEARIZED, compare
-from jaxlin.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +36,7 @@ PULLS = ("coupled", "selective", "decoupled")
 
 
 @dataclasses.dataclass(frozen=True)
-class RegularizationSetting(Setting):
+class RegularizationSetting(AdamSetting):
     """Full against linearized over a sweep of pulls.
 
     Attributes:
@@ -37,9 +46,6 @@ class RegularizationSetting(Setting):
         pull_lam_rel: Pull strengths of the others, in units of μ₁.
         bound_examples: Training examples of the first of them on which the bounds are evaluated, in float64.
         bound_steps: Full-batch steps of descent for them.
-        num_train_epochs: Passes over the training examples.
-        batch_size: Examples a step.
-        learning_rate: Of Adam, decaying linearly to 0.
     """
 
     lam_rel: tuple[float, ...] = (0.0, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -48,9 +54,6 @@ class RegularizationSetting(Setting):
     pull_lam_rel: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
     bound_examples: int = 48
     bound_steps: int = 24
-    num_train_epochs: float = 3.0
-    batch_size: int = 32
-    learning_rate: float = 1e-3
 
 
 _COLUMNS = (
@@ -66,15 +69,7 @@ _COLUMNS = (
 def _sweep(setting: RegularizationSetting, work: Work, task: str, seed: int, pull: str) -> list[Row]:
     """Fine-tunes in full and linearized at every λ, with one kind of pull."""
     problem = work.problem(task, seed)
-    training = TrainConfig(
-        learning_rate=setting.learning_rate,
-        lr_scheduler_type="linear",
-        batch_size=setting.batch_size,
-        num_train_epochs=setting.num_train_epochs,
-        pull=pull,
-        seed=seed,
-        group_by_length=True,
-    )
+    training = setting.training(seed, pull=pull)
     coupled = pull == PULLS[0]
     frozen = coupled and task in setting.frozen_tasks
     shares = setting.lam_rel if coupled else setting.pull_lam_rel
@@ -220,46 +215,26 @@ def _guide(axis: Axes, rows: Sequence[Row], column: str, at: Mapping[float, floa
 
 
 _PULL_COLOURS = {"coupled": "#0072B2", "selective": "#E69F00", "decoupled": "#009E73"}
-_PULL_ROWS = (
+_PULL_PANELS = (
     ("distance", "‖θ−θ₀‖", "log"),
     ("output_gap_relative_eval", "‖f−f̄‖ / ‖f−f₀‖", "log"),
     ("score_eval", "score", "linear"),
 )
 
 
-def _side_by_side(table: Sequence[Row], lines: Sequence[tuple[Mapping[str, str], str, str, str]], title: str) -> Figure:
-    """Draws three quantities on each task; `lines` are rows' values, label, colour and style."""
-    tasks = distinct(table, "task")
-    figure, axes = plots.canvas(len(tasks), len(_PULL_ROWS), 7.0, 2.1 * len(tasks) + 0.4, sharex=True)
-    with plots.drawing():
-        for line, task in enumerate(tasks):
-            mine = of(table, task=task)
-            for column, (key, name, scale) in enumerate(_PULL_ROWS):
-                axis = axes[line, column]
-                axis.set_yscale(scale)
-                at = lam_positions(axis, mine)
-                for values, label, colour, style in lines:
-                    rows = of(mine, **values)
-                    band(axis, rows, "lam_over_mu1", key, at, fmt=style, color=colour, label=label)
-                name = name if key != "score_eval" else mine[0]["metric"]
-                axis.set(ylabel=name, xlabel="pull λ/μ₁", title=name_of(task) if column == 1 else "")
-                axis.tick_params(labelsize=6.5)
-        axes[0, 0].legend()
-        figure.suptitle(title, fontsize=8)
-    return figure
-
-
 def _pulls(table: Sequence[Row]) -> Figure:
-    rows = [row for row in table if row["task"] in _pull_tasks(table)]
+    tasks = _pull_tasks(table)
+    rows = [row for row in table if row["task"] in tasks]
     lines = [({"arm": FULL, "pull": pull}, pull, _PULL_COLOURS[pull], "o-") for pull in PULLS]
-    return _side_by_side(rows, lines, f"Three ways to pull, full fine-tuning; {sizes(rows)}")
+    return against_the_pull(rows, _PULL_PANELS, lines, f"Three ways to pull, full fine-tuning; {sizes(rows)}")
 
 
 def _frozen(table: Sequence[Row]) -> Figure:
-    rows = [row for row in of(table, pull="coupled") if row["task"] in distinct(of(table, arm=FROZEN_A), "task")]
+    tasks = distinct(of(table, arm=FROZEN_A), "task")
+    rows = [row for row in of(table, pull="coupled") if row["task"] in tasks]
     styles = {FULL: "o-", FROZEN_A: "v-", LINEARIZED: "s--"}
     lines = [({"arm": arm}, plots.NAMES[arm], plots.COLOURS[arm], style) for arm, style in styles.items()]
-    return _side_by_side(rows, lines, f"With LoRA's A frozen; {sizes(rows)}")
+    return against_the_pull(rows, _PULL_PANELS, lines, f"With LoRA's A frozen; {sizes(rows)}")
 
 
 def _pull_tasks(table: Sequence[Row]) -> list[str]:

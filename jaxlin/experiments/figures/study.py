@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from jaxlin.models.model import Model
 from jaxlin.models.resolve import EMBEDDED_MODEL
 from jaxlin.ntk.store import fingerprint
 from jaxlin.peft.lora import lora
+from jaxlin.training.config import TrainConfig
 from jaxlin.tunable import Tunable
 from jaxlin.versions import versions
 
@@ -68,9 +70,44 @@ class Setting:
         """
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise InputError(f"--tasks {' '.join(self.tasks)}: expected at least one, each once")
-        for name in ("seeds", "num_train", "max_seq_length", "lora_rank"):
+        self.require_positive("seeds", "num_train", "max_seq_length", "lora_rank")
+
+    def require_positive(self, *names: str) -> None:
+        """Refuses whole numbers below 1.
+
+        Raises:
+            InputError: Naming the first.
+        """
+        for name in names:
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} {getattr(self, name)}: expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamSetting(Setting):
+    """Of a study that fine-tunes as most people do: by Adam, whose rate decays linearly to 0, like lengths together.
+
+    Attributes:
+        num_train_epochs: Passes over the training examples.
+        batch_size: Examples a step.
+        learning_rate: At the start.
+    """
+
+    num_train_epochs: float = 3.0
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+
+    def training(self, seed: int, **others: Any) -> TrainConfig:
+        """Returns how to train; `others` are of `TrainConfig` too."""
+        return TrainConfig(
+            learning_rate=self.learning_rate,
+            lr_scheduler_type="linear",
+            batch_size=self.batch_size,
+            num_train_epochs=self.num_train_epochs,
+            seed=seed,
+            group_by_length=True,
+            **others,
+        )
 
 
 FAST: dict[str, Any] = {"tasks": (STDLIB,), "seeds": 2, "num_train": 64, "num_eval": 64, "max_seq_length": 32}
@@ -83,16 +120,26 @@ class Problem:
 
     Attributes:
         loaded: Task, data and model; its head is random.
-        model: The same with a probe head fitted on the training examples.
-        tun: LoRA on its queries and values, and the head.
+        setting: Of the study.
+        seed: Of training examples, A, head and data order.
         identity: All that results depend on beside options, for the cache.
     """
 
     loaded: Loaded
-    model: Model
-    tun: Tunable
+    setting: Setting
     seed: int
     identity: Mapping[str, Any]
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """The model, its head fitted on the training examples where it is to be a probe: not before it is asked for."""
+        loaded = self.loaded
+        return loaded.probed() if starts_as_probe(loaded.model, self.setting.model_arguments()) else loaded.model
+
+    @functools.cached_property
+    def tun(self) -> Tunable:
+        """LoRA on its queries and values, and the head."""
+        return _lora(self.model, self.setting, self.seed)
 
     @property
     def train(self) -> Dataset:
@@ -152,20 +199,22 @@ class Work:
         return self.cache.get({**problem.identity, **options}, compute)
 
 
+def _lora(model: Model, setting: Setting, seed: int) -> Tunable:
+    return lora(model, setting.lora_rank, float(setting.lora_rank), rng=seed)
+
+
 def _problem(setting: Setting, task: str, seed: int) -> Problem:
     arguments = DataArguments(task_name=task, data_dir=setting.data_dir, max_seq_length=setting.max_seq_length)
-    model = setting.model_arguments()
-    loaded = load(model, arguments, {"train": setting.num_train, "eval": setting.num_eval}, seed, "squared")
-    rank = setting.lora_rank
-    probed = loaded.probed() if starts_as_probe(loaded.model, model) else loaded.model
-    tun, before = (lora(start, rank, float(rank), rng=seed) for start in (probed, loaded.model))
+    sizes = {"train": setting.num_train, "eval": setting.num_eval}
+    loaded = load(setting.model_arguments(), arguments, sizes, seed, "squared")
+    before = _lora(loaded.model, setting, seed)
     identity = {
         "model": fingerprint(before, before.theta0),  # a probe is the same to rounding only
         "data": [part.sha256() for part in loaded.data.values()],
         "seed": seed,
         "versions": versions(),
     }
-    return Problem(loaded, probed, tun, seed, identity)
+    return Problem(loaded, setting, seed, identity)
 
 
 @dataclasses.dataclass(frozen=True)

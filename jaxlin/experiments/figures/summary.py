@@ -13,6 +13,7 @@ from jaxlin import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from jaxlin.experiments.figures.study import Row
 
@@ -85,15 +86,29 @@ def with_interval(values: Sequence[float] | np.ndarray, form: str = "+.3f") -> s
     return f"{mean:{form}}{interval}".replace("-", "−")
 
 
-def sizes(rows: Sequence[Row]) -> str:
-    """Writes sample sizes and seeds for a caption, such as `1000 training, 872 validation examples, 3 seeds`."""
+NEVER_POOLED = ("stsb", "wnli")
+"""Tasks that no claim over tasks counts: of scores, or of too few examples."""
+
+
+def sizes(rows: Sequence[Row], banded: bool = True) -> str:
+    """Writes sample sizes and seeds for a caption, such as `1000 training, 872 validation examples, 3 seeds`.
+
+    Args:
+        rows: With the columns of `Problem.labels`.
+        banded: Whether the figure draws the seeds as `band` does.
+
+    Returns:
+        The words.
+    """
     train, evaluation = distinct(rows, "train_examples"), distinct(rows, "eval_examples")
 
     def spread(found: Sequence[int]) -> str:
         return f"{min(found)}" if min(found) == max(found) else f"{min(found)} to {max(found)}"
 
     seeds = len(distinct(rows, "seed"))
-    shown = f"{seeds} seeds (mean, and range as a band)" if seeds > 1 else "1 seed"
+    shown = f"{seeds} seeds" if seeds > 1 else "1 seed"
+    if seeds > 1 and banded:
+        shown += " (mean, and range as a band)"
     return f"{spread(train)} training and {spread(evaluation)} validation examples, {shown}"
 
 
@@ -141,3 +156,39 @@ def lam_looks(shares: Sequence[float]) -> dict[float, tuple[Any, str]]:
 
     shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(shares)))
     return dict(zip(sorted(shares), zip(shades, itertools.cycle("os^Dv"), strict=False), strict=True))
+
+
+def against_the_pull(
+    table: Sequence[Row],
+    panels: Sequence[tuple[str, str, str]],
+    lines: Sequence[tuple[Mapping[str, str], str, str, str]],
+    title: str,
+) -> Figure:
+    """Draws several quantities against λ/μ₁, a row a task and a column a quantity.
+
+    Args:
+        table: Rows with `task` and `lam_over_mu1`.
+        panels: Column, what it is, and scale; `score_eval` is named by the task's `metric`.
+        lines: What rows of a line have, its label, colour and style; it is left out where it has no value.
+        title: With sample sizes.
+
+    Returns:
+        The figure.
+    """
+    tasks = distinct(table, "task")
+    figure, axes = plots.canvas(len(tasks), len(panels), 7.0, 2.1 * len(tasks) + 0.4, sharex=True)
+    with plots.drawing():
+        for line, task in enumerate(tasks):
+            mine = of(table, task=task)
+            for column, (key, name, scale) in enumerate(panels):
+                axis = axes[line, column]
+                axis.set_yscale(scale)
+                at = lam_positions(axis, mine)
+                for values, label, colour, style in lines:
+                    band(axis, of(mine, **values), "lam_over_mu1", key, at, style, color=colour, label=label)
+                name = mine[0]["metric"] if key == "score_eval" else name
+                axis.set(ylabel=name, xlabel="pull λ/μ₁", title=name_of(task) if column == len(panels) // 2 else "")
+                axis.tick_params(labelsize=6.5)
+        axes[0, 0].legend()
+        figure.suptitle(title, fontsize=8)
+    return figure
