@@ -102,6 +102,16 @@ def sentiments(folder, train, validation, tasks=("sst2",)):
     return folder
 
 
+def forbid(monkeypatch, module, *names):
+    """Makes functions of a module raise `AssertionError("computed again")`."""
+
+    def never(*_, **__):
+        raise AssertionError("computed again")
+
+    for name in names:
+        monkeypatch.setattr(module, name, never)
+
+
 def encoder(family, num_labels=3, **options):
     """A golden encoder: 2 layers, width 16, with its family's classification head."""
     with tempfile.TemporaryDirectory() as folder:

@@ -348,11 +348,7 @@ def test_rows_are_what_compare_gives(small):
 def test_a_second_run_computes_nothing(small, monkeypatch):
     setting, folder, tables, record = small
 
-    def never(*_, **__):
-        raise AssertionError("computed again")
-
-    monkeypatch.setattr(regularization, "compare", never)
-    monkeypatch.setattr(regularization, "bound_sweep", never)
+    cases.forbid(monkeypatch, regularization, "compare", "bound_sweep")
     again, record_again = run_study(regularization.STUDY, setting, folder / "02", "command", quiet=True)
     assert str(again) == str(tables)  # NaN among them
     assert record_again["seconds"] == pytest.approx(record["seconds"])

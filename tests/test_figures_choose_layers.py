@@ -13,24 +13,18 @@ from jaxlin.experiments.figures.choices import MODULES, Choice
 from jaxlin.experiments.figures.study import Work, read_tables, write_tables
 from tests import cases
 
-LAST = ("weight", "bias")  # of the checkpoint's head, which is of three classes
-
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    model = cases.edited_checkpoint(folder, tensors=lambda held: [held.pop(f"classifier.{name}") for name in LAST])
-    (folder / "sst2").mkdir()
-    for split in ("train", "validation"):
-        rows = [f"{'good' if i % 2 else 'bad'} film {rng.integers(9999)}\t{i % 2}" for i in range(32)]
-        (folder / "sst2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    folder = tmp_path_factory.mktemp("data")
+    model, data = cases.headless_checkpoint(folder), cases.sentiments(folder / "data", 32, 32)
     return study.ChooseLayersSetting(
         tasks=("sst2",),
         seeds=2,
         num_train=20,
         num_eval=12,
         model_name_or_path=str(model),
-        data_dir=folder,
+        data_dir=data,
         lora_rank=2,
         select_examples=8,
         budget_layers=1,
@@ -91,11 +85,7 @@ def test_rows_are_what_their_parts_give(setting, ran):
 def test_a_second_run_computes_nothing(setting, ran, monkeypatch):
     folder, _, tables = ran
 
-    def never(*_, **__):
-        raise AssertionError("computed again")
-
-    for name in ("train", "predict", "select_layers"):
-        monkeypatch.setattr(study, name, never)
+    cases.forbid(monkeypatch, study, "train", "predict", "select_layers")
     work = Work(setting, Cache(folder / "runs"), lambda *_: None)
     (folder / "again").mkdir()
     write_tables(folder / "again", study.compute(setting, work))

@@ -22,14 +22,8 @@ KEPT = ROOT / "notebooks" / "results" / "06_condition_number_predicts"
 
 @pytest.fixture
 def setting(tmp_path):
-    rng = np.random.default_rng(0)
-    for task in ("sst2", "cola"):
-        (tmp_path / "data" / task).mkdir(parents=True)
-        for split, size in (("train", 40), ("validation", 12)):
-            rows = [f"{'good' if i % 2 else 'bad'} film {rng.integers(9999)}\t{i % 2}" for i in range(size)]
-            (tmp_path / "data" / task / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
     return experiment.ConditionNumberSetting(
-        data_dir=tmp_path / "data",
+        data_dir=cases.sentiments(tmp_path / "data", 40, 12, ("sst2", "cola")),
         model_name_or_path=str(cases.TINY_BERT),
         tasks=("sst2", "cola"),
         layer_sets=("0", "1", "0,1"),
@@ -73,11 +67,7 @@ def test_a_run_and_going_on(setting, tmp_path, monkeypatch):
     assert len(large) == 2 * 3
     assert {(row["way"], row["train_examples"], row["eval_examples"]) for row in large} == {("paper", 32, 12)}
 
-    def never(*_, **__):
-        raise AssertionError("computed again")
-
-    monkeypatch.setattr(experiment, "train", never)
-    monkeypatch.setattr(experiment, "ntk", never)
+    cases.forbid(monkeypatch, experiment, "train", "ntk")
     again = experiment.compute(setting, work_of(setting, tmp_path))
     assert str(again) == str(tables)  # NaN among them
     changed = dataclasses.replace(setting, num_train_epochs=2.0)
@@ -168,6 +158,7 @@ def test_what_it_says_is_what_the_kept_tables_hold():
         ((0.5, 0.3, 0.7), (0.1, -0.2, 0.3), "holds, but"),
         ((-0.5, -0.7, -0.3), (0.4, 0.2, 0.5), "the other way round"),
         ((0.1, -0.2, 0.3), (0.4, 0.2, 0.5), "does not show"),
+        ((np.nan, 0.2, 0.3), (0.4, 0.2, 0.5), "does not show"),
     ],
 )
 def test_the_verdict_follows_from_the_intervals(plain, partial, expected):

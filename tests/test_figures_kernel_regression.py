@@ -162,11 +162,7 @@ def test_fine_tuning_and_pairs_are_what_training_gives(small, parts):
 def test_a_second_run_computes_nothing(small, monkeypatch):
     setting, folder, tables, _ = small
 
-    def never(*_, **__):
-        raise AssertionError("computed again")
-
-    monkeypatch.setattr(study, "jacobian", never)
-    monkeypatch.setattr(study, "train", never)
+    cases.forbid(monkeypatch, study, "jacobian", "train")
     again, _ = run_study(study.STUDY, setting, folder, "command", quiet=True)
     assert str(again) == str(tables)
     with pytest.raises(AssertionError, match="computed again"):

@@ -78,11 +78,7 @@ def test_a_run_and_going_on(setting, tmp_path, monkeypatch):
     assert all(f"{gap:.3g} (" in told for gap in gaps.values())
     assert set(llm.draw(tables)) == {"against_the_pull", "kernels", "choices"}
 
-    def never(*_, **__):
-        raise AssertionError("computed again")
-
-    for name in ("compare", "ntk", "train", "select_layers"):
-        monkeypatch.setattr(llm, name, never)
+    cases.forbid(monkeypatch, llm, "compare", "ntk", "train", "select_layers")
     again = Work(setting, Cache(tmp_path / "runs"), lambda *_: None)
     assert str(llm.compute(setting, again)) == str(llm.compute(setting, work))
     with pytest.raises(AssertionError, match="computed again"):

@@ -13,23 +13,17 @@ from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.study import Work, read_tables, write_tables
 from tests import cases
 
-LAST = ("weight", "bias")  # of the checkpoint's head, which is of three classes
-
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    model = cases.edited_checkpoint(folder, tensors=lambda held: [held.pop(f"classifier.{name}") for name in LAST])
-    (folder / "sst2").mkdir()
-    for split in ("train", "validation"):
-        rows = [f"{'good' if i % 2 else 'bad'} film {rng.integers(9999)}\t{i % 2}" for i in range(24)]
-        (folder / "sst2" / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
+    folder = tmp_path_factory.mktemp("data")
+    model, data = cases.headless_checkpoint(folder), cases.sentiments(folder / "data", 24, 24)
     return study.SpectraSetting(
         tasks=("sst2",),
         seeds=2,
         num_train=8,
         model_name_or_path=str(model),
-        data_dir=folder,
+        data_dir=data,
         lora_rank=2,
         kept=5,
     )
@@ -75,10 +69,7 @@ def test_tables_are_what_their_parts_give(setting, ran):
 def test_a_second_run_computes_nothing(setting, ran, monkeypatch):
     folder, _, tables = ran
 
-    def never(*_, **__):
-        raise AssertionError("computed again")
-
-    monkeypatch.setattr(study, "ntk", never)
+    cases.forbid(monkeypatch, study, "ntk")
     work = Work(setting, Cache(folder / "runs"), lambda *_: None)
     (folder / "again").mkdir()
     write_tables(folder / "again", study.compute(setting, work))

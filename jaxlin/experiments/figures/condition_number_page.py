@@ -146,9 +146,9 @@ def cell(row: Row, name: str) -> str:
 
 
 def _sign(row: Row, name: str) -> int:
-    """1 or −1 where the interval leaves out 0, else 0."""
+    """1 or −1 where the correlation is known and its interval leaves out 0, else 0."""
     low, high = row[f"{name}_interval_low"], row[f"{name}_interval_high"]
-    return 0 if not low * high > 0 else int(np.sign(row[name]))
+    return int(np.sign(row[name])) if np.isfinite(row[name]) and low * high > 0 else 0
 
 
 def _one(correlations: Sequence[Row], predictor: str, outcome: str, way: str = PAPER, task: str = POOLED) -> Row:
