@@ -100,7 +100,10 @@ def with_saved_modules(model: Model, folder: str | Path) -> Model:
     Raises:
         InputError: As in `load_adapter`.
     """
-    saved = _Stored.read(model, folder).saved
+    return _with_saved(model, folder, _Stored.read(model, folder).saved)
+
+
+def _with_saved(model: Model, folder: str | Path, saved: Mapping[str, Array]) -> Model:
     params = unflatten_dict({**flatten_dict(model.params, sep="/"), **saved}, sep="/")
     assert model.source is not None  # `family_of` says so
     new = model.source.head_is_new and f"{CLASSIFIER}/kernel" not in saved
@@ -131,7 +134,8 @@ def load_adapter(model: Model, folder: str | Path, *, train_head: bool = True, f
         InputError: If the folder is no adapter, its configuration asks for what is not plain LoRA (the message names
             it), or its tensors are damaged or do not fit the configuration or the model.
     """
-    stored, model = _Stored.read(model, folder), with_saved_modules(model, folder)
+    stored = _Stored.read(model, folder)
+    model = _with_saved(model, folder, stored.saved)
     if not train_head:
         require_live_head(model)
     return adapted(
