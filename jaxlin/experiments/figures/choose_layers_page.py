@@ -60,7 +60,8 @@ def pooled(table: Sequence[Row], other: str, column: str) -> np.ndarray:
     return np.array([differences(of(table, task=task), other, column).mean() for task in tasks])
 
 
-def _points(axis: Axes, values: np.ndarray, at: float, colour: str) -> None:
+def points(axis: Axes, values: np.ndarray, at: float, colour: str) -> None:
+    """Draws values as dots, and their mean with its 95 % interval."""
     axis.plot(values, np.full(len(values), at), ".", color=colour, ms=3, alpha=0.6)
     mean, low, high = mean_interval(values)
     axis.plot([mean], [at], "o", color=colour, ms=4.5)
@@ -80,7 +81,7 @@ def _difference_figure(table: Sequence[Row]) -> Figure:
                 for at, other in enumerate(OTHERS):
                     rows = of(table, task=tasks[line]) if own else table
                     values = (differences if own else pooled)(rows, other, column)
-                    _points(axis, values, at, plots.COLOURS[other])
+                    points(axis, values, at, plots.COLOURS[other])
                 axis.axvline(0, color="#000000", lw=0.7)
                 axis.tick_params(labelsize=6.5)
                 if line == lines - 1:

@@ -89,7 +89,8 @@ def _scatter(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
     return figure
 
 
-def _interval(axis: Axes, row: Row, name: str, at: float, **style: Any) -> None:
+def interval(axis: Axes, row: Row, name: str, at: float, **style: Any) -> None:
+    """Draws a correlation and its interval at a height."""
     value, low, high = row[name], row[f"{name}_interval_low"], row[f"{name}_interval_high"]
     if np.isfinite(value):
         axis.plot([low, high], [at, at], "-", color=style["color"], lw=1)
@@ -106,8 +107,8 @@ def _forest(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
         for axis, ((way, outcome), name) in zip(axes[0], panels, strict=True):
             for at, predictor in enumerate(_SHOWN):
                 (row,) = of(pooled, predictor=predictor, way=way, outcome=outcome)
-                _interval(axis, row, "spearman", at - 0.16, marker="o", color=plain)
-                _interval(axis, row, "partial", at + 0.16, marker="s", color=partial, mfc="white")
+                interval(axis, row, "spearman", at - 0.16, marker="o", color=plain)
+                interval(axis, row, "partial", at + 0.16, marker="s", color=partial, mfc="white")
             axis.axvline(0, color="#000000", lw=0.7)
             axis.set(title=name.replace(", ", ",\n"), xlabel="rank correlation", xlim=(-1.05, 1.05))
         axes[0, 0].set_yticks(range(len(_SHOWN)), [name_of_predictor(name) for name in _SHOWN])
@@ -151,14 +152,15 @@ def _sign(row: Row, name: str) -> int:
     return int(np.sign(row[name])) if np.isfinite(row[name]) and low * high > 0 else 0
 
 
-def _one(correlations: Sequence[Row], predictor: str, outcome: str, way: str = PAPER, task: str = POOLED) -> Row:
+def one(correlations: Sequence[Row], predictor: str, outcome: str, way: str = PAPER, task: str = POOLED) -> Row:
+    """Returns the row of one correlation."""
     (found,) = of(correlations, predictor=predictor, way=way, outcome=outcome, task=task)
     return found
 
 
 def verdict(correlations: Sequence[Row]) -> str:
     """Says in a word whether the paper's claim holds: the smaller κ, the lower the loss; beyond what size says."""
-    primary = _one(correlations, KAPPA, "train_loss")
+    primary = one(correlations, KAPPA, "train_loss")
     plain, partial = _sign(primary, "spearman"), _sign(primary, "partial")
     if plain == 1:
         return "holds" if partial == 1 else "holds, but says no more than the kernel’s size"
@@ -166,7 +168,7 @@ def verdict(correlations: Sequence[Row]) -> str:
 
 
 def _verdict(table: Sequence[Row], correlations: Sequence[Row]) -> str:
-    primary, metric = _one(correlations, KAPPA, "train_loss"), _one(correlations, KAPPA, "metric")
+    primary, metric = one(correlations, KAPPA, "train_loss"), one(correlations, KAPPA, "metric")
     directions = {1: "the smaller κ, the lower the loss", -1: "the *larger* κ, the lower the loss"}
     plain, partial, on_metric = _sign(primary, "spearman"), _sign(primary, "partial"), _sign(metric, "spearman")
     left = {
@@ -201,7 +203,7 @@ def _verdict(table: Sequence[Row], correlations: Sequence[Row]) -> str:
     if equal:
         lines.append(f"Among choices of equally many modules κ has ρ = {cell(equal[0], 'spearman')}.")
     if of(correlations, way=STABLE):
-        stable = _one(correlations, KAPPA, "train_loss", STABLE)
+        stable = one(correlations, KAPPA, "train_loss", STABLE)
         signs = {1: "the paper’s sign", -1: "the opposite sign", 0: "no sign that can be told"}
         lines.append(
             f"Under descent at c/(μ₁+λ), where theory says that κ_λ sets the rate, κ has "
@@ -214,10 +216,10 @@ def _table(correlations: Sequence[Row]) -> str:
     has_stable = bool(of(correlations, way=STABLE))
     lines = []
     for predictor in _SHOWN:
-        loss, metric = (_one(correlations, predictor, outcome) for outcome in ("train_loss", "metric"))
+        loss, metric = (one(correlations, predictor, outcome) for outcome in ("train_loss", "metric"))
         cells = [cell(loss, "spearman"), cell(loss, "partial"), cell(metric, "spearman")]
         if has_stable:
-            cells.append(cell(_one(correlations, predictor, "train_loss", STABLE), "spearman"))
+            cells.append(cell(one(correlations, predictor, "train_loss", STABLE), "spearman"))
         lines.append(f"| {name_of_predictor(predictor)} | " + " | ".join(cells) + " |")
     heads = [_OUTCOMES[PAPER, "train_loss"], "partial", _OUTCOMES[PAPER, "metric"]]
     heads += [_OUTCOMES[STABLE, "train_loss"]] if has_stable else []
@@ -229,7 +231,7 @@ def _agreement(wide: Sequence[Row], large: Sequence[Row]) -> str:
     same = []
     for outcome, name in (("train_loss", "plain"), ("train_loss", "partial"), ("metric", "metric")):
         key = "partial" if name == "partial" else "spearman"
-        signs = [_sign(_one(part, KAPPA, outcome), key) for part in (wide, large)]
+        signs = [_sign(one(part, KAPPA, outcome), key) for part in (wide, large)]
         words = {1: "positive", -1: "negative", 0: "not told from zero"}
         said = "the same" if signs[0] == signs[1] else "not the same"
         same.append(f"{name}: {said} ({words[signs[0]]} in the wide part, {words[signs[1]]} here)")

@@ -315,11 +315,14 @@ def findings(tables: Tables) -> dict[str, str]:
     }
 
 
+def off_closed_form(rows: Sequence[Row]) -> float:
+    """The largest difference of the trained linearized model from its closed form, relative to ‖f̄−f₀‖."""
+    return float(max(values_of(of(rows, arm=LINEARIZED), f"off_relative_{split}").max() for split in SPLITS))
+
+
 def _exact(rows: Sequence[Row]) -> str:
-    """The largest difference between the trained linearized model and its closed form."""
-    mine = of(rows, arm=LINEARIZED)
+    mine, share = of(rows, arm=LINEARIZED), off_closed_form(rows)
     off = max(values_of(mine, f"off_{split}").max() for split in SPLITS)
-    share = max(values_of(mine, f"off_relative_{split}").max() for split in SPLITS)
     word = "holds to rounding" if share <= ROUNDING else "does **not** hold to rounding"
     return (
         f"**The closed form {word}.** Over all λ, seeds and steps compared ({len(mine)} in all), the outputs of the "
@@ -349,8 +352,8 @@ def _ends(rows: Sequence[Row]) -> str:
     )
 
 
-def _curve_gap(rows: Sequence[Row]) -> str:
-    """By how much the training losses of full and linearized differ at most, relative to the loss at θ₀."""
+def curve_gaps(rows: Sequence[Row]) -> dict[float, float]:
+    """By λ/μ₁, how much the training losses of full and linearized differ at most, relative to the loss at θ₀."""
     found = {}
     for share in sorted(distinct(rows, "lam_over_mu1")):
         mine = of(rows, lam_over_mu1=share)
@@ -361,6 +364,11 @@ def _curve_gap(rows: Sequence[Row]) -> str:
             (start,) = of(mine, arm=FULL, step=0, **where)
             shares.append(abs(row["loss_train"] - other["loss_train"]) / start["loss_train"])
         found[share] = max(shares)
+    return found
+
+
+def _curve_gap(rows: Sequence[Row]) -> str:
+    found = curve_gaps(rows)
     said = ", ".join(f"{value:.2g} at λ/μ₁ = {share:g}" for share, value in found.items())
     values = list(found.values())
     order = "falls" if values == sorted(values, reverse=True) else "does not fall steadily"

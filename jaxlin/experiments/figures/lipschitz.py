@@ -149,7 +149,7 @@ _ROWS = (
 )
 
 
-def _panel(axis: Axes, rows: Sequence[Row], reached: Sequence[Row]) -> None:
+def panel(axis: Axes, rows: Sequence[Row], reached: Sequence[Row]) -> None:
     """Draws one quantity of one task."""
     random = [row for row in rows if row["lam_over_mu1"] is None]
     colour, name = plots.COLOURS["random_direction"], plots.NAMES["random_direction"]
@@ -177,7 +177,7 @@ def draw(tables: Tables) -> dict[str, Figure]:
                 axis = axes[line, column]
                 axis.set(xscale="log", yscale="log", ylabel="" if column else name)
                 axis.yaxis.set_minor_formatter("")
-                _panel(axis, of(rows, task=task, quantity=quantity), of(reached, task=task))
+                panel(axis, of(rows, task=task, quantity=quantity), of(reached, task=task))
             axes[0, column].set_title(name_of(task))
             axes[-1, column].set_xlabel("radius r = ‖θ−θ₀‖")
         handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -203,7 +203,7 @@ def _at(rows: Sequence[Row], radius: float) -> float:
     return float(np.interp(np.log(radius), np.log(radii), values))
 
 
-def _ratios(rows: Sequence[Row], reached: Sequence[Row], task: str, share: float) -> list[tuple[float, float, float]]:
+def changes(rows: Sequence[Row], reached: Sequence[Row], task: str, share: float) -> list[tuple[float, float, float]]:
     """For each seed: H along the run at its end, over that in random directions there, and ‖J(θ)−J₀‖₂/σ of both."""
     found = []
     for end in of(reached, task=task, lam_over_mu1=share):
@@ -225,7 +225,7 @@ def findings(tables: Tables) -> dict[str, str]:
         averages = [values_of(of(random, radius=r), "L_avg").mean() for r in sorted(distinct(random, "radius"))]
         flat += max(averages) <= FLAT * min(averages)
         for share in shares:
-            found = np.array(_ratios(rows, reached, task, share))
+            found = np.array(changes(rows, reached, task, share))
             ratios += found[:, 0].tolist()
             radius = written(values_of(of(reached, task=task, lam_over_mu1=share), "radius"))
             cells = [radius, *(written(column) for column in found.T)]

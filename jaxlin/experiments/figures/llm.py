@@ -180,8 +180,8 @@ def compute(setting: LlmSetting, work: Work) -> Tables:
     return tables
 
 
-_COLOURS = {"prompt": "#0072B2", "probe": "#E69F00", "random": "#009E73"}
-_NAMES = {"prompt": "prompt, label words", "probe": "new head, probe", "random": "new head, random"}
+COLOURS = {"prompt": "#0072B2", "probe": "#E69F00", "random": "#009E73"}
+NAMES = {"prompt": "prompt, label words", "probe": "new head, probe", "random": "new head, random"}
 _PANELS = (
     ("output_gap_relative_eval", "‖f−f̄‖ / ‖f−f₀‖", "log"),
     ("agreement_eval", "agreement with linearized", "linear"),
@@ -190,9 +190,9 @@ _PANELS = (
 
 
 def _main(table: Sequence[Row]) -> Figure:
-    lines = [({"start": s, "arm": FULL}, _NAMES[s], _COLOURS[s], "o-") for s in STARTS]
+    lines = [({"start": s, "arm": FULL}, NAMES[s], COLOURS[s], "o-") for s in STARTS]
     # Of the linearized arm there are scores only.
-    lines += [({"start": s, "arm": LINEARIZED}, f"{_NAMES[s]}, linearized", _COLOURS[s], "s--") for s in STARTS]
+    lines += [({"start": s, "arm": LINEARIZED}, f"{NAMES[s]}, linearized", COLOURS[s], "s--") for s in STARTS]
     title = f"Full (solid) against linearized (dashed) fine-tuning of a decoder; {sizes(table)}"
     return against_the_pull(table, _PANELS, lines, title)
 
@@ -210,11 +210,11 @@ def _kernels(tables: Tables) -> Figure:
             parts = [part for part in parts if part != "head"] + [part for part in parts if part == "head"]
             for shift, start in enumerate(STARTS):
                 rows = [row for row in of(values, task=task, start=start) if row["eigenvalue"] > row["noise_floor"]]
-                band(top, rows, "index", "eigenvalue", color=_COLOURS[start], label=_NAMES[start])
+                band(top, rows, "index", "eigenvalue", color=COLOURS[start], label=NAMES[start])
                 each = [values_of(of(shares, task=task, start=start, part=part), "share") for part in parts]
                 heights = [known.mean() if len(known) else 0.0 for known in each]
                 where = np.arange(len(parts)) + 0.27 * (shift - 1)
-                bottom.bar(where, heights, 0.25, color=_COLOURS[start], label=_NAMES[start])
+                bottom.bar(where, heights, 0.25, color=COLOURS[start], label=NAMES[start])
             bottom.set_xticks(range(len(parts)), parts, rotation=30)
             bottom.set(ylabel="share of the trace of K₀")
         axes[0, 0].legend()
@@ -264,13 +264,13 @@ def findings(tables: Tables) -> dict[str, str]:
             linear = of(table, task=task, start=start, arm=LINEARIZED, lam_over_mu1=least)
             scores = [before, values_of(rows, "accuracy_eval"), values_of(linear, "accuracy_eval")]
             cells = [written(gaps[start]), *(written(values, ".3f") for values in scores)]
-            lines.append(" | ".join(["| " + name_of(task), _NAMES[start], *cells]) + " |")
+            lines.append(" | ".join(["| " + name_of(task), NAMES[start], *cells]) + " |")
     verdict = f"Without a pull (λ/μ₁ = {least:g}) full and linearized fine-tuning end nearest "
     if set(nearest) == {STARTS[0]}:
         verdict += "with the prompt on every task, as Malladi et al. would have it."
     else:
         which = zip(nearest, distinct(full, "task"), strict=True)
-        verdict += "with " + "; ".join(f"{_NAMES[start]} on {name_of(task)}" for start, task in which)
+        verdict += "with " + "; ".join(f"{NAMES[start]} on {name_of(task)}" for start, task in which)
         verdict += ". That a prompt makes fine-tuning the most linear does not hold here."
     head = "| Task | start | ‖f−f̄‖/‖f−f₀‖ | accuracy before | full | linearized |\n|---|---|---|---|---|---|\n"
     return {"gap": f"{verdict}\n\n{head}" + "\n".join(lines), "choices": _of_choices(tables["choices"])}

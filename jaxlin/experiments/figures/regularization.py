@@ -264,7 +264,7 @@ def _slope(rows: Sequence[Row], column: str) -> float:
     return float(np.log(high / low) / np.log(shares[1] / shares[0]))
 
 
-def _good_from(rows: Sequence[Row], limit: float) -> float | None:
+def good_from(rows: Sequence[Row], limit: float) -> float | None:
     """The smallest λ/μ₁ from which on the mean relative output gap stays below `limit`; `None`: none."""
     found = None
     for share in sorted(distinct(rows, "lam_over_mu1"), reverse=True):
@@ -289,7 +289,7 @@ def findings(tables: Tables) -> dict[str, str]:
         mine = of(full, task=task)
         ends = [values_of(of(mine, lam_over_mu1=s), "output_gap_relative_eval") for s in (shares[0], shares[-1])]
         agree = [values_of(of(mine, lam_over_mu1=s), "agreement_eval") for s in (shares[0], shares[-1])]
-        good = _good_from(mine, LIMIT)
+        good = good_from(mine, LIMIT)
         where = "at no λ of the grid" if good is None else f"from λ/μ₁ = {good:g} on"
         slopes = [f"{_slope(mine, key):.2f}" for key in ("distance", "parameter_gap", "output_gap_eval")]
         lines.append(" | ".join(["", name_of(task), *map(written, [*ends, *agree]), where, *slopes, ""]).strip())

@@ -119,7 +119,8 @@ def _by_choice(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _between(axis: Axes, rows: Sequence[Row]) -> None:
+def between(axis: Axes, rows: Sequence[Row]) -> None:
+    """Draws eigenvalues before and after a layer is added, between their bounds."""
     index = [row["index"] for row in rows]
     positive = [
         [row[name] if row[name] is not None and row[name] > 0 else np.nan for row in rows]
@@ -145,7 +146,7 @@ def _bound_figure(rows: Sequence[Row], kappas: Sequence[Row]) -> Figure:
         for column, task in enumerate(tasks):
             for axis, step in zip(axes[:, column], steps, strict=False):
                 mine = of(rows, task=task, step=step)
-                _between(axis, mine)
+                between(axis, mine)
                 axis.set_xlabel("index i")
                 if not column:
                     axis.set_ylabel(f"μᵢ, layer {mine[0]['added']} added")

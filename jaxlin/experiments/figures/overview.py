@@ -1,0 +1,350 @@
+"""The results page: every claim beside what was measured, and one figure of all studies."""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxlin import plots
+from jaxlin.experiments.figures import choose_layers_page as chosen
+from jaxlin.experiments.figures import condition_number_page as condition
+from jaxlin.experiments.figures import dynamics, lipschitz, llm, regularization, spectra_page
+from jaxlin.experiments.figures import kernel_regression_findings as regression
+from jaxlin.experiments.figures.correlations import POOLED
+from jaxlin.experiments.figures.study import Row, Tables
+from jaxlin.experiments.figures.summary import (
+    band,
+    distinct,
+    lam_positions,
+    mean_interval,
+    name_of,
+    of,
+    values_of,
+    with_interval,
+)
+from jaxlin.training.compare import FULL, LINEARIZED
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--")
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A claim, and how a study answers it.
+
+    Attributes:
+        study: Name of the study.
+        words: The claim, the paper's if not said otherwise.
+        answer: Says of the study's tables what was measured, and whether the claim holds.
+    """
+
+    study: str
+    words: str
+    answer: Callable[[Tables], tuple[str, str]]
+
+
+def _over_tasks(values: Sequence[float]) -> str:
+    """Writes the range of values."""
+    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _counted(tasks: Sequence[str]) -> str:
+    return f"{len(tasks)} task{'s' * (len(tasks) > 1)}"
+
+
+def _gaps(rows: Sequence[Row], share: float) -> list[float]:
+    """The relative output gap of each task at one λ, mean over seeds."""
+    mine = of(rows, lam_over_mu1=share)
+    return [float(values_of(of(mine, task=task), "output_gap_relative_eval").mean()) for task in distinct(rows, "task")]
+
+
+def _pull(tables: Tables) -> tuple[str, str]:
+    rows = of(tables["table"], pull="coupled", arm=FULL)
+    tasks, shares = distinct(rows, "task"), sorted(distinct(rows, "lam_over_mu1"))
+    gaps = {share: _gaps(rows, share) for share in shares}
+    least = min(shares, key=lambda share: max(gaps[share]))
+    measured = (
+        f"‖f−f̄‖/‖f−f₀‖ on validation examples is {_over_tasks(gaps[shares[0]])} at λ/μ₁ = {shares[0]:g} and "
+        f"{_over_tasks(gaps[least])} at {least:g} ({_counted(tasks)})"
+    )
+    good = [regularization.good_from(of(rows, task=task), regularization.LIMIT) for task in tasks]
+    known = [share for share in good if share is not None]
+    if len(known) < len(tasks):
+        return measured, f"in part: below {regularization.LIMIT:g} on {len(known)} of {_counted(tasks)}"
+    return measured, f"yes, with a pull: below {regularization.LIMIT:g} from λ/μ₁ = {max(known):g} on"
+
+
+def _held(rows: Sequence[Row], what: str) -> tuple[str, str]:
+    """Counts bounds that apply and hold."""
+    applying = [row for row in rows if row["applies"]]
+    failing = sum(not row["holds"] for row in applying)
+    measured = f"of {len(rows)} {what}, {len(applying)} apply and {len(applying) - failing} of these hold"
+    return measured, "yes" if applying and not failing else f"no: {failing} fail" if failing else "none applies"
+
+
+def _distance_bounds(tables: Tables) -> tuple[str, str]:
+    return _held(tables["bounds"], "bounds of theory 4 and 5 on runs of descent")
+
+
+def _spectral_bounds(tables: Tables) -> tuple[str, str]:
+    return _held(tables["holds"], "bounds of theory 7, as layers are added")
+
+
+def _equivalence(tables: Tables) -> tuple[str, str]:
+    rows = tables["curves"]
+    off, gaps = dynamics.off_closed_form(rows), dynamics.curve_gaps(rows)
+    said = " and ".join(f"{gaps[share]:.2g} at λ/μ₁ = {share:g}" for share in (min(gaps), max(gaps)))
+    measured = (
+        f"the linearized model, trained, is off the kernel’s closed form by {off:.1g} of the way; the training loss of "
+        f"the network is off it by at most {said} (of the loss at the start)"
+    )
+    exact = "yes, to rounding" if off <= dynamics.ROUNDING else "not to rounding"
+    return measured, f"of the linearized model: {exact}; of the network: as near as it is linear"
+
+
+def _directions(tables: Tables) -> tuple[str, str]:
+    rows, reached = tables["profile"], tables["reached"]
+    shares = distinct(reached, "lam_over_mu1")
+    ratios = [
+        found[0]
+        for task in distinct(rows, "task")
+        for share in shares
+        for found in lipschitz.changes(rows, reached, task, share)
+    ]
+    measured = (
+        f"on its way, fine-tuning changes the Jacobian {_over_tasks(ratios)} times as much as random directions do at "
+        "the same distance"
+    )
+    return measured, "no: they tell too little" if min(ratios) > 1 else "in part"
+
+
+def _condition(tables: Tables) -> tuple[str, str]:
+    correlations = tables["correlations"]
+    loss, metric = (condition.one(correlations, condition.KAPPA, outcome) for outcome in ("train_loss", "metric"))
+    measured = (
+        f"log κ against training loss: ρ = {condition.cell(loss, 'spearman')}; with trace and size held constant "
+        f"{condition.cell(loss, 'partial')}; against the validation metric {condition.cell(metric, 'spearman')}"
+    )
+    return measured, condition.verdict(correlations)
+
+
+def _choice(tables: Tables) -> tuple[str, str]:
+    table = tables["table"]
+    over = {other: chosen.pooled(table, other, "score_eval") for other in (chosen.LAST, chosen.RANDOM)}
+    said = "; ".join(f"minus {chosen.NAMES[other]} {with_interval(values)}" for other, values in over.items())
+    better = [chosen.outcome(values, 1) for values in over.values()]
+    holds = {1: "yes", 0: "not shown", -1: "no"}[min(better)]
+    return f"score of the choice, same budget: {said} ({_counted(distinct(table, 'task'))})", holds
+
+
+def _prediction(tables: Tables) -> tuple[str, str]:
+    over = regression.pooled(tables["pairs"], regression.REGRESSION, regression.FULL)
+    mean, low, high = mean_interval(over)
+    measured = f"accuracy of kernel regression minus that of fine-tuning without a pull {with_interval(over)}"
+    near = low <= 0 <= high
+    word = "not told apart" if near else "no: the kernel does better" if mean > 0 else "no: fine-tuning does better"
+    return f"{measured} ({len(over)} tasks)", word
+
+
+def _prompts(tables: Tables) -> tuple[str, str]:
+    rows = of(tables["table"], arm=FULL)
+    least = min(distinct(rows, "lam_over_mu1"))
+    gaps = {start: _gaps(of(rows, start=start), least) for start in llm.STARTS}
+    said = ", ".join(f"{_over_tasks(values)} with {llm.NAMES[start]}" for start, values in gaps.items())
+    firsts = [min(gaps, key=lambda start: gaps[start][i]) for i in range(len(gaps[llm.STARTS[0]]))]
+    count = firsts.count(llm.STARTS[0])
+    holds = "yes" if count == len(firsts) else "no" if not count else f"on {count} of {len(firsts)} tasks"
+    return f"‖f−f̄‖/‖f−f₀‖ without a pull: {said} (a decoder of 260,000 parameters)", holds
+
+
+CLAIMS = (
+    Claim(
+        "02_regularization_and_linearity",
+        "The stronger the pull to the pretrained weights, the better a model of fine-tuning its linearization is",
+        _pull,
+    ),
+    Claim(
+        "02_regularization_and_linearity",
+        "How far fine-tuning moves, and how far the two can be apart, is bounded (bounds derived here)",
+        _distance_bounds,
+    ),
+    Claim("03_dynamics", "Fine-tuning’s dynamics become those of learning with the tangent kernel", _equivalence),
+    Claim(
+        "04_lipschitz_profile",
+        "Sampling random directions (Algorithm 1) says how fast the network leaves its linearization",
+        _directions,
+    ),
+    Claim("05_spectra_and_layers", "The spectrum for a choice of layers lies between bounds", _spectral_bounds),
+    Claim(
+        "06_condition_number_predicts",
+        "The condition number of K₀ predicts training loss and accuracy over choices of layers",
+        _condition,
+    ),
+    Claim("07_choose_layers", "So the kernel tells which layers to adapt (here: by leave-one-out loss)", _choice),
+    Claim("08_kernel_regression", "The kernel predicts how well fine-tuning does", _prediction),
+    Claim(
+        "09_llm",
+        "With a prompt in place of a new head, fine-tuning is nearest to linear (Malladi et al. 2023)",
+        _prompts,
+    ),
+)
+"""In the order of the notebooks."""
+
+
+def claims_table(studies: Mapping[str, Tables]) -> str:
+    """Writes every claim of the studies that there are, what was measured, and whether it holds.
+
+    Args:
+        studies: Name to tables.
+
+    Returns:
+        A Markdown table.
+    """
+    lines = ["| Claim | What we measured | Does it hold here? | Notebook |", "|---|---|---|---|"]
+    for claim in CLAIMS:
+        if claim.study in studies:
+            measured, holds = claim.answer(studies[claim.study])
+            link = f"[{claim.study[:2]}](notebooks/{claim.study}.ipynb)"
+            lines.append(f"| {claim.words} | {measured} | {holds} | {link} |")
+    return "\n".join(lines)
+
+
+def _draw_pull(axis: Axes, tables: Tables) -> None:
+    import matplotlib.pyplot as plt
+
+    rows = of(tables["table"], pull="coupled", arm=FULL)
+    tasks = distinct(rows, "task")
+    axis.set_yscale("log")
+    at = lam_positions(axis, rows)
+    shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(tasks)))
+    for task, style, shade in zip(tasks, _STYLES, shades, strict=False):
+        mine = of(rows, task=task)
+        band(axis, mine, "lam_over_mu1", "output_gap_relative_eval", at, style, color=shade, label=name_of(task))
+    axis.set(title="Gap against the pull", xlabel="pull λ/μ₁", ylabel="‖f−f̄‖ / ‖f−f₀‖")
+    axis.tick_params(axis="x", labelsize=5.5)
+    axis.legend(fontsize=6)
+
+
+def _draw_dynamics(axis: Axes, tables: Tables) -> None:
+    rows = tables["curves"]
+    share, task = min(distinct(rows, "lam_over_mu1")), distinct(rows, "task")[0]
+    mine = of(rows, lam_over_mu1=share, task=task)
+    looks = ((LINEARIZED, {"lw": 3.0, "alpha": 0.45}), (FULL, {}), (dynamics.CLOSED, {"fmt": ":"}))
+    for arm, look in looks:
+        band(axis, of(mine, arm=arm), "step", "loss_train", color=plots.COLOURS[arm], label=plots.NAMES[arm], **look)
+    axis.set(title=f"{name_of(task)}, λ/μ₁ = {share:g}", xlabel="step", ylabel="training loss")
+    axis.legend(fontsize=6)
+
+
+def _draw_profile(axis: Axes, tables: Tables) -> None:
+    task = distinct(tables["profile"], "task")[0]
+    rows = of(tables["profile"], task=task, quantity=lipschitz.STACKED)
+    axis.set(xscale="log", yscale="log")
+    axis.yaxis.set_minor_formatter("")
+    lipschitz.panel(axis, rows, of(tables["reached"], task=task))
+    axis.set(title=f"{name_of(task)}: Jacobian", xlabel="radius r = ‖θ−θ₀‖", ylabel="‖J(θ)−J₀‖₂ / r")
+    axis.legend(fontsize=5)
+
+
+def _draw_bounds(axis: Axes, tables: Tables) -> None:
+    rows = tables["bounds"]
+    task, seed = distinct(rows, "task")[0], distinct(rows, "seed")[0]
+    mine = of(rows, task=task, seed=seed, step=max(distinct(rows, "step")))
+    spectra_page.between(axis, mine)
+    axis.set(title=f"{name_of(task)}: layer {mine[0]['added']} added", xlabel="index i", ylabel="eigenvalue μᵢ")
+    axis.legend(fontsize=6)
+
+
+def _draw_condition(axis: Axes, tables: Tables) -> None:
+    rows = of(tables["correlations"], predictor=condition.KAPPA, way=condition.PAPER, outcome="train_loss")
+    rows = [row for row in rows if row["task"] in {*distinct(tables["table"], "task"), POOLED}]
+    for at, row in enumerate(rows):
+        condition.interval(axis, row, "spearman", at - 0.16, marker="o", color=plots.COLOURS["plain"], ms=4)
+        condition.interval(
+            axis, row, "partial", at + 0.16, marker="s", color=plots.COLOURS["partial"], mfc="white", ms=4
+        )
+    axis.axvline(0, color="#000000", lw=0.7)
+    axis.plot([], [], "o-", color=plots.COLOURS["plain"], ms=4, label="plain")
+    axis.plot([], [], "s-", color=plots.COLOURS["partial"], mfc="white", ms=4, label="size held constant")
+    axis.set_yticks(range(len(rows)), ["all" if row["task"] == POOLED else name_of(row["task"]) for row in rows])
+    axis.set(title="κ and training loss", xlabel="rank correlation", xlim=(-1.05, 1.05))
+    axis.set_ylim(len(rows) + 0.9, -0.6)
+    axis.legend(fontsize=6, loc="lower right")
+
+
+def _draw_choice(axis: Axes, tables: Tables) -> None:
+    for at, other in enumerate(chosen.OTHERS):
+        chosen.points(axis, chosen.pooled(tables["table"], other, "score_eval"), at, plots.COLOURS[other])
+    axis.axvline(0, color="#000000", lw=0.7)
+    axis.set_yticks(range(len(chosen.OTHERS)), [chosen.NAMES[other] for other in chosen.OTHERS])
+    axis.set_ylim(len(chosen.OTHERS) - 0.5, -0.5)
+    axis.set(title="Chosen layers against others", xlabel="score: chosen − other")
+
+
+def _draw_prediction(axis: Axes, tables: Tables) -> None:
+    table = tables["table"]
+    tasks = distinct(table, "task")
+    ends = []
+    for task, style in zip(tasks, _STYLES, strict=False):
+        x, y = (values_of(of(table, task=task, arm=arm), "score_eval") for arm in (FULL, regression.REGRESSION))
+        axis.plot(x, y, style[0], color=plots.COLOURS["kernel_regression"], ms=4, label=name_of(task))
+        ends += [*x, *y]
+    axis.plot([min(ends), max(ends)], [min(ends), max(ends)], ":", color="#000000", lw=0.8)
+    axis.set(title="Kernel against fine-tuning", xlabel="score, fine-tuning", ylabel="score, kernel regression")
+    axis.legend(fontsize=6)
+
+
+def _draw_prompts(axis: Axes, tables: Tables) -> None:
+    rows = of(tables["table"], arm=FULL)
+    task = distinct(rows, "task")[0]
+    mine = of(rows, task=task)
+    axis.set_yscale("log")
+    at = lam_positions(axis, mine)
+    for start, style in zip(llm.STARTS, _STYLES, strict=False):
+        look = {"color": llm.COLOURS[start], "label": llm.NAMES[start]}
+        band(axis, of(mine, start=start), "lam_over_mu1", "output_gap_relative_eval", at, style, **look)
+    axis.set(title=f"A decoder, {name_of(task)}", xlabel="pull λ/μ₁", ylabel="‖f−f̄‖ / ‖f−f₀‖")
+    axis.legend(fontsize=6)
+
+
+_PANELS: Mapping[str, Callable[[Axes, Tables], None]] = {
+    "02_regularization_and_linearity": _draw_pull,
+    "03_dynamics": _draw_dynamics,
+    "04_lipschitz_profile": _draw_profile,
+    "05_spectra_and_layers": _draw_bounds,
+    "06_condition_number_predicts": _draw_condition,
+    "07_choose_layers": _draw_choice,
+    "08_kernel_regression": _draw_prediction,
+    "09_llm": _draw_prompts,
+}
+
+
+def draw(studies: Mapping[str, Tables]) -> Figure:
+    """Draws one panel a study.
+
+    Args:
+        studies: Name to tables.
+
+    Returns:
+        The figure.
+    """
+    shown = [name for name in _PANELS if name in studies]
+    columns = min(len(shown), 4)
+    lines = -(-len(shown) // columns)
+    figure, axes = plots.canvas(lines, columns, 2.55 * columns, 2.35 * lines)
+    with plots.drawing():
+        for axis, name, letter in zip(axes.flat, shown, string.ascii_lowercase, strict=False):
+            _PANELS[name](axis, studies[name])
+            axis.set_title(f"({letter}) {axis.get_title()}", fontsize=8)
+            axis.tick_params(labelsize=6)
+        for unused in axes.flat[len(shown) :]:
+            unused.set_axis_off()
+    return figure
