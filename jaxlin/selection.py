@@ -140,7 +140,7 @@ def select_layers(
     data, data_eval = as_dataset(x), None if x_eval is None else as_dataset(x_eval)
     c = num_outputs(tunables[0], data)
     y = _targets(y, len(data), c, "y")
-    if np.ptp(y, axis=0).max() == 0:
+    if _are_classes(y) and np.ptp(y, axis=0).max() == 0:
         raise InputError(f"all {len(y)} examples have the one target {y[0].tolist()}; expected at least two classes")
     held = None if y_eval is None or data_eval is None else _targets(y_eval, len(data_eval), c, "y_eval")
     grid = layer_grid(tunables[0])

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxlin.data.known import KnownTask
 from jaxlin.data.readers import Table
-from jaxlin.data.task import Task, TextSplit, make_task
+from jaxlin.data.task import Task, TextSplit, make_task, unlabelled
 from jaxlin.errors import InputError
 
 LABEL = "label"
@@ -44,10 +44,12 @@ class Columns:
     Attributes:
         text: One text column, or the two of a pair; empty: by the rules.
         label: The label column; `None`: `"label"`.
+        labelled: Whether there must be labels; if not, a label column is neither read nor taken for text.
     """
 
     text: tuple[str, ...] = ()
     label: str | None = None
+    labelled: bool = True
 
 
 def make_table_task(
@@ -63,7 +65,8 @@ def make_table_task(
     Text columns: those given; a known task's; the first of `TEXT_COLUMNS` that is there; else the columns of words
     that are neither label, `idx` nor `id`, if they are one or two. Labels: of a known task, or a column with declared
     classes, its class ids or names; else whole numbers are class ids (sorted and counted from 0: stars 1 to 5 are
-    five classes), other numbers scores (one output), and anything else class names in order of the alphabet.
+    five classes), other numbers scores (one output), and anything else class names in order of the alphabet. Where none
+    are wanted, every text has the score 0, and the task is judged by no metric.
 
     Args:
         name: Of the task.
@@ -82,17 +85,18 @@ def make_table_task(
     """
     columns = columns or Columns()
     label = columns.label or LABEL
-    for table in (train, validation):
+    for table in (train, validation) if columns.labelled else ():
         _require(table, (label,), "--label_column_name")
     text = _text_columns(train, label, columns.text, known)
     for table in (train, validation):
         _require(table, text, "--text_column_names")
+    texts = [tuple(zip(*(_texts(table, column) for column in text), strict=True)) for table in (train, validation)]
+    record = {**provenance, "text_columns": list(text), "label_column": label if columns.labelled else None}
+    if not columns.labelled:
+        return make_task(name, *map(unlabelled, texts), (), record, ())
     classes = _Classes.of(train, label, known)
-    splits = [
-        TextSplit(tuple(zip(*(_texts(table, column) for column in text), strict=True)), classes.encode(table, label))
-        for table in (train, validation)
-    ]
-    record = {**provenance, "text_columns": list(text), "label_column": label}
+    labels = [classes.encode(table, label) for table in (train, validation)]
+    splits = [TextSplit(*part) for part in zip(texts, labels, strict=True)]
     return make_task(name, splits[0], splits[1], classes.names, record, known.metrics if known else None)
 
 

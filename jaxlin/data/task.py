@@ -68,6 +68,11 @@ class Task:
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
+def unlabelled(texts: tuple[tuple[str, ...], ...]) -> TextSplit:
+    """Returns texts without labels: each has the score 0."""
+    return TextSplit(texts, np.zeros(len(texts)))
+
+
 def make_task(
     name: str,
     train: TextSplit,
@@ -84,7 +89,8 @@ def make_task(
         validation: Validation split.
         label_names: Names of the classes by id; empty for scores.
         provenance: Where the text came from.
-        metrics: What the task is judged by; `None`: accuracy for classes, both correlations for scores.
+        metrics: What the task is judged by, beside its loss; `None`: accuracy for classes, both correlations for
+            scores.
 
     Returns:
         The task.
@@ -104,7 +110,7 @@ def make_task(
         only = label_names[train.labels[0]]
         raise InputError(f"task {name!r}: all {len(train)} training examples have the one label {only!r}; expected two")
     record = {**provenance, "train_rows_also_in_validation_dropped": dropped}
-    metrics = metrics or (CLASS_METRICS if label_names else SCORE_METRICS)
+    metrics = (CLASS_METRICS if label_names else SCORE_METRICS) if metrics is None else metrics
     return Task(name, train, validation, label_names, record, metrics)
 
 

@@ -12,7 +12,7 @@ from jaxlin.data.files import has_task, load_file_task, load_folder_task, tasks_
 from jaxlin.data.hub import load_hub_task
 from jaxlin.data.known import KNOWN_TASKS, known_task_of
 from jaxlin.data.stdlib import load_stdlib_task
-from jaxlin.data.task import Task
+from jaxlin.data.task import Task, unlabelled
 from jaxlin.errors import InputError
 
 STDLIB = "stdlib"
@@ -96,8 +96,12 @@ def _may_be_of_hub(arguments: DataArguments) -> bool:
     return arguments.task_name in KNOWN_TASKS and arguments.data_dir is None
 
 
-def load_task(arguments: DataArguments) -> Task:
+def load_task(arguments: DataArguments, labelled: bool = True) -> Task:
     """Loads the task that the arguments name.
+
+    Args:
+        arguments: Which.
+        labelled: Whether its labels are wanted; if not, there need be none, and every text has the score 0.
 
     Returns:
         The task, whole.
@@ -106,7 +110,7 @@ def load_task(arguments: DataArguments) -> Task:
         InputError: If they contradict each other, or the data cannot be used.
     """
     _check(arguments)
-    columns = Columns(arguments.text_column_names, arguments.label_column_name)
+    columns = Columns(arguments.text_column_names, arguments.label_column_name, labelled)
     if arguments.train_file and arguments.validation_file:
         return load_file_task(arguments.train_file.stem, arguments.train_file, arguments.validation_file, columns)
     if arguments.dataset_name:
@@ -121,7 +125,9 @@ def load_task(arguments: DataArguments) -> Task:
             known=known,
         )
     if arguments.task_name == STDLIB:
-        return load_stdlib_task()
+        task = load_stdlib_task()
+        splits = {} if labelled else {k: unlabelled(getattr(task, k).texts) for k in ("train", "validation")}
+        return task if labelled else dataclasses.replace(task, **splits, label_names=(), metrics=())
     return _named_task(arguments, columns)
 
 

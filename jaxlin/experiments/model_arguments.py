@@ -11,6 +11,7 @@ from jaxlin.data.task import Task
 from jaxlin.errors import InputError
 from jaxlin.models.load import load_language_model, load_model
 from jaxlin.models.model import Model
+from jaxlin.models.next_token import next_token_loss
 from jaxlin.models.prompt import prompt_classifier
 from jaxlin.models.resolve import EMBEDDED_MODEL
 from jaxlin.peft.adapter import adapter_head, with_saved_modules
@@ -30,6 +31,8 @@ class ModelArguments:
         template: Prompt for a language model in place of a head, such as "{text} It was {mask}."; pairs of texts:
             {text_a} and {text_b}.
         label_words: What fills {mask} for each class, in the order of the classes.
+        next_token: Tune a decoder's language modelling itself: one output a text, the root of twice its loss in nats;
+            labels are not used, and need not be there.
     """
 
     model_name_or_path: str = EMBEDDED_MODEL
@@ -40,26 +43,41 @@ class ModelArguments:
     new_head: bool = False
     template: str | None = None
     label_words: tuple[str, ...] = ()
+    next_token: bool = False
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model gets a classification head, in place of a prompt or of language modelling."""
+        return self.template is None and not self.next_token
 
 
 _OF_A_HEAD = ("head", "head_init", "new_head")
 
 
-def check_prompt(arguments: ModelArguments, task: Task) -> None:
-    """Checks that a prompt, where there is one, fits the other options and the task.
+def check_reading(arguments: ModelArguments, task: Task) -> None:
+    """Checks that what stands in place of a head, if anything does, fits the other options and the task.
 
     Raises:
-        InputError: If it is given in part or beside options of a head, or its places for texts and label words are
-            not those of the task.
+        InputError: If it is given in part or beside options of a head, or, of a prompt, its places for texts and label
+            words are not those of the task, or, of language modelling, the texts are pairs.
     """
     if (arguments.template is None) != (not arguments.label_words):
         given, missing = ("label_words", "template") if arguments.template is None else ("template", "label_words")
         raise InputError(f"--{given} is given without --{missing}; a prompt needs both")
-    if arguments.template is None:
+    if arguments.has_head:
         return
+    if arguments.template is not None and arguments.next_token:
+        raise InputError("--template and --next_token are both given; give one of them")
+    option = "next_token" if arguments.next_token else "template"
     for name in _OF_A_HEAD:
         if getattr(arguments, name) != getattr(ModelArguments(), name):
-            raise InputError(f"--{name} is given beside --template; a prompt has no head but the pretrained one")
+            raise InputError(f"--{name} is given beside --{option}; there is no head then but the pretrained one")
+    if arguments.template is None:
+        if len(task.train.texts[0]) > 1:
+            raise InputError(
+                f"--next_token reads one text, and task {task.name} has pairs; name one column by --text_column_names"
+            )
+        return
     template = Template(arguments.template, MASK)  # with a mask: what a decoder would not read is for later
     template.check()
     template.check_texts(len(task.train.texts[0]))
@@ -93,7 +111,7 @@ def pretrained(arguments: ModelArguments, num_labels: int, seed: int) -> Model:
         InputError: If it cannot be used.
     """
     adapter, head = arguments.adapter_name_or_path, str(arguments.head)
-    if adapter is not None and head == "auto" and arguments.template is None:
+    if adapter is not None and head == "auto" and arguments.has_head:
         stored = adapter_head(adapter, arguments.model_name_or_path, arguments.model_revision)
         head = head if stored is None else stored[0]
     model = _pretrained(arguments, head, num_labels, seed)
@@ -104,6 +122,8 @@ def _pretrained(arguments: ModelArguments, head: str, num_labels: int, seed: int
     if arguments.template is not None:
         model = load_language_model(arguments.model_name_or_path, revision=arguments.model_revision)
         return prompt_classifier(model, arguments.template, arguments.label_words)
+    if arguments.next_token:
+        return next_token_loss(load_language_model(arguments.model_name_or_path, revision=arguments.model_revision))
     return load_model(
         arguments.model_name_or_path,
         num_labels,

@@ -295,8 +295,9 @@ def _write(
     peft = report.peft_config(model_type)
     if peft is not None and source is not None:
         peft["base_model_name_or_path"] = source.name
-        if config.model.template is not None:  # an adapter of the language model; the library has no masked kind
-            peft["task_type"] = "CAUSAL_LM" if loaded.model.module.mask_id is None else None
+        if not config.model.has_head:  # an adapter of the language model; the library has no masked kind
+            masked = getattr(loaded.model.module, "mask_id", None) is not None
+            peft["task_type"] = None if masked else "CAUSAL_LM"
         write_json(path / "adapter_config.json", peft)
     command, of = _compare_command(report, config), _of(report, loaded)
     write_csv(path / "table.csv", report.table)

@@ -16,10 +16,11 @@ from jaxlin.data.task import Task, TextSplit, subsample, tokenize
 from jaxlin.errors import InputError
 from jaxlin.experiments.data_arguments import DataArguments, load_task
 from jaxlin.experiments.device_arguments import DeviceArguments
-from jaxlin.experiments.model_arguments import ModelArguments, check_prompt, pretrained, prompt_note, starts_as_probe
+from jaxlin.experiments.model_arguments import ModelArguments, check_reading, pretrained, prompt_note, starts_as_probe
 from jaxlin.experiments.tuned_arguments import TunedArguments, pairs, tune
 from jaxlin.models.load import with_remat
 from jaxlin.models.model import Model
+from jaxlin.models.next_token import NextTokenLoss, next_token_batch
 from jaxlin.models.probe import probe_head
 from jaxlin.models.prompt import PromptClassifier
 from jaxlin.peft.select import full, head_only
@@ -228,6 +229,7 @@ def train_config(
     )
 
 
+NEXT_TOKEN_NOTE = "the loss is a text's next-token loss, in nats, summed over its tokens; labels are not used"
 _SPLITS = {"train": "training", "eval": "evaluation"}
 
 
@@ -309,6 +311,11 @@ def _in_order_of_checkpoint(
 def _tokenized(split: TextSplit, model: Model, max_length: int) -> tuple[Dataset, int]:
     if isinstance(model.module, PromptClassifier):
         return tokenize_prompts(split, model.tokenizer, model.module.template, max_length)
+    if isinstance(model.module, NextTokenLoss):
+        texts = [text for (text,) in split.texts]
+        whole = model.tokenizer(texts, truncation=False, padding=False, verbose=False)["input_ids"]
+        batch = next_token_batch(model, texts, max_length)
+        return Dataset.from_columns(batch), sum(len(ids) > max_length for ids in whole)
     return tokenize(split, model.tokenizer, max_length, model.module.config.type_vocab_size > 1)
 
 
@@ -330,12 +337,18 @@ def load(
     Raises:
         InputError: If anything given cannot be used.
     """
-    task = load_task(arguments)
-    check_prompt(model_arguments, task)
+    task = load_task(arguments, labelled=not model_arguments.next_token)
+    check_reading(model_arguments, task)
+    if model_arguments.next_token and loss != "squared":
+        raise InputError(
+            f"--loss {loss} is given beside --next_token, whose squared output is the tokens' cross-entropy"
+        )
     whole = {"train": task.train, "eval": task.validation}
     splits = {name: subsample(split, sizes[name], seed) for name, split in whole.items() if sizes[name] != 0}
     model = pretrained(model_arguments, task.num_labels, seed)
-    if model_arguments.template is None:
+    if model_arguments.next_token:
+        notes: tuple[str, ...] = (NEXT_TOKEN_NOTE,)
+    elif model_arguments.template is None:
         task, splits, notes = _in_order_of_checkpoint(model, task, splits)
     else:  # its label words are in the task's order
         notes = (prompt_note(model_arguments, task.label_names),)
@@ -393,7 +406,7 @@ def prepare(
     # For its errors, before the probe's pass over the data.
     check_blocks(tune(loaded.model, tuned, seed, sweep.with_frozen_A)[0], config)
     model, baselines = loaded.model, {}
-    if model_arguments.template is None:  # a prompt has no head to probe with
+    if model_arguments.has_head:  # else there is none to probe with
         probed = loaded.probed()
         model = probed if starts_as_probe(loaded.model, model_arguments) else loaded.model
         probe = head_only(probed)

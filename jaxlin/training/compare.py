@@ -258,10 +258,11 @@ def compare(
     optimizer's state, the data order and the pull (to θ₀) as they are; its gaps are to the arm `full`. Column
     `linearize_at` is its k, and 0 for `linearized`.
 
-    Baselines are rows of the same table: `majority_class` (of scores `mean_score`), `start` (f₀), those given, and for
-    each λ `kernel_regression`, the minimiser of the linearized model's squared loss with the pull (theory 2), which
-    gradient descent on it converges to. It has none under `pull="selective"` and `"spd"`, which minimise no such
-    objective. Under `loss="cross_entropy"` it and a linear probe are still fitted to squared loss: read their metrics.
+    Baselines are rows of the same table: `majority_class` (of scores `mean_score`, unless all are one), `start` (f₀),
+    those given, and for each λ `kernel_regression`, the minimiser of the linearized model's squared loss with the pull
+    (theory 2), which gradient descent on it converges to. It has none under `pull="selective"` and `"spd"`, which
+    minimise no such objective. Under `loss="cross_entropy"` it and a linear probe are still fitted to squared loss:
+    read their metrics.
 
     Args:
         tun: What is fine-tuned.
@@ -382,7 +383,11 @@ def _compare(
     arms = {**full, LINEARIZED: linear}
 
     table: list[Row] = []
-    for name, fixed in {_constant_name(data): _constant(data, c, config.loss), "start": start.f0, **baselines}.items():
+    labels = data["train"]["labels"]
+    # Where all scores are one, the best constant is that, and says nothing: of a next-token loss it is 0.
+    varied = labels.dtype.kind != "f" or len(np.unique(labels)) > 1
+    known = {_constant_name(data): _constant(data, c, config.loss)} if varied else {}
+    for name, fixed in {**known, "start": start.f0, **baselines}.items():
         table.append({"arm": name, **start.scores(fixed, config.loss)})
     results: dict[tuple[str, float], TrainResult] = {}
     total = config.total_steps(n)
