@@ -16,7 +16,7 @@ from jaxlin.experiments.data_arguments import DataArguments, load_task
 from jaxlin.experiments.figures import regularization, run, summary
 from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.run import FiguresConfig, command_of, open_study, run_study, setting_of
-from jaxlin.experiments.figures.study import Setting, Study, read_tables, write_tables
+from jaxlin.experiments.figures.study import WHOLE, Setting, Study, Work, read_tables, write_tables
 from jaxlin.peft.lora import lora
 from tests import cases
 
@@ -174,6 +174,26 @@ def test_tables_read_as_they_were(tmp_path):
     assert (again / "one.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
 
 
+def test_the_papers_setting_is_one_switch():
+    """Its public script: rank and α 8, 16 × 4 examples a step, 10 epochs, warm-up 6 %, kernels of 32 examples."""
+    for number in ("02", "04", "07"):
+        setting = setting_of(*run.chosen([number]), FiguresConfig((number,), paper=True))
+        assert (setting.model_name_or_path, setting.lora_rank, setting.num_eval) == ("roberta-base", 8, None)
+        training = setting.training(0)
+        assert (training.batch_size, training.gradient_accumulation_steps) == (16 * 4, 4)
+        assert (training.num_train_epochs, training.warmup_ratio, training.learning_rate) == (10, 0.06, 4e-4)
+    (study,) = run.chosen(["06"])
+    assert (study.paper.num_kernel, study.paper.paper_learning_rates) == (32, (4e-3, 4e-4))
+    assert setting_of(study, FiguresConfig(paper=True, num_train=500)).num_train == 500
+
+
+def test_whole_training_sets(tmp_path):
+    task = load_task(DataArguments())
+    small = dataclasses.replace(regularization.STUDY.fast, num_train=WHOLE, num_eval=8)
+    problem = Work(small, Cache(tmp_path), lambda *_: None).problem("stdlib", 0)
+    assert len(problem.train) == len(task.train)
+
+
 # What is refused.
 
 
@@ -183,6 +203,7 @@ def test_tables_read_as_they_were(tmp_path):
         (["99", "--fast"], "there is no study '99'; expected some of 02_regularization_and_linearity"),
         (["02"], "give one of --fast"),
         (["02", "--fast", "--full"], "give one of --fast"),
+        (["09", "--paper"], "09_llm has no part in the paper; run it with --full"),
         (["02", "--fast", "--tasks", "stdlib", "nosuch"], "nosuch"),
         (["02", "--fast", "--tasks", "stdlib", "stdlib"], "--tasks stdlib stdlib: expected at least one, each once"),
         (["02", "--fast", "--seeds", "0"], "--seeds 0: expected at least 1"),

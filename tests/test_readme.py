@@ -1,6 +1,5 @@
 """The README's example runs, and what it says of the installation is what pyproject says."""
 
-import csv
 import json
 import re
 import runpy
@@ -53,26 +52,6 @@ def test_kernel_times_are_those_measured():
             forward = record["about"]["forward_seconds"]
             cells += [f"{each / forward:.1f}", f"{row['limit_seconds'] / row['seconds']:.2f}"]
             assert f"| {' | '.join(cells)} |" in README
-
-
-def test_correlations_are_those_measured():
-    with (ROOT / "notebooks" / "results" / "06_condition_number_predicts" / "correlations.csv").open() as stream:
-        found = {(r["predictor"], r["way"], r["outcome"]): r for r in csv.DictReader(stream) if r["task"] == "pooled"}
-
-    def cell(row, name):
-        low, high = (float(row[f"{name}_interval_{end}"]) for end in ("low", "high"))
-        return "" if row[name] == "nan" else f"{float(row[name]):+.2f} [{low:+.2f}, {high:+.2f}]"
-
-    table = README.split("## Does the condition number")[1].split("## Installing")[0]
-    names = {"κ (primary)": "condition_number", "number of parameters": "num_params"}
-    for line in [line for line in table.splitlines() if line.startswith("| ")][1:]:
-        name, *cells = (part.strip() for part in line.strip("|").split("|"))
-        name = names.get(name, name.replace(" ", "_").replace("-", "_").replace("μ", "mu"))
-        name = name if name == "num_params" else f"lora_{name}"
-        with_adam, stable = found[name, "paper", "train_loss"], found[name, "stable", "train_loss"]
-        expected = [cell(with_adam, "spearman"), cell(with_adam, "partial")]
-        expected += [cell(found[name, "paper", "metric"], "spearman"), cell(stable, "spearman")]
-        assert cells == expected
 
 
 def test_plain_pip_line_has_every_requirement():

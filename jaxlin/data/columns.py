@@ -93,7 +93,7 @@ def make_table_task(
     texts = [tuple(zip(*(_texts(table, column) for column in text), strict=True)) for table in (train, validation)]
     record = {**provenance, "text_columns": list(text), "label_column": label if columns.labelled else None}
     if not columns.labelled:
-        return make_task(name, *map(unlabelled, texts), (), record, ())
+        return make_task(name, unlabelled(texts[0]), unlabelled(texts[1]), (), record, ())
     classes = _Classes.of(train, label, known)
     labels = [classes.encode(table, label) for table in (train, validation)]
     splits = [TextSplit(*part) for part in zip(texts, labels, strict=True)]

@@ -126,8 +126,10 @@ def load_task(arguments: DataArguments, labelled: bool = True) -> Task:
         )
     if arguments.task_name == STDLIB:
         task = load_stdlib_task()
-        splits = {} if labelled else {k: unlabelled(getattr(task, k).texts) for k in ("train", "validation")}
-        return task if labelled else dataclasses.replace(task, **splits, label_names=(), metrics=())
+        if labelled:
+            return task
+        train, validation = (unlabelled(split.texts) for split in (task.train, task.validation))
+        return dataclasses.replace(task, train=train, validation=validation, label_names=(), metrics=())
     return _named_task(arguments, columns)
 
 

@@ -75,16 +75,17 @@ class _Arm:
         return {split: predict(self.tun, result.theta, part) for split, part in self.data.items()}
 
 
-def _constant_name(data: Mapping[str, Dataset]) -> str:
-    return "mean_score" if data["train"]["labels"].dtype.kind == "f" else "majority_class"
-
-
-def _constant(data: Mapping[str, Dataset], num_outputs: int, loss: str) -> dict[str, np.ndarray]:
-    """The best constant outputs: class shares (their logarithms under cross-entropy), or the mean score."""
-    mean = np.asarray(targets(data["train"]["labels"], num_outputs), np.float64).mean(axis=0)
+def _constant(data: Mapping[str, Dataset], num_outputs: int, loss: str) -> dict[str, dict[str, np.ndarray]]:
+    """The best constant outputs, by name: class shares (their logarithms under cross-entropy), or the mean score."""
+    labels = data["train"]["labels"]
+    scores = labels.dtype.kind == "f"
+    if scores and len(np.unique(labels)) == 1:  # it would be exact and say nothing, as of a loss, which is to be 0
+        return {}
+    mean = np.asarray(targets(labels, num_outputs), np.float64).mean(axis=0)
     if loss == "cross_entropy":
         mean = np.log(np.maximum(mean, np.finfo(float).tiny))
-    return {split: np.tile(mean, (len(part), 1)) for split, part in data.items()}
+    outputs = {split: np.tile(mean, (len(part), 1)) for split, part in data.items()}
+    return {"mean_score" if scores else "majority_class": outputs}
 
 
 Lams = Sequence[float] | np.ndarray | str
@@ -383,11 +384,7 @@ def _compare(
     arms = {**full, LINEARIZED: linear}
 
     table: list[Row] = []
-    labels = data["train"]["labels"]
-    # Where all scores are one, the best constant is that, and says nothing: of a next-token loss it is 0.
-    varied = labels.dtype.kind != "f" or len(np.unique(labels)) > 1
-    known = {_constant_name(data): _constant(data, c, config.loss)} if varied else {}
-    for name, fixed in {**known, "start": start.f0, **baselines}.items():
+    for name, fixed in {**_constant(data, c, config.loss), "start": start.f0, **baselines}.items():
         table.append({"arm": name, **start.scores(fixed, config.loss)})
     results: dict[tuple[str, float], TrainResult] = {}
     total = config.total_steps(n)

@@ -22,7 +22,7 @@ from jaxlin.errors import InputError
 from jaxlin.experiments.figures import choose_layers_page as page
 from jaxlin.experiments.figures.choices import MODULES, Choice, depth_of, num_params, tunable
 from jaxlin.experiments.figures.choose_layers_page import BY_KAPPA, BY_LOSS, EVERYTHING, LAST, RANDOM, START
-from jaxlin.experiments.figures.study import FAST, AdamSetting, Problem, Row, Study, Tables, Work
+from jaxlin.experiments.figures.study import FAST, PAPER_ADAM, AdamSetting, Problem, Row, Study, Tables, Work
 from jaxlin.experiments.figures.summary import METRICS
 from jaxlin.models.probe import probe_head
 from jaxlin.peft.lora import lora
@@ -211,6 +211,7 @@ STUDY = Study(
     title="Choosing layers by the kernel before training, against all layers, the last ones and random ones",
     fast=ChooseLayersSetting(**FAST, select_examples=32),
     full=ChooseLayersSetting(),
+    paper=ChooseLayersSetting(**PAPER_ADAM),
     compute=compute,
     draw=page.draw,
     findings=page.findings,

@@ -36,7 +36,7 @@ from jaxlin.experiments.data_arguments import DataArguments
 from jaxlin.experiments.figures import condition_number_page as page
 from jaxlin.experiments.figures.choices import HEAD, Choice, choices_of, depth_of, num_params, tunable
 from jaxlin.experiments.figures.correlations import ALONE, PAPER, STABLE, correlations
-from jaxlin.experiments.figures.study import FAST, Row, Setting, Study, Tables, Work
+from jaxlin.experiments.figures.study import FAST, PAPER_KERNEL, PAPER_MODEL, WHOLE, Row, Setting, Study, Tables, Work
 from jaxlin.experiments.model_arguments import ModelArguments
 from jaxlin.experiments.setting import Loaded, load
 from jaxlin.models.load import load_model
@@ -162,8 +162,13 @@ def _load(setting: ConditionNumberSetting, task: str) -> Loaded:
     return loaded
 
 
+def _num_train(setting: ConditionNumberSetting, loaded: Loaded) -> int:
+    """Training examples: those asked for, or all but those on which rates are chosen."""
+    return setting.num_train if setting.num_train < WHOLE else len(loaded.data["train"]) - setting.num_tune
+
+
 def _has_rows(setting: ConditionNumberSetting, loaded: Loaded) -> bool:
-    return len(loaded.data["train"]) >= setting.num_train + setting.num_tune
+    return len(loaded.data["train"]) >= max(_num_train(setting, loaded), 1) + setting.num_tune
 
 
 def _drawn(setting: ConditionNumberSetting, loaded: Loaded, draw: int) -> _Draw:
@@ -175,7 +180,8 @@ def _drawn(setting: ConditionNumberSetting, loaded: Loaded, draw: int) -> _Draw:
             f"--num_tune {setting.num_tune} of them"
         )
     order = np.random.default_rng(0).permutation(len(whole))
-    parts = whole.take(order[: setting.num_train]), whole.take(order[setting.num_train :])
+    n = _num_train(setting, loaded)
+    parts = whole.take(order[:n]), whole.take(order[n:])
     model = load_model(setting.model_name_or_path, classes, head=loaded.model.module.head, new_head=True, rng=draw)
     probed = probe_head(model, parts[0], np.asarray(targets(parts[0]["labels"], classes), np.float64))
     starts = {PAPER: model, STABLE: probed} if setting.stable_factors else {PAPER: model}
@@ -400,6 +406,20 @@ STUDY = Study(
         large_num_train_epochs=1.0,
     ),
     full=ConditionNumberSetting(),
+    paper=ConditionNumberSetting(
+        **PAPER_MODEL,
+        tasks=("cola", "sst2", "mrpc", "rte", "qnli"),
+        num_train=WHOLE,
+        num_eval=None,
+        num_kernel=PAPER_KERNEL,
+        batch_size=64,
+        num_train_epochs=10.0,
+        layer_sets=(
+            *("0,1,2,3", "4,5,6,7", "8,9,10,11", "0,11", "0,1,2,3,4,5", "6,7,8,9,10,11", "0,2,4,6,8,10"),
+            "0,1,2,3,4,5,6,7,8,9,10,11",
+        ),
+        large_draws=0,
+    ),
     compute=compute,
     draw=page.draw,
     findings=page.findings,

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlin import plots
 from jaxlin.errors import InputError
-from jaxlin.experiments.figures.study import FAST, Problem, Row, Setting, Study, Tables, Work
+from jaxlin.experiments.figures.study import FAST, PAPER_MODEL, Problem, Row, Setting, Study, Tables, Work
 from jaxlin.experiments.figures.summary import (
     METRICS,
     band,
@@ -421,6 +421,7 @@ STUDY = Study(
         **FAST, lam_rel=(1e-2, 1.0), steps=12, late_steps=(4,), drift_steps=(4, 8, 12), drift_examples=16, parts=2
     ),
     full=DynamicsSetting(tasks=("sst2",), seeds=2, max_seq_length=24),
+    paper=DynamicsSetting(**PAPER_MODEL, tasks=("sst2",)),  # the closed form needs the kernel of all training examples
     compute=compute,
     draw=draw,
     findings=findings,

@@ -23,7 +23,7 @@ from jaxlin.experiments.figures.kernel_regression_figures import (
     draw,
 )
 from jaxlin.experiments.figures.kernel_regression_findings import findings
-from jaxlin.experiments.figures.study import FAST, AdamSetting, Problem, Row, Study, Tables, Work
+from jaxlin.experiments.figures.study import FAST, PAPER_ADAM, AdamSetting, Problem, Row, Study, Tables, Work
 from jaxlin.models.probe import frozen_features
 from jaxlin.ntk.engine import kernel_from_jacobian
 from jaxlin.ntk.jacobian import jacobian
@@ -343,6 +343,7 @@ STUDY = Study(
     title="How well the kernel alone predicts, against real fine-tuning and the linear probe",
     fast=KernelRegressionSetting(**FAST, lam_rel=(1e-4, 1e-3, 1e-2, 1e-1), bins=4),
     full=KernelRegressionSetting(),
+    paper=KernelRegressionSetting(**{**PAPER_ADAM, "num_train": 1000}),  # whose kernel fits a machine
     compute=compute,
     draw=draw,
     findings=findings,

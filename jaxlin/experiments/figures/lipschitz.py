@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxlin import plots
 from jaxlin.data.dataset import Dataset
-from jaxlin.experiments.figures.study import FAST, AdamSetting, Problem, Row, Study, Tables, Work
+from jaxlin.experiments.figures.study import FAST, PAPER_ADAM, AdamSetting, Problem, Row, Study, Tables, Work
 from jaxlin.experiments.figures.summary import band, distinct, lam_looks, name_of, of, sizes, values_of, written
 from jaxlin.ntk.change import PER_EXAMPLE, PER_PAIR, STACKED
 from jaxlin.ntk.engine import ntk
@@ -113,7 +113,6 @@ def compute(setting: LipschitzSetting, work: Work) -> Tables:
     """Samples every task, seed by seed: in random directions, then along a run at each λ."""
     tables: dict[str, list[Row]] = {"profile": [], "reached": []}
     runs = [(seed, task) for seed in range(setting.seeds) for task in setting.tasks]
-    training = ("num_train_epochs", "batch_size", "learning_rate", "points", "mu_examples")
     for done, (seed, task) in enumerate(runs):
         work.progress("tasks", done, len(runs))
         problem = work.problem(task, seed)
@@ -135,7 +134,8 @@ def compute(setting: LipschitzSetting, work: Work) -> Tables:
         add(found["profile"], None)
         for share in setting.lam_rel:
             key = {"what": "lipschitz along a run", "lam_rel": share, **same}
-            key |= {name: getattr(setting, name) for name in training}
+            key |= {name: getattr(setting, name) for name in ("points", "mu_examples")}
+            key["training"] = dataclasses.asdict(setting.training(seed))
             found = work.get(problem, key, functools.partial(_trained, setting, work, problem, share))
             add(found["profile"], share)
             tables["reached"].append({**labels, "lam_over_mu1": share, "metric": metric, **found["reached"]})
@@ -254,6 +254,7 @@ STUDY = Study(
         **FAST, radii=(0.1, 1.0, 10.0), directions=2, profile_examples=8, points=3, num_train_epochs=2.0
     ),
     full=LipschitzSetting(seeds=2),
+    paper=LipschitzSetting(**PAPER_ADAM),
     compute=compute,
     draw=draw,
     findings=findings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import string
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -237,8 +237,12 @@ def _draw_dynamics(axis: Axes, tables: Tables) -> None:
     rows = tables["curves"]
     share, task = min(distinct(rows, "lam_over_mu1")), distinct(rows, "task")[0]
     mine = of(rows, lam_over_mu1=share, task=task)
-    looks = ((LINEARIZED, {"lw": 3.0, "alpha": 0.45}), (FULL, {}), (dynamics.CLOSED, {"fmt": ":"}))
-    for arm, look in looks:
+    looks: dict[str, dict[str, Any]] = {
+        LINEARIZED: {"lw": 3.0, "alpha": 0.45},
+        FULL: {},
+        dynamics.CLOSED: {"fmt": ":"},
+    }
+    for arm, look in looks.items():
         band(axis, of(mine, arm=arm), "step", "loss_train", color=plots.COLOURS[arm], label=plots.NAMES[arm], **look)
     axis.set(title=f"{name_of(task)}, λ/μ₁ = {share:g}", xlabel="step", ylabel="training loss")
     axis.legend(fontsize=6)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxlin import plots
 from jaxlin.errors import InputError
 from jaxlin.experiments.data_arguments import STDLIB
-from jaxlin.experiments.figures.study import FAST, AdamSetting, Row, Study, Tables, Work
+from jaxlin.experiments.figures.study import FAST, PAPER_ADAM, AdamSetting, Row, Study, Tables, Work
 from jaxlin.experiments.figures.summary import (
     against_the_pull,
     band,
@@ -91,7 +91,6 @@ def _sweep(setting: RegularizationSetting, work: Work, task: str, seed: int, pul
             training,
             lam_rel=shares,
             extra_arms=arms,
-            kernel_examples=len(problem.train),
             progress=lambda phase, done, of: work.progress(f"{phase}, {task}, seed {seed}, {pull}", done, of),
         )
         return [
@@ -358,6 +357,7 @@ STUDY = Study(
         bound_steps=6,
     ),
     full=RegularizationSetting(),
+    paper=RegularizationSetting(**PAPER_ADAM),
     compute=compute,
     draw=draw,
     findings=findings,

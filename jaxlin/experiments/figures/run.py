@@ -62,6 +62,7 @@ class FiguresConfig:
         names: Studies, by number or name, such as 02 or 05_spectra_and_layers; default: all.
         fast: About a minute a study, on embedded data.
         full: The setting of the results that are kept.
+        paper: The paper's model and training, roberta-base on whole data sets: for a GPU, and hours.
         output_dir: Folder for tables and figures, one folder a study in it.
         model_name_or_path: Another encoder: local folder in Hugging Face's layout, or hub id.
         tasks: Other tasks.
@@ -76,6 +77,7 @@ class FiguresConfig:
     names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     fast: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     full: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    paper: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     output_dir: Path = Path("figures")
     model_name_or_path: str | None = None
     tasks: tuple[str, ...] = ()
@@ -102,6 +104,12 @@ def chosen(names: Sequence[str]) -> tuple[Study, ...]:
     return tuple({study.name: study for study in found}.values()) or STUDIES
 
 
+SIZES = {
+    "fast": "about a minute a study",
+    "full": "the setting of the results kept",
+    "paper": "roberta-base on whole data sets, for a GPU",
+}
+"""The settings of every study, in words."""
 _OPTIONS = ("model_name_or_path", "data_dir", "seeds", "num_train", "max_seq_length")
 """Options that change the setting; `tasks` besides."""
 
@@ -110,11 +118,11 @@ def setting_of(study: Study, config: FiguresConfig) -> Setting:
     """Returns the setting that a study is run in.
 
     Raises:
-        InputError: If not exactly one of fast and full is asked for, or an option cannot be meant.
+        InputError: If not exactly one of fast, full and paper is asked for, or an option cannot be meant.
     """
-    if config.fast == config.full:
-        raise InputError("give one of --fast (about a minute a study) and --full (the setting of the results kept)")
-    setting = study.fast if config.fast else study.full
+    setting = getattr(study, _size_of(config))
+    if setting is None:
+        raise InputError(f"{study.name} has no part in the paper; run it with --full")
     given = _given(config)
     if config.tasks:
         given |= {"tasks": config.tasks}
@@ -126,6 +134,13 @@ def setting_of(study: Study, config: FiguresConfig) -> Setting:
     return setting
 
 
+def _size_of(config: FiguresConfig) -> str:
+    asked = [name for name in SIZES if getattr(config, name)]
+    if len(asked) != 1:
+        raise InputError(f"give one of {', '.join(f'--{name} ({what})' for name, what in SIZES.items())}")
+    return asked[0]
+
+
 def _given(config: FiguresConfig) -> dict[str, Any]:
     return {name: value for name in _OPTIONS if (value := getattr(config, name)) is not None}
 
@@ -134,7 +149,7 @@ def command_of(study: Study, config: FiguresConfig) -> str:
     """Returns the command line that makes a study again."""
     tasks = f" --tasks {' '.join(config.tasks)}" if config.tasks else ""
     options = "".join(f" --{name} {value}" for name, value in _given(config).items())
-    return f"jaxlin figures {study.name} --{'fast' if config.fast else 'full'}{tasks}{options}"
+    return f"jaxlin figures {study.name} --{_size_of(config)}{tasks}{options}"
 
 
 def hardware() -> dict[str, Any]:
@@ -195,7 +210,10 @@ def run(config: FiguresConfig) -> None:
         InputError: If anything given cannot be used.
         KeyboardInterrupt: If interrupted; the same command goes on.
     """
-    settings = [(study, setting_of(study, config)) for study in chosen(config.names)]
+    studies = chosen(config.names)
+    if config.paper and not config.names:
+        studies = tuple(study for study in studies if study.paper is not None)
+    settings = [(study, setting_of(study, config)) for study in studies]
     tasks = dict.fromkeys(task for _, setting in settings for task in setting.tasks)
     for task in tasks:  # for its error, before the first task's hours
         load_task(DataArguments(task_name=task, data_dir=settings[0][1].data_dir))

@@ -19,7 +19,7 @@ from jaxlin.errors import InputError
 from jaxlin.experiments.figures import spectra_page as page
 from jaxlin.experiments.figures.choices import HEAD, MODULES, Choice, depth_of, num_params, tunable
 from jaxlin.experiments.figures.spectra_page import ALL, BOTTOM, CELL, LAYER, MODULE, NEW, PROBE, TOP
-from jaxlin.experiments.figures.study import FAST, Problem, Row, Setting, Study, Tables, Work
+from jaxlin.experiments.figures.study import FAST, PAPER_KERNEL, PAPER_MODEL, Problem, Row, Setting, Study, Tables, Work
 from jaxlin.ntk.engine import ntk
 from jaxlin.ntk.kernel import Kernel
 from jaxlin.theory.perturbation import chain_bounds, condition, perturbation, perturbation_table
@@ -181,6 +181,7 @@ STUDY = Study(
     title="What the eigenvalues of every layer's kernel are, and how they move as layers are added",
     fast=SpectraSetting(**{**FAST, "num_eval": 0}, kept=16),
     full=SpectraSetting(),
+    paper=SpectraSetting(**PAPER_MODEL, num_train=PAPER_KERNEL),
     compute=compute,
     draw=page.draw,
     findings=page.findings,

@@ -41,7 +41,7 @@ class Setting:
     Attributes:
         tasks: Names of tasks.
         seeds: Draws of training examples, A, head and data order.
-        num_train: Training examples.
+        num_train: Training examples; `WHOLE` of them: all.
         num_eval: Validation examples; `None`: all.
         max_seq_length: Tokens a text is truncated to.
         model_name_or_path: Encoder; a new head starts as a probe.
@@ -90,19 +90,25 @@ class AdamSetting(Setting):
     Attributes:
         num_train_epochs: Passes over the training examples.
         batch_size: Examples a step.
-        learning_rate: At the start.
+        learning_rate: At the start, or after the warm-up.
+        warmup_ratio: Share of the steps with linearly growing rate.
+        gradient_accumulation_steps: Parts that a step's batch is computed in, for less memory.
     """
 
     num_train_epochs: float = 3.0
     batch_size: int = 32
     learning_rate: float = 1e-3
+    warmup_ratio: float = 0.0
+    gradient_accumulation_steps: int = 1
 
     def training(self, seed: int, **others: Any) -> TrainConfig:
         """Returns how to train; `others` are of `TrainConfig` too."""
         return TrainConfig(
             learning_rate=self.learning_rate,
             lr_scheduler_type="linear",
+            warmup_ratio=self.warmup_ratio,
             batch_size=self.batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
             num_train_epochs=self.num_train_epochs,
             seed=seed,
             group_by_length=True,
@@ -112,6 +118,23 @@ class AdamSetting(Setting):
 
 FAST: dict[str, Any] = {"tasks": (STDLIB,), "seeds": 2, "num_train": 64, "num_eval": 64, "max_seq_length": 32}
 """Options of `Setting` with which a study takes about a minute on a laptop, on embedded data."""
+
+WHOLE = 10**9
+"""More training examples than any set has."""
+PAPER_MODEL: dict[str, Any] = {"model_name_or_path": "roberta-base", "max_seq_length": 128}
+"""Options of `Setting` for the paper's model (LoRA of rank and α 8 is what every study has)."""
+PAPER_KERNEL = 32
+"""Examples of a kernel in the paper's public script."""
+PAPER_ADAM: dict[str, Any] = {
+    **PAPER_MODEL,
+    "num_train": WHOLE,
+    "num_train_epochs": 10.0,
+    "batch_size": 64,
+    "gradient_accumulation_steps": 4,
+    "learning_rate": 4e-4,
+    "warmup_ratio": 0.06,
+}
+"""Options of `AdamSetting` for the paper's training, by its public script, which has the rate 4e-3 too."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -229,6 +252,7 @@ class Study:
         compute: Gives the tables; whatever is long goes through the cache.
         draw: Makes the figures of the tables, by name; each says its sample sizes and seeds.
         findings: Says what the tables show, by name: Markdown whose every number is of the tables.
+        paper: The paper's own setting, for a GPU; `None`: the study has no part in the paper.
     """
 
     name: str
@@ -238,6 +262,7 @@ class Study:
     compute: Callable[[Any, Work], Tables]
     draw: Callable[[Tables], dict[str, Figure]]
     findings: Callable[[Tables], dict[str, str]]
+    paper: Setting | None = None
 
 
 def write_tables(folder: Path, tables: Tables) -> None:

@@ -1,0 +1,170 @@
+"""The results page: what it says of tables that are made up, and that the README's is of the kept ones."""
+
+import importlib.util
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+
+from jaxlin.experiments.figures import dynamics, lipschitz, llm, overview
+from jaxlin.experiments.figures.run import STUDIES
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def page():
+    spec = importlib.util.spec_from_file_location("results_page", ROOT / "notebooks" / "results_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_says_what_the_kept_tables_say(page):
+    readme = page.README.read_text(encoding="utf-8")
+    shown = readme.split(page.BEGIN)[1].split(page.END)[0]
+    assert shown == overview.claims_table(page.kept_studies()), "run python notebooks/results_page.py"
+    assert (ROOT / "notebooks" / "results" / "overview.svg").is_file()
+
+
+def test_every_study_has_a_claim_and_a_panel(page):
+    names = {study.name for study in STUDIES}
+    assert {claim.study for claim in overview.CLAIMS} == names
+    studies = page.kept_studies()
+    figure = overview.draw(studies)
+    try:
+        titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+        assert [title[:3] for title in titles] == [f"({'abcdefgh'[i]})" for i in range(len(studies))]
+    finally:
+        plt.close(figure)
+
+
+def answer(study, tables, which=0):
+    claims = [claim for claim in overview.CLAIMS if claim.study == study]
+    return claims[which].answer(tables)
+
+
+def gaps(values, **labels):
+    """Rows of full fine-tuning with these relative gaps at λ/μ₁ = 0, 0.1, 1, on two tasks."""
+    return [
+        {"task": task, "seed": 0, "arm": "full", "lam_over_mu1": share, "output_gap_relative_eval": factor * value}
+        | {"pull": "coupled"}
+        | labels
+        for task, factor in (("cola", 1.0), ("sst2", 0.5))
+        for share, value in zip((0.0, 0.1, 1.0), values, strict=True)
+    ]
+
+
+def test_the_pull():
+    measured, holds = answer("02_regularization_and_linearity", {"table": gaps([0.6, 0.02, 0.04])})
+    assert measured == (
+        "‖f−f̄‖/‖f−f₀‖ on validation examples is 0.3 to 0.6 at λ/μ₁ = 0 and 0.01 to 0.02 at 0.1 (2 tasks)"
+    )
+    assert holds == "yes, with a pull: below 0.1 from λ/μ₁ = 0.1 on"
+    _, holds = answer("02_regularization_and_linearity", {"table": gaps([0.6, 0.3, 0.16])})
+    assert holds == "in part: below 0.1 on 1 of 2 tasks"
+
+
+@pytest.mark.parametrize(
+    ("rows", "holds"),
+    [
+        ([(True, True), (False, None)], "yes"),
+        ([(True, True), (True, False)], "no: 1 fail"),
+        ([(False, None)], "none applies"),
+    ],
+)
+def test_bounds(rows, holds):
+    table = [{"applies": applies, "holds": held} for applies, held in rows]
+    measured, said = answer("02_regularization_and_linearity", {"bounds": table}, 1)
+    assert said == holds
+    assert measured.startswith(f"of {len(rows)} bounds")
+    assert answer("05_spectra_and_layers", {"holds": table})[1] == holds
+
+
+def curves(off, gap):
+    rows = []
+    for share in (1e-4, 1.0):
+        for step, loss in ((0, 2.0), (1, 1.0)):
+            labels = {"task": "sst2", "seed": 0, "lam_over_mu1": share, "step": step}
+            offs = {f"off_relative_{split}": off if step else None for split in ("train", "eval")}
+            rows.append({**labels, "arm": dynamics.LINEARIZED, "loss_train": loss, **offs})
+            rows.append({**labels, "arm": dynamics.FULL, "loss_train": loss + gap * (step == 1) * (share < 1)})
+    return {"curves": rows}
+
+
+def test_dynamics():
+    measured, holds = answer("03_dynamics", curves(1e-6, 0.5))
+    assert "by 1e-06 of the way" in measured
+    assert "at most 0.25 at λ/μ₁ = 0.0001 and 0 at λ/μ₁ = 1" in measured
+    assert "yes, to rounding" in holds
+    assert "not to rounding" in answer("03_dynamics", curves(0.1, 0.5))[1]
+
+
+def profile(along):
+    rows = [
+        {
+            "task": "cola",
+            "seed": 0,
+            "quantity": lipschitz.STACKED,
+            "lam_over_mu1": share,
+            "step": step,
+            "radius": radius,
+        }
+        | {"L_upper": value, "sigma": 1.0}
+        for share, step, radius, value in ((None, None, 0.1, 2.0), (None, None, 10.0, 2.0), (0.0, 5, 1.0, along))
+    ]
+    return {"profile": rows, "reached": [{"task": "cola", "seed": 0, "lam_over_mu1": 0.0, "radius": 1.0}]}
+
+
+def test_directions():
+    measured, holds = answer("04_lipschitz_profile", profile(6.0))
+    assert "changes the Jacobian 3 times as much" in measured
+    assert holds == "no: they tell too little"
+    assert answer("04_lipschitz_profile", profile(1.0))[1] == "in part"
+
+
+def choices(advantage):
+    arms = {"leave_one_out_error": 0.8 + advantage, "last_layers": 0.8, "random_choice": 0.7}
+    return {
+        "table": [
+            {"task": task, "seed": seed, "arm": arm, "score_eval": score + 0.001 * i}
+            for i, task in enumerate(("cola", "sst2", "mrpc"))
+            for seed in range(2)
+            for arm, score in {**arms, "leave_one_out_error": 0.8 + advantage * (1 + 0.1 * i)}.items()
+        ]
+    }
+
+
+def test_choosing():
+    assert answer("07_choose_layers", choices(0.05))[1] == "yes"
+    assert answer("07_choose_layers", choices(-0.05))[1] == "no"
+    assert "(3 tasks)" in answer("07_choose_layers", choices(0.05))[0]
+
+
+@pytest.mark.parametrize(
+    ("differences", "holds"),
+    [
+        ((0.01, -0.01, 0.002), "not told apart"),
+        ((0.10, 0.11, 0.12), "no: the kernel does better"),
+        ((-0.10, -0.11, -0.12), "no: fine-tuning does better"),
+    ],
+)
+def test_predicting(differences, holds):
+    pairs = [
+        {"arm": "kernel_regression", "other": "full", "task": task, "accuracy_difference": value}
+        for task, value in zip(("cola", "sst2", "mrpc"), differences, strict=True)
+    ]
+    assert answer("08_kernel_regression", {"pairs": pairs})[1] == holds
+
+
+def test_prompts():
+    best, worst = gaps([0.1, 0.01, 0.01]), gaps([0.5, 0.1, 0.1])
+
+    def tables(*three):
+        return {"table": [row | {"start": s} for s, rows in zip(llm.STARTS, three, strict=True) for row in rows]}
+
+    assert answer("09_llm", tables(best, worst, worst))[1] == "yes"
+    assert answer("09_llm", tables(worst, best, worst))[1] == "no"
+    mixed = [best[i] if best[i]["task"] == "cola" else worst[i] for i in range(len(best))]
+    other = [worst[i] if best[i]["task"] == "cola" else best[i] for i in range(len(best))]
+    assert answer("09_llm", tables(mixed, other, worst))[1] == "on 1 of 2 tasks"
