@@ -1,4 +1,4 @@
-"""Every inequality of the theory as a function that returns a `Bound`: what it says beside what was measured."""
+"""Every inequality of the theory as a function: a `Bound`, or a pair, of what it says beside what was measured."""
 
 from jaxlin.theory.bound import Bound
 from jaxlin.theory.inequalities import (

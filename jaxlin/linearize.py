@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jaxlin.tunable import Batch, Tunable
+from jaxlin.tunable import Batch, Tunable, check_inputs
 
 
 @jax.tree_util.register_dataclass
@@ -28,7 +28,7 @@ class Linearized:
 
     def check_batch(self, batch: Batch) -> None:
         """Checks inputs as the model that is linearized does."""
-        Tunable(self.apply, self.at).check_batch(batch)
+        check_inputs(self.apply, batch)
 
 
 @jax.tree_util.register_dataclass
@@ -45,7 +45,7 @@ class Remainder:
 
     def check_batch(self, batch: Batch) -> None:
         """Checks inputs as the model does."""
-        Tunable(self.apply, self.at).check_batch(batch)
+        check_inputs(self.apply, batch)
 
 
 def remainder(tun: Tunable) -> Tunable:

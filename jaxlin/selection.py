@@ -21,7 +21,7 @@ from jaxlin.ntk.kernel import Kernel
 from jaxlin.ntk.kinds import contrast_basis
 from jaxlin.ntk.lipschitz import lipschitz_profile
 from jaxlin.ntk.products import ntk_vector_product
-from jaxlin.ntk.work import Progress
+from jaxlin.ntk.work import PhaseProgress
 from jaxlin.peft.function import PeftFunction
 from jaxlin.peft.part import part_of
 from jaxlin.selection_report import LayerSelection, Row, Trust
@@ -85,7 +85,7 @@ def select_layers(
     memory_budget: int = MEMORY_BUDGET,
     check_examples: int = 2,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
 ) -> LayerSelection:
     """Ranks sets of layers × modules under a budget of parameters, by kernels at θ₀ alone (theory 6 and 7).
 
@@ -190,7 +190,7 @@ def _seen(kernel: Kernel, contrasts: bool) -> Kernel:
     return kernel.contrasts() if contrasts else kernel
 
 
-def _report(progress: Progress, at: int, draws: int, phase: str, done: int, total: int) -> None:
+def _report(progress: PhaseProgress, at: int, draws: int, phase: str, done: int, total: int) -> None:
     progress(f"{phase}, draw {at + 1} of {draws}", done, total)
 
 

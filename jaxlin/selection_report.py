@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -177,7 +176,3 @@ class LayerSelection:
             "lam_curve": self.lam_curve,
             "spectra": {name: spec.eigenvalues.tolist() for name, spec in self.spectra.items()},
         }
-
-    def to_json(self) -> str:
-        """Returns `to_dict` as JSON; what is undefined is NaN there, as Python reads and writes it."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)

@@ -134,10 +134,10 @@ def group_paths(paths: tuple[str, ...], by: str) -> dict[str, tuple[str, ...]]:
         Block name to paths, in the order in which the blocks are met.
 
     Raises:
-        ValueError: If `by` is none of the three.
+        InputError: If `by` is none of the three.
     """
     if by not in ("leaf", "module", "layer"):
-        raise ValueError(f'blocks={by!r} is unknown; expected "leaf", "module" or "layer"')
+        raise InputError(f'blocks={by!r} is unknown; expected "leaf", "module" or "layer"')
     groups: dict[str, list[str]] = {}
     for path in paths:
         module, _, name = path.rpartition("/")
@@ -165,6 +165,13 @@ class PlainFunction:
         return self.fn(theta, batch)
 
 
+def check_inputs(apply: Callable[[PyTree, Batch], Array], batch: Batch) -> None:
+    """Checks inputs on the host, where a function has a `check_batch` of its own."""
+    check = getattr(apply, "check_batch", None)
+    if check is not None:
+        check(batch)
+
+
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tunable:
@@ -179,6 +186,9 @@ class Tunable:
         theta0: The parameters at the start, a pytree of floating-point arrays.
         blocks: Disjoint groups of leaves of theta that cover it, by name; `None` stands for one block
             a module (see `group_paths`). Paths are `/`-joined keys.
+
+    Raises:
+        InputError: If `theta0` has no leaves, or `blocks` does not name each of them once.
     """
 
     apply: Callable[[PyTree, Batch], Array]
@@ -191,14 +201,14 @@ class Tunable:
             object.__setattr__(self, "apply", PlainFunction(self.apply))
         paths = leaf_paths(self.theta0)
         if not paths:
-            raise ValueError("theta0 has no leaves: there is nothing to tune")
+            raise InputError("theta0 has no leaves: there is nothing to tune")
         if self.blocks is None:
             object.__setattr__(self, "blocks", group_paths(paths, "module"))
             return
         listed = [path for members in self.blocks.values() for path in members]
         if sorted(listed) != sorted(paths):
             wrong = sorted(set(listed) ^ set(paths)) or sorted({p for p in listed if listed.count(p) > 1})
-            raise ValueError(
+            raise InputError(
                 f"blocks must name every leaf of theta0 once; these are missing, unknown or repeated: {wrong[:5]}"
             )
 
@@ -209,9 +219,7 @@ class Tunable:
 
     def check_batch(self, batch: Batch) -> None:
         """Checks inputs on the host, where `apply` has a `check_batch` of its own (text models do)."""
-        check = getattr(self.apply, "check_batch", None)
-        if check is not None:
-            check(batch)
+        check_inputs(self.apply, batch)
 
     def check_theta(self, theta: PyTree, what: str = "theta") -> None:
         """Checks that parameters have the structure and shapes of theta0.

@@ -12,7 +12,7 @@ import pytest
 
 import jaxlin as jl
 from jaxlin.data.columns import Columns
-from jaxlin.data.dataset import MAX_BUCKETS, Dataset, choose_buckets
+from jaxlin.data.dataset import Dataset, choose_buckets
 from jaxlin.data.files import load_file_task, load_folder_task, tasks_in
 from jaxlin.data.known import KNOWN_TASKS
 from jaxlin.data.labels import label_order, scale_of, standardise
@@ -27,7 +27,7 @@ from tests import cases
 def test_batches_are_cut_to_buckets_and_filled():
     columns = cases.text_batch(30, longest=50)
     data = Dataset.from_columns(columns)
-    assert len(data.buckets) <= MAX_BUCKETS
+    assert len(data.buckets) <= 4
     assert data.buckets[-1] == 50
     seen = []
     for indices, batch in data.chunks(7):

@@ -124,7 +124,7 @@ def test_pairs_of_texts(run, options, files, tmp_path):
 BAD = {
     "template alone": ({"label_words": False}, "--template is given without --label_words"),
     "words alone": ({"template": False}, "--label_words is given without --template"),
-    "head start": ({"head_init": "zero"}, "--head_init is given beside --template; a prompt has no head"),
+    "head start": ({"head_init": "zero"}, "--head_init is given beside --template; there is no head then"),
     "new head": ({"new_head": True}, "--new_head is given beside --template"),
     "head": ({"head": "last"}, "--head is given beside --template"),
     "number": ({"label_words": ["bad", "good", "film"]}, "expected 2, one for each class in this order: 0, 1"),

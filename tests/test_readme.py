@@ -57,7 +57,8 @@ def test_kernel_times_are_those_measured():
 def test_plain_pip_line_has_every_requirement():
     """Those not named come with those named.
 
-    numpy and scipy with jax, rich with flax, threadpoolctl with scikit-learn; the rest with transformers.
+    numpy and scipy with jax, rich with flax, threadpoolctl with scikit-learn, pyarrow with datasets; the rest with
+    transformers.
     """
     listed = re.findall(r"^pip install (\"jax>.*|--no-deps .*)$", README, re.MULTILINE)
     named = {re.split(r"[<>=]", word.strip('"'))[0].lower() for line in listed for word in line.split()}
@@ -71,6 +72,7 @@ def test_plain_pip_line_has_every_requirement():
         "huggingface-hub",
         "safetensors",
         "pyyaml",
+        "pyarrow",
         "filelock",
     }
 

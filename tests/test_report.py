@@ -315,7 +315,7 @@ def test_bad_runs(small):
         jl.linearization_report(tun, full, late, data)
     with pytest.raises(jl.InputError, match=r"no step of the full run was kept \(kept: none\)"):
         jl.linearization_report(tun, dataclasses.replace(full, states={}), None, data)
-    with pytest.raises(jl.InputError, match="parameters of the full run are not those of tun"):
+    with pytest.raises(jl.InputError, match="the parameters of the full run must have the structure and shapes"):
         jl.linearization_report(cases.mlp(width=6), full, None, data)
     with pytest.raises(jl.InputError, match="no column 'labels'"):
         jl.linearization_report(tun, full, None, {"x": data["x"]})

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -311,7 +310,7 @@ def test_the_report(report, batch, y):
     assert report.peft_config("bert")["r"] == 2
     assert report.peft_config("bert")["lora_alpha"] == 6
     assert report.peft_config("t5") is None
-    assert json.loads(report.to_json())["summary"]["layers"] == list(report.choice.layers)
+    assert report.to_dict()["summary"]["layers"] == list(report.choice.layers)
 
 
 def test_contrasts_of_a_frozen_head_whose_columns_sum_to_zero(batch, y):

@@ -12,7 +12,6 @@ import numpy as np
 from jaxlin.errors import InputError
 from jaxlin.hashing import add_array
 
-MAX_BUCKETS = 4
 _SEQUENCE_COLUMNS = ("input_ids", "attention_mask", "token_type_ids")
 TRUNK = "trunk:"
 """Beginning of the names of columns of activations, `[N, T, …]` or one or none in place of T; see `jaxlin.trunk`."""

@@ -18,7 +18,6 @@ class KnownTask:
         text_columns: One text column, or the two of a pair.
         label_names: Class names by id; empty for scores.
         metrics: Names of `jaxlin.training.metrics.METRICS`, the primary one first.
-        train_split: Name of the training split.
         validation_split: Name of the labelled split to evaluate on.
         folder: Name of its local folder where that is not the task's own.
     """
@@ -28,7 +27,6 @@ class KnownTask:
     text_columns: tuple[str, ...]
     label_names: tuple[str, ...]
     metrics: tuple[str, ...] = CLASS_METRICS
-    train_split: str = "train"
     validation_split: str = "validation"
     folder: str | None = None
 

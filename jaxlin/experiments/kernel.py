@@ -31,6 +31,7 @@ from jaxlin.ntk.kernel import Kernel
 from jaxlin.ntk.kinds import kind_of
 from jaxlin.ntk.work import Cost
 from jaxlin.theory.spectrum import Spectrum, spectrum
+from jaxlin.training.modes import size
 from jaxlin.tunable import Tunable
 
 STORE, EVAL_STORE = "kernel.zarr", "kernel_eval.zarr"
@@ -103,7 +104,9 @@ def _check(config: KernelConfig) -> None:
     if not arguments.memory_budget > 0:
         raise InputError(f"--memory_budget {arguments.memory_budget}: expected GiB above 0")
     if config.data.max_train_samples or config.data.max_eval_samples:
-        raise InputError("--max_train_samples and --max_eval_samples are of compare; give --num_samples")
+        raise InputError(
+            "--max_train_samples and --max_eval_samples are of compare; give --num_samples and --num_eval_samples"
+        )
     if arguments.nearest_psd and kind_of(arguments.kind).symmetric:
         raise InputError(f"--nearest_psd is for --kind asymmetric_signgd; {arguments.kind} is symmetric as it is")
     if arguments.resume and output.output_dir is None:
@@ -144,18 +147,14 @@ def _trace(array: np.ndarray) -> float:
     return float(np.einsum("ncc->", own) if own.ndim == 3 else own.sum())
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2g} GiB" if size >= 1 << 27 else f"{size / 2**20:.2g} MiB"
-
-
 def cost_lines(cost: Cost, num_blocks: int) -> list[str]:
     """Says what a kernel will take."""
     plan = cost.plan
     return [
         f"engine {cost.engine}: passes of {plan.chunk} examples, tiles of {plan.row_block} × {plan.row_block} examples",
         f"time   about {cost.seconds:.3g} s on this machine ({cost.pass_seconds:.3g} s of it passes over the data)",
-        f"memory about {_gib(cost.memory_bytes)} beside the model",
-        f"disk   {_gib(cost.disk_bytes)} while it runs, {_gib(cost.kernel_bytes)} in the end ({num_blocks} blocks)",
+        f"memory about {size(cost.memory_bytes)} beside the model",
+        f"disk   {size(cost.disk_bytes)} while it runs, {size(cost.kernel_bytes)} in the end ({num_blocks} blocks)",
     ]
 
 

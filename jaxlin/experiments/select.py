@@ -132,7 +132,9 @@ def _check(config: SelectConfig) -> None:
     if not arguments.memory_budget > 0:
         raise InputError(f"--memory_budget {arguments.memory_budget}: expected GiB above 0")
     if config.data.max_train_samples or config.data.max_eval_samples:
-        raise InputError("--max_train_samples and --max_eval_samples are of compare; give --num_samples")
+        raise InputError(
+            "--max_train_samples and --max_eval_samples are of compare; give --num_samples and --num_eval_samples"
+        )
     if config.model.adapter_name_or_path is not None:
         raise InputError(
             "--adapter_name_or_path is of compare, ntk and bounds; select chooses before anything is adapted"

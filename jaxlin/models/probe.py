@@ -17,17 +17,20 @@ from jaxlin.models.encoder import SequenceClassifier
 from jaxlin.models.model import Model, with_head
 from jaxlin.tunable import CLASSIFIER
 
+_CHUNK = 32
+"""Examples a forward pass."""
+
 
 @jax.jit
 def _features(model: Model, batch: Mapping[str, Any]) -> jax.Array:
     return model.features(model.params, batch)
 
 
-def frozen_features(model: Model, data: Dataset | Mapping[str, Any], chunk: int = 32) -> Float[np.ndarray, "N D"]:
+def frozen_features(model: Model, data: Dataset | Mapping[str, Any]) -> Float[np.ndarray, "N D"]:
     """Returns what the head reads for every example, float64 `[N, D]`."""
     data = as_dataset(data)
     model.check_batch(data.columns)
-    return data.map(lambda part: _features(model, part), chunk)
+    return data.map(lambda part: _features(model, part), _CHUNK)
 
 
 def probe_head(

@@ -27,10 +27,10 @@ from jaxlin.ntk.jacobian import (
 )
 from jaxlin.ntk.kernel import Kernel, KernelInfo
 from jaxlin.ntk.kinds import Kind, kind_of, without_sign
-from jaxlin.ntk.neural_tangents import neural_tangents_parts
+from jaxlin.ntk.neural_tangents import IMPLEMENTATIONS, neural_tangents_parts
 from jaxlin.ntk.ring import ring_parts
 from jaxlin.ntk.store import KernelStore, fingerprint, transposed, writing
-from jaxlin.ntk.work import PASSES, TILES, Cost, Plan, Progress, Work
+from jaxlin.ntk.work import PASSES, TILES, Cost, PhaseProgress, Plan, Work
 from jaxlin.tunable import Blocks, Tunable
 from jaxlin.versions import versions
 
@@ -48,14 +48,14 @@ def ntk(
     theta: PyTree | None = None,
     dtype: str | None = None,
     precision: str = "highest",
-    implementation: str = "JACOBIAN_CONTRACTION",
+    implementation: str | None = None,
     keep_jacobian: bool = False,
     memory_budget: int = MEMORY_BUDGET,
     check_examples: int = 2,
     store: str | Path | None = None,
     resume: bool = False,
     mesh: jax.sharding.Mesh | None = None,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
 ) -> Kernel:
     """Computes the empirical neural tangent kernel `K = J(x1) J(x2)ᵀ`, unnormalised (theory 0).
 
@@ -81,13 +81,14 @@ def ntk(
         theta: Where; default `tun.theta0`.
         dtype: `"float64"` computes the Jacobian in float64 (not by neural-tangents); `None` as the parameters.
         precision: Of matrix products on the device: `"highest"` is true float32.
-        implementation: Of neural-tangents; see `jaxlin.ntk.neural_tangents.IMPLEMENTATIONS`.
+        implementation: Of `engine="neural_tangents"`: one of `jaxlin.ntk.neural_tangents.IMPLEMENTATIONS`; default the
+            first, `"JACOBIAN_CONTRACTION"`.
         keep_jacobian: Keep the Jacobian on the kernel (x2 = None, kind full, engine jacobian), so that `spectrum`
             takes eigenvalues from its singular values.
         memory_budget: Bytes to be held at a time, beside the model and the kernel itself. What does not fit goes
             to files: in the store, or in a temporary folder.
         check_examples: Number of examples whose Jacobian rows are recomputed in float64 to measure ε_J
-            (theory 6); 0 for none.
+            (theory 6); 0 for none. neural-tangents' result is compared in entries of two examples always.
         store: Folder for the kernel, a Zarr group that can be read while it grows; the kernel returned reads its
             blocks from there. Passes and tiles already done survive whatever ends the process.
         resume: Go on with a store that is there, if it is of the same inputs; the result is the same to the bit.
@@ -103,13 +104,23 @@ def ntk(
             small for one example, or a store is there already (without `resume`), is of other inputs, is being
             computed by another process, or has no space left.
         FloatingPointError: If neural-tangents' result fails its check against float64.
+        ImportError: If neural-tangents does not work with the JAX that is installed.
     """
     if engine not in ENGINES:
         raise InputError(f"engine={engine!r} is unknown; expected one of {', '.join(ENGINES)}")
     if dtype not in (None, "float64"):
         raise InputError(f'dtype={dtype!r} is unknown; expected "float64", or None for that of the parameters')
     chosen_kind = kind_of(kind)
-    _check_options(engine, kind, dtype, keep_jacobian=keep_jacobian, store=store, resume=resume, mesh=mesh)
+    _check_options(
+        engine,
+        kind,
+        dtype,
+        implementation=implementation,
+        keep_jacobian=keep_jacobian,
+        store=store,
+        resume=resume,
+        mesh=mesh,
+    )
     data1, data2 = _datasets(tun, x1, x2, dtype)
     groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
     engine, note = _choose(engine, tun, data1, theta, keep_jacobian or mesh)
@@ -120,6 +131,7 @@ def ntk(
     symmetric = data2 is None and chosen_kind.symmetric
     if engine == "neural_tangents":
         report = None if progress is None else functools.partial(progress, TILES)
+        implementation = implementation or IMPLEMENTATIONS[0]
         with jax.default_matmul_precision(precision):
             parts = neural_tangents_parts(
                 tun, data1, data2, theta, groups, implementation, memory_budget=memory_budget, progress=report
@@ -258,6 +270,7 @@ def _check_options(
     kind: str,
     dtype: str | None,
     *,
+    implementation: str | None,
     keep_jacobian: bool,
     store: str | Path | None,
     resume: bool,
@@ -274,6 +287,8 @@ def _check_options(
             raise InputError(f'{" and ".join(named)}: no options of engine="neural_tangents"')
         if kind_of(kind).of_signs:
             raise InputError(f'kind="{kind}" does not follow from the kernels that engine="neural_tangents" computes')
+    elif implementation is not None:
+        raise InputError(f'implementation={implementation!r} is an option of engine="neural_tangents"')
     if keep_jacobian and (engine == "factored" or kind != "full" or store or mesh):
         raise InputError(
             'keep_jacobian is an option of engine="jacobian" with kind="full", without store and mesh; nothing else '
@@ -329,7 +344,7 @@ def _left_out(kind: Kind, blocks: Blocks) -> str:
 
 
 def _in_memory(
-    work: Work, info: KernelInfo, blocks: Blocks, symmetric: bool, check_examples: int, progress: Progress | None
+    work: Work, info: KernelInfo, blocks: Blocks, symmetric: bool, check_examples: int, progress: PhaseProgress | None
 ) -> Kernel:
     parts = {block: np.zeros(work.shape()) for block in blocks}
     plan = work.plan()
@@ -365,7 +380,7 @@ def _in_store(
     symmetric: bool,
     note: str,
     check_examples: int,
-    progress: Progress | None,
+    progress: PhaseProgress | None,
 ) -> Kernel:
     with writing(path):
         if resume and path.exists() and (path.is_file() or any(path.iterdir())):
@@ -406,7 +421,7 @@ def _on_mesh(
     dtype: str | None,
     precision: str,
     memory_budget: int,
-    progress: Progress | None,
+    progress: PhaseProgress | None,
 ) -> Kernel:
     parts = ring_parts(
         tun,

@@ -23,7 +23,6 @@ class Kind:
 
     Attributes:
         name: As `ntk(kind=...)` takes it.
-        shape: Of the kernel of N1 with N2 examples.
         rows: Which rows of J an example has: `"each"` output's, that of their `"sum"` over √C, or of the
             `"difference"` of two.
         diagonal: Whether only equal outputs are paired.
@@ -32,7 +31,6 @@ class Kind:
     """
 
     name: str
-    shape: str
     rows: str = "each"
     diagonal: bool = False
     averaged: bool = False
@@ -87,13 +85,13 @@ class Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("full", "[N1, N2, C, C]"),
-        Kind("trace", "[N1, N2]", diagonal=True, averaged=True),
-        Kind("diagonal", "[N1, N2, C]", diagonal=True),
-        Kind("logit_difference", "[N1, N2]", rows="difference"),
-        Kind("pseudo", "[N1, N2]", rows="sum"),
-        Kind("signgd", "[N1, N2, C, C]", signs=(True, True)),
-        Kind("asymmetric_signgd", "[N1, N2, C, C]", signs=(False, True)),
+        Kind("full"),
+        Kind("trace", diagonal=True, averaged=True),
+        Kind("diagonal", diagonal=True),
+        Kind("logit_difference", rows="difference"),
+        Kind("pseudo", rows="sum"),
+        Kind("signgd", signs=(True, True)),
+        Kind("asymmetric_signgd", signs=(False, True)),
     )
 }
 

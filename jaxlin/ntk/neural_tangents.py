@@ -259,10 +259,14 @@ def _kernel_tile(
     return kernel_fn(batch1, batch2, [leaves[i] for i in chosen])
 
 
+_TILE = 8
+"""Examples a side of a tile."""
+
+
 def _check_entries(
     tun: Tunable, data1: Dataset, data2: Dataset, theta: PyTree, total: np.ndarray, implementation: str, budget: int
-) -> float:
-    """Compares the first and last example's entries with float64; returns the relative deviation."""
+) -> None:
+    """Compares the first and last example's entries with float64."""
     ends1, ends2 = (np.unique([0, len(data) - 1]) for data in (data1, data2))
     options: dict[str, Any] = {"dtype": "float64", "memory_budget": budget}
     exact1 = jacobian(tun, data1.take(ends1), theta, **options).rows
@@ -271,7 +275,6 @@ def _check_entries(
     deviation = np.abs(total[np.ix_(ends1, ends2)] - exact).max() / max(np.abs(exact).max(), 1e-300)
     what = f"neural-tangents' {implementation} kernel, in entries checked,"
     check_deviation(float(deviation), theta, what, 'a compiler bug is likely: use engine="jacobian"')
-    return float(deviation)
 
 
 def neural_tangents_parts(
@@ -281,7 +284,6 @@ def neural_tangents_parts(
     theta: PyTree,
     blocks: Mapping[str, tuple[str, ...]],
     implementation: str,
-    chunk: int = 8,
     memory_budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
 ) -> dict[str, Float[np.ndarray, "N1 N2 C C"]]:
@@ -297,7 +299,6 @@ def neural_tangents_parts(
         theta: Where.
         blocks: Block name to leaf paths.
         implementation: One of `IMPLEMENTATIONS`.
-        chunk: Examples a tile side.
         memory_budget: Bytes for the float64 Jacobian of the two examples that are checked.
         progress: Called after each tile, with tiles in the place of examples.
 
@@ -318,8 +319,8 @@ def neural_tangents_parts(
             f"checking a kernel against float64 takes {needed / 2**30:.1f} GiB for two examples, more than "
             f"memory_budget={memory_budget / 2**30:.1f} GiB; raise it, or tune less"
         )
-    chunks1 = list(data1.chunks(min(chunk, len(data1))))
-    chunks2 = chunks1 if data2 is None else list(data2.chunks(min(chunk, len(data2))))
+    chunks1 = list(data1.chunks(min(_TILE, len(data1))))
+    chunks2 = chunks1 if data2 is None else list(data2.chunks(min(_TILE, len(data2))))
     tiles = [(i, j) for i in range(len(chunks1)) for j in range(len(chunks2)) if data2 is not None or j >= i]
     position = {path: i for i, path in enumerate(leaf_paths(theta))}
     parts: dict[str, np.ndarray] = {}

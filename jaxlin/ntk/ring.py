@@ -24,7 +24,7 @@ from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
 from jaxlin.mesh import Share, fetch, place
 from jaxlin.ntk.jacobian import MAX_CHUNK, MEMORY_BUDGET, num_outputs, outputs_and_jacobian, to_float64
-from jaxlin.ntk.work import PASSES, TILES, Progress
+from jaxlin.ntk.work import PASSES, TILES, PhaseProgress
 from jaxlin.tunable import Batch, Blocks, Tunable, leaf_paths
 
 _GRAM_COLUMNS = 1 << 12
@@ -130,7 +130,7 @@ def ring_parts(
     dtype: str | None = None,
     precision: str = "highest",
     memory_budget: int = MEMORY_BUDGET,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
 ) -> dict[str, Float[np.ndarray, "N1 N2 ..."]]:
     """Computes block kernels `G1 G2ᵀ` of `G = seeds @ J` (theory 0), unnormalised, over the devices of a mesh.
 
@@ -219,7 +219,7 @@ def _shares(ring: _Ring, data: list[Dataset], k: int, row_bytes: int, memory_bud
 
 
 def _round(
-    ring: _Ring, rows: list[Array], shares: list[Share], parts: list[np.ndarray], progress: Progress | None
+    ring: _Ring, rows: list[Array], shares: list[Share], parts: list[np.ndarray], progress: PhaseProgress | None
 ) -> None:
     """Sends the last of `rows` round the ring and writes the tiles into `parts` as they come."""
     symmetric, visitor = len(rows) == 1, rows.pop()

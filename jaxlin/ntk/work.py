@@ -35,7 +35,7 @@ from jaxlin.ntk.threads import num_threads
 from jaxlin.ntk.tiles import Derivatives
 from jaxlin.tunable import Batch, Blocks, Tunable, leaf_paths
 
-Progress = Callable[[str, int, int], None]
+PhaseProgress = Callable[[str, int, int], None]
 """Called with a phase's name, and units done and in all."""
 
 PASSES, TILES = "Jacobians", "kernel tiles"
@@ -371,7 +371,7 @@ class Work:
         check_examples: int,
         epsilon: float | None,
         changed: Callable[[Plan, float | None], None],
-        progress: Progress | None,
+        progress: PhaseProgress | None,
     ) -> float | None:
         """Computes the tiles that are wanted.
 

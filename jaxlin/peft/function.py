@@ -212,10 +212,10 @@ def merge(tun: Tunable, theta: PyTree | None = None) -> dict[str, Any]:
         rows or columns scaled.
 
     Raises:
-        TypeError: If `tun` was not made of a `Model`.
+        InputError: If `tun` was not made of a `Model`.
     """
     if not isinstance(tun.apply, PeftFunction):
-        raise TypeError(f"merge needs a Tunable made of a Model; its apply is a {type(tun.apply).__name__}")
+        raise InputError(f"merge needs a Tunable made of a Model; its apply is a {type(tun.apply).__name__}")
     params, adapters = tun.apply.variables(tun.theta0 if theta is None else theta)
     scales = dict(tun.apply.scales)
     for module in _modules(adapters):

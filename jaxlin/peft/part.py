@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from jaxlin.tunable import Batch, Tunable, leaf_paths
+from jaxlin.tunable import Batch, Tunable, check_inputs, leaf_paths
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +36,7 @@ class Masked:
 
     def check_batch(self, batch: Batch) -> None:
         """Checks inputs as the model does."""
-        Tunable(self.apply, self.theta0).check_batch(batch)
+        check_inputs(self.apply, batch)
 
 
 def only(tun: Tunable, blocks: Collection[str]) -> Tunable:
@@ -86,7 +86,7 @@ class Part:
 
     def check_batch(self, batch: Batch) -> None:
         """Checks inputs as the model does."""
-        Tunable(self.apply, self.whole({})).check_batch(batch)
+        check_inputs(self.apply, batch)
 
 
 def part_of(tun: Tunable, blocks: Collection[str]) -> Tunable:

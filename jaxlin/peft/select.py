@@ -71,7 +71,11 @@ def select(model: Model, pattern: str) -> Tunable:
 
 
 def full(model: Model) -> Tunable:
-    """Tunes every parameter."""
+    """Tunes every parameter.
+
+    Returns:
+        A Tunable of all of `model.params`, the head among them.
+    """
     return select(model, "")
 
 
@@ -90,12 +94,34 @@ def head_only(model: Model) -> Tunable:
 
 
 def bias_only(model: Model, train_head: bool = True) -> Tunable:
-    """Tunes the biases of all modules (BitFit), and the whole head unless `train_head` is false."""
+    """Tunes the biases of all modules (BitFit).
+
+    Args:
+        model: The model.
+        train_head: Tune the whole head too.
+
+    Returns:
+        A Tunable of these parameters, `model` with the others frozen.
+
+    Raises:
+        InputError: If there is no bias outside the head, or the head is zero and frozen.
+    """
     return _body_part(model, r"/bias$", train_head, "bias")
 
 
 def layer_norm_only(model: Model, train_head: bool = True) -> Tunable:
-    """Tunes scale and bias of every LayerNorm, and the whole head unless `train_head` is false."""
+    """Tunes scale and bias of every LayerNorm, or the scale of every RMSNorm.
+
+    Args:
+        model: The model.
+        train_head: Tune the whole head too.
+
+    Returns:
+        A Tunable of these parameters, `model` with the others frozen.
+
+    Raises:
+        InputError: If there is none outside the head, or the head is zero and frozen.
+    """
     return _body_part(model, r"(?i:norm|(?:^|/)ln)[^/]*/(?:scale|bias)$", train_head, "LayerNorm")
 
 

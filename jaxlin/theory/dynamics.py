@@ -1,7 +1,7 @@
 """Closed forms of the linearized dynamics (theory 2).
 
 With `s = μ + λ`, the parameters after time t are `δ_t = −J₀ᵀ V φ_t(s) Vᵀ r₀`; each rule of descent has its own
-φ. All are for the *summed* loss `½‖r‖² + (λ/2)‖δ‖²`; `jaxlin.training.losses` converts from a trainer's mean.
+φ. All are for the *summed* loss `½‖r‖² + (λ/2)‖δ‖²`; `jaxlin.training.losses` converts to a trainer's mean.
 """
 
 from __future__ import annotations

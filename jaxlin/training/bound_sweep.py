@@ -17,12 +17,12 @@ from jaxlin.ntk.change import METHODS, STACKED
 from jaxlin.ntk.jacobian import MEMORY_BUDGET
 from jaxlin.ntk.kernel import Kernel
 from jaxlin.ntk.lipschitz import moved, random_direction
+from jaxlin.ntk.work import PhaseProgress
 from jaxlin.theory.bound import Bound
+from jaxlin.theory.drift import relative
 from jaxlin.training.bound_run import Descent, Origin, SelectiveDescent, descend, descend_selectively
 from jaxlin.training.compare import check_lams
-from jaxlin.training.gaps import relative
 from jaxlin.training.smoothness import smoothness
-from jaxlin.training.start import PhaseProgress
 from jaxlin.training.trainer import Row, check_data
 from jaxlin.tunable import Tunable, layer_index
 

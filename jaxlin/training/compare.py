@@ -17,6 +17,7 @@ from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.linearize import linearize
 from jaxlin.ntk.jacobian import MEMORY_BUDGET, jacobian_bytes
 from jaxlin.ntk.store import fingerprint
+from jaxlin.ntk.work import PhaseProgress
 from jaxlin.sharding import Rules, require_data_axis, shard, specs_of
 from jaxlin.theory.drift import relative
 from jaxlin.theory.spectrum import Spectrum, spectrum
@@ -27,7 +28,7 @@ from jaxlin.training.gaps import distances
 from jaxlin.training.losses import targets
 from jaxlin.training.modes import Choice, choose_cached, choose_trunk
 from jaxlin.training.report import KERNEL_EXAMPLES, LinearizationReport, Tracker
-from jaxlin.training.start import PhaseProgress, Start, factor_blocks
+from jaxlin.training.start import Start, factor_blocks
 from jaxlin.training.sweep_record import SweepCheckpoints
 from jaxlin.training.trainer import Row, TrainResult, TrainState, check_blocks, check_data, predict, train
 from jaxlin.trunk import cache_found, entered_alike

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxlin.linearize import Linearized
 from jaxlin.training.cached import CachedLinear
-from jaxlin.tunable import Batch, Tunable
+from jaxlin.tunable import Batch, Tunable, check_inputs
 
 
 def _cast(tree: PyTree, dtype: str) -> PyTree:
@@ -42,9 +42,7 @@ class InDtype:
 
     def check_batch(self, batch: Batch) -> None:
         """Checks inputs as the model does."""
-        check = getattr(self.apply, "check_batch", None)
-        if check is not None:
-            check(batch)
+        check_inputs(self.apply, batch)
 
 
 def in_dtype(tun: Tunable, dtype: str) -> Tunable:

@@ -14,14 +14,14 @@ from jaxtyping import PyTree
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError
 from jaxlin.linearize import linearize
+from jaxlin.ntk.change import distance
 from jaxlin.ntk.engine import ntk
 from jaxlin.ntk.jacobian import MEMORY_BUDGET, evenly_spread, num_outputs
 from jaxlin.ntk.kernel import Kernel
+from jaxlin.ntk.work import PhaseProgress
 from jaxlin.theory.criteria import alignment
 from jaxlin.theory.drift import kernel_alignment, principal_angles, relative, relative_drift, top_eigenspace, widest_gap
-from jaxlin.training.gaps import distances
 from jaxlin.training.losses import targets
-from jaxlin.training.start import PhaseProgress
 from jaxlin.training.trainer import Row, TrainResult, check_data, predict
 from jaxlin.tunable import Tunable, leaf_paths
 
@@ -148,7 +148,7 @@ class Tracker:
         told = not 0 < moved < rounding * float(np.linalg.norm(outputs))
         same = float(np.linalg.norm(outputs - self._linear_outputs(theta)))
         row: Row = {
-            "distance": distances(theta, self.tun.theta0)[""],
+            "distance": distance(theta, self.tun.theta0),
             "distance_linearized": None,
             "parameter_gap": None,
             "same_theta_gap": same,
@@ -158,8 +158,8 @@ class Tracker:
         }
         if other is not None:
             gap = float(np.linalg.norm(outputs - self._linear_outputs(other)))
-            row["distance_linearized"] = distances(other, self.tun.theta0)[""]
-            row["parameter_gap"] = distances(theta, other)[""]
+            row["distance_linearized"] = distance(other, self.tun.theta0)
+            row["parameter_gap"] = distance(theta, other)
             row |= {"trajectory_gap": gap, "trajectory_gap_relative": relative(gap, moved) if told else None}
         kernel = _kernel(self.tun, theta, self.data, self.chosen, self.memory_budget)
         angles = principal_angles(kernel, self.kernel0, self.top)
@@ -228,10 +228,8 @@ def _check_states(tun: Tunable, name: str, run: TrainResult, steps: Collection[i
         kept = ", ".join(map(str, sorted(run.states))) or "none"
         what = f"step {missing[0]} of the {name} run was not kept" if missing else f"no step of the {name} run was kept"
         raise InputError(f"{what} (kept: {kept}); train with keep=[…] to have states to report on")
-    want = jax.tree.map(np.shape, tun.theta0)
     for k in steps:
-        if jax.tree.map(np.shape, run.states[k].theta) != want:
-            raise InputError(f"the parameters of the {name} run are not those of tun: other structure or shapes")
+        tun.check_theta(run.states[k].theta, f"the parameters of the {name} run")
 
 
 def linearization_report(

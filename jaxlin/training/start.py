@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from jaxlin.data.dataset import Dataset
 from jaxlin.ntk.engine import kernel_from_jacobian
 from jaxlin.ntk.jacobian import Jacobian, jacobian, jacobian_bytes, measure_epsilon
 from jaxlin.ntk.kernel import Kernel
+from jaxlin.ntk.work import PhaseProgress
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.gaps import by_split, gaps, scores
@@ -19,9 +20,6 @@ from jaxlin.training.trainer import Row, predict
 from jaxlin.tunable import Blocks, Tunable, block_factors, leaf_paths
 
 _PRECISION = "highest"
-
-PhaseProgress = Callable[[str, int, int], None]
-"""Called with a phase's name, units done and in all."""
 
 
 def factor_blocks(tun: Tunable, config: TrainConfig) -> dict[str, tuple[str, ...]]:
@@ -118,7 +116,7 @@ class Start:
         descent = config.optimizer in ("sgd", "momentum")
         if config.pull in ("selective", "spd") or (config.pull in ("decoupled", "prox") and pulled and not descent):
             return None  # they minimise no such objective
-        paths = [path for members in self.kernel.leaves.values() for path in members]
+        paths = self.kernel.paths
         pulls = block_factors(paths, config.lam_blocks, "lam_blocks")
         rates = block_factors(paths, config.learning_rate_blocks, "learning_rate_blocks")
         if pulled and any(rates[path] and not pulls[path] for path in paths):

@@ -180,7 +180,7 @@ def compute(setting: LlmSetting, work: Work) -> Tables:
     return tables
 
 
-COLOURS = {"prompt": "#0072B2", "probe": "#E69F00", "random": "#009E73"}
+COLOURS = {start: plots.COLOURS[f"{start}_head"] for start in STARTS}
 NAMES = {"prompt": "prompt, label words", "probe": "new head, probe", "random": "new head, random"}
 _PANELS = (
     ("output_gap_relative_eval", "‖f−f̄‖ / ‖f−f₀‖", "log"),

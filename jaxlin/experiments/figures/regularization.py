@@ -213,7 +213,6 @@ def _guide(axis: Axes, rows: Sequence[Row], column: str, at: Mapping[float, floa
         axis.plot([at[share] for share in large], guide, color=_GAP, lw=0.9, ls=":")
 
 
-_PULL_COLOURS = {"coupled": "#0072B2", "selective": "#E69F00", "decoupled": "#009E73"}
 _PULL_PANELS = (
     ("distance", "‖θ−θ₀‖", "log"),
     ("output_gap_relative_eval", "‖f−f̄‖ / ‖f−f₀‖", "log"),
@@ -224,7 +223,7 @@ _PULL_PANELS = (
 def _pulls(table: Sequence[Row]) -> Figure:
     tasks = _pull_tasks(table)
     rows = [row for row in table if row["task"] in tasks]
-    lines = [({"arm": FULL, "pull": pull}, pull, _PULL_COLOURS[pull], "o-") for pull in PULLS]
+    lines = [({"arm": FULL, "pull": pull}, pull, plots.COLOURS[pull], "o-") for pull in PULLS]
     return against_the_pull(rows, _PULL_PANELS, lines, f"Three ways to pull, full fine-tuning; {sizes(rows)}")
 
 

@@ -66,7 +66,8 @@ class FiguresConfig:
         output_dir: Folder for tables and figures, one folder a study in it.
         model_name_or_path: Another encoder: local folder in Hugging Face's layout, or hub id.
         tasks: Other tasks.
-        data_dir: Folder of <task>/{train,validation}.tsv; default: the environment variable JAXLIN_DATA.
+        data_dir: Folder of <task>/{train,validation}.{tsv,csv,json,jsonl,parquet}; default: the environment variable
+            JAXLIN_DATA.
         seeds: Another number of draws.
         num_train: Another number of training examples.
         max_seq_length: Tokens a text is truncated to.
