@@ -1,5 +1,6 @@
 """The zoo of small models, data and PEFT choices that the tests share, and the dense float64 reference."""
 
+import csv
 import json
 import shutil
 import tempfile
@@ -251,7 +252,13 @@ def relative_error(found, expected):
     return np.abs(np.asarray(found, np.float64) - expected).max() / max(np.abs(expected).max(), 1e-300)
 
 
-def flags(arguments):
+def rows(file):
+    """Rows of a CSV file, as it has them: words."""
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def flags(arguments, command="compare"):
     """Words of a command line; True is a bare flag, False leaves the option out."""
     listed = []
     for name, value in arguments.items():
@@ -259,4 +266,4 @@ def flags(arguments):
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
         listed += [f"--{name}", *values]
-    return ["compare", *listed]
+    return [command, *listed]

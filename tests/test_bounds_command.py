@@ -1,6 +1,6 @@
 """`jaxlin bounds`: what it writes, what it says, what it refuses."""
 
-import csv
+import functools
 import json
 import xml.etree.ElementTree as ET
 
@@ -9,6 +9,8 @@ import pytest
 from jaxlin.training import bound_sweep as module
 from tests import cases
 
+words = functools.partial(cases.flags, command="bounds")
+
 
 @pytest.fixture
 def options(setting_arguments):
@@ -16,24 +18,15 @@ def options(setting_arguments):
     return {**setting_arguments, **sizes, "lam_rel": ["0", "1", "10"]}
 
 
-def words(options):
-    return ["bounds", *cases.flags(options)[1:]]
-
-
-def read(file):
-    with file.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
-
-
 def test_it_writes_tables_and_a_figure_and_says_what_holds(run, options, tmp_path, monkeypatch):
     code, out, err = run(*words(options))
     assert code == 0, err
     folder = tmp_path / "out"
-    table, results = read(folder / "table.csv"), json.loads((folder / "all_results.json").read_text())
+    table, results = cases.rows(folder / "table.csv"), json.loads((folder / "all_results.json").read_text())
     assert len(table) == 60 == len(results["table"])
     assert {row["lam_over_mu1"] for row in table} == {"0.0", "1.0", "10.0"}
     assert all(row["holds"] == ("True" if row["applies"] == "True" else "") for row in table)
-    assert len(read(folder / "measurements.csv")) == 3 * 3
+    assert len(cases.rows(folder / "measurements.csv")) == 3 * 3
     assert results["summary"]["derivatives"] == "dense"
     assert results["config"]["command"] == "bounds"
     assert (folder / "figures" / "bounds.png").read_bytes()[:4] == b"\x89PNG"
@@ -51,7 +44,7 @@ def test_it_writes_tables_and_a_figure_and_says_what_holds(run, options, tmp_pat
     assert (code, err) == (0, "")
     assert "FAILS: 5(b) ‖θ_t−θ̄_t‖ at λ/μ₁ = 10: at entry" in out
     assert "H and β are sampled, so the samples missed the supremum" in out
-    failing = {row["bound"][:4] for row in read(tmp_path / "again" / "table.csv") if row["holds"] == "False"}
+    failing = {row["bound"][:4] for row in cases.rows(tmp_path / "again" / "table.csv") if row["holds"] == "False"}
     assert "5(b)" in failing
     for before, after in zip(
         results["table"], json.loads((tmp_path / "again" / "all_results.json").read_text())["table"], strict=True

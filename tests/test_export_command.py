@@ -1,4 +1,3 @@
-import csv
 import json
 import re
 
@@ -14,11 +13,6 @@ from jaxlin.experiments.export import run as export
 from tests import cases
 
 
-def table_of(folder):
-    with (folder / "table.csv").open() as stream:
-        return list(csv.DictReader(stream))
-
-
 def config(tmp_path, name, **options):
     return ExportConfig(**{"run": tmp_path / "out", "output_dir": tmp_path / name, **options})
 
@@ -31,7 +25,11 @@ def test_a_run_is_exported(run, arguments, tmp_path):
     assert code == 0, err
     assert "README.md" in out
     export(config(tmp_path, "m", lam_rel=0.1))
-    row = next(row for row in table_of(tmp_path / "out") if row["arm"] == "full" and float(row["lam_over_mu1"]) > 0.05)
+    row = next(
+        row
+        for row in cases.rows(tmp_path / "out" / "table.csv")
+        if row["arm"] == "full" and float(row["lam_over_mu1"]) > 0.05
+    )
     model = jl.load_model(cases.TINY_BERT, 2, head="mean")
     tun = jl.load_adapter(model, tmp_path / "a")
     theta = jl.load_checkpoint(tmp_path / "out" / "checkpoints" / "lam_1" / "full", tun)
@@ -80,7 +78,7 @@ def test_commands_start_from_an_adapter(run, arguments, setting_arguments, tmp_p
     code, out, err = run(*cases.flags({**arguments, **start, "lam_rel": [0, 0.1], "with_frozen_A": True}))
     assert code == 0, err
     assert "a new one starts as" not in out
-    table = table_of(tmp_path / "out")
+    table = cases.rows(tmp_path / "out" / "table.csv")
     tun, theta = adapter
     task = load_task(DataArguments(train_file=tmp_path / "train.tsv", validation_file=tmp_path / "validation.tsv"))
     data, _ = tokenize(task.validation, jl.load_model(cases.TINY_BERT, 2, head="mean").tokenizer, 128)
@@ -94,7 +92,7 @@ def test_commands_start_from_an_adapter(run, arguments, setting_arguments, tmp_p
     options = {"ntk": few, "bounds": {**few, "steps": 4, "selective_steps": 2, "directions": 1}}
     for command, sizes in options.items():
         given = {**setting_arguments, **start, **sizes, "output_dir": tmp_path / command}
-        code, _, err = run(command, *cases.flags(given)[1:])
+        code, _, err = run(*cases.flags(given, command))
         assert code == 0, err
     # What comes of it is an adapter again, which is merged like any other.
     export(config(tmp_path, "again", lam_rel=0.1, format="peft"))

@@ -1,6 +1,5 @@
 """The framework of the figures, and study 02: what is kept and read back, what is refused, what is drawn and said."""
 
-import csv
 import dataclasses
 import json
 import re
@@ -382,15 +381,10 @@ def test_a_second_run_computes_nothing(small, monkeypatch):
         run_study(regularization.STUDY, changed, folder / "02", "command", quiet=True)
 
 
-def rows_of(file):
-    with file.open(newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 @pytest.mark.slow
 def test_findings_are_of_the_table(small):
     _, folder, tables, _ = small
-    rows = rows_of(folder / "02" / "table.csv")
+    rows = cases.rows(folder / "02" / "table.csv")
     said = regularization.STUDY.findings(tables)
     mine = [row for row in rows if row["pull"] == "coupled" and row["arm"] == "full"]
     at = {float(row["lam_over_mu1"]): row for row in mine}
@@ -404,7 +398,7 @@ def test_findings_are_of_the_table(small):
     for cell, column in zip(cells[6:], ("distance", "parameter_gap", "output_gap_eval"), strict=True):
         slope = np.log(float(at[1.0][column]) / float(at[1e-2][column])) / np.log(100)
         assert float(cell) == pytest.approx(slope, abs=6e-3)
-    bounds = rows_of(folder / "02" / "bounds.csv")
+    bounds = cases.rows(folder / "02" / "bounds.csv")
     applying = [row for row in bounds if row["applies"] == "True"]
     holding = sum(row["holds"] == "True" for row in applying)
     counted = [int(number) for number in re.findall(r"\d+", said["bounds"])]

@@ -10,6 +10,7 @@ from jaxlin.experiments.figures import dynamics
 from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.run import run_study
 from jaxlin.experiments.figures.study import Work
+from jaxlin.experiments.figures.summary import of
 from jaxlin.training.losses import evaluate, targets
 from tests import cases
 
@@ -43,10 +44,6 @@ def study(setting, tmp_path_factory):
     return folder, run_study(dynamics.STUDY, setting, folder, "test", quiet=True)[0]
 
 
-def rows_of(table, **equal):
-    return [row for row in table if all(row[key] == value for key, value in equal.items())]
-
-
 @pytest.mark.slow
 def test_the_curves_are_those_of_training(setting, study, tmp_path):
     problem = Work(setting, Cache(tmp_path), lambda *_: None).problem("sst2", 1)
@@ -59,10 +56,10 @@ def test_the_curves_are_those_of_training(setting, study, tmp_path):
         config = jl.TrainConfig(
             optimizer="momentum", learning_rate=n / (mu1 + lam), batch_size=n, max_steps=6, lam=lam, seed=1
         )
-        mine = rows_of(study[1]["curves"], seed=1, lam_over_mu1=share)
+        mine = of(study[1]["curves"], seed=1, lam_over_mu1=share)
         for arm, model in (("full", tun), ("linearized", jl.linearize(tun))):
             run = jl.train(model, problem.train, config=config, keep=[4])
-            (row,) = rows_of(mine, arm=arm, step=4)
+            (row,) = of(mine, arm=arm, step=4)
             assert row["distance"] == pytest.approx(run.history[3]["distance"], rel=1e-3)
             for split, data in (("train", problem.train), ("eval", problem.eval)):
                 found = evaluate(jl.predict(model, run.states[4].theta, data), data["labels"], "squared")
@@ -76,8 +73,8 @@ def test_the_curves_are_those_of_training(setting, study, tmp_path):
             learning_rate=1 / (mu1 + lam),
             momentum=0.9,
         )
-        (row,) = rows_of(mine, arm="closed_form", step=4)
-        (trained,) = rows_of(mine, arm="linearized", step=4)
+        (row,) = of(mine, arm="closed_form", step=4)
+        (trained,) = of(mine, arm="linearized", step=4)
         assert row["loss_eval"] == pytest.approx(evaluate(closed, problem.eval["labels"], "squared")["loss"], rel=1e-4)
         assert row["distance"] == pytest.approx(trained["distance"], rel=1e-3)
 
@@ -87,19 +84,19 @@ def test_every_row_is_there_and_the_closed_form_is_exact(study):
     tables = study[1]
     for share in SHARES:
         for seed in (0, 1):
-            mine = rows_of(tables["curves"], seed=seed, lam_over_mu1=share)
+            mine = of(tables["curves"], seed=seed, lam_over_mu1=share)
             for arm, steps in {"closed_form": range(7), "linearized": range(7), "full": range(0, 7, 2)}.items():
-                assert [row["step"] for row in rows_of(mine, arm=arm)] == list(steps)
+                assert [row["step"] for row in of(mine, arm=arm)] == list(steps)
             assert len({row["loss_train"] for row in mine if row["step"] == 0}) == 1  # all begin at θ₀
-            late = rows_of(tables["late"], seed=seed, lam_over_mu1=share)
+            late = of(tables["late"], seed=seed, lam_over_mu1=share)
             assert [row["linearize_at"] for row in late] == [0, 2]
             assert late[1]["output_gap_train"] < late[0]["output_gap_train"]
-            drift = rows_of(tables["drift"], seed=seed, lam_over_mu1=share)
+            drift = of(tables["drift"], seed=seed, lam_over_mu1=share)
             assert [row["step"] for row in drift] == [2, 6]
             # The last gap of the report and that of the run linearized at θ₀ are of the same two models.
             gap = late[0]["output_gap_train"]
             assert drift[1]["trajectory_gap"] == pytest.approx(gap, rel=1e-2)
-    linear = rows_of(tables["curves"], arm="linearized")
+    linear = of(tables["curves"], arm="linearized")
     off = max(row[f"off_relative_{split}"] or 0.0 for row in linear for split in ("train", "eval"))
     assert 0 < off < 1e-3
     said = dynamics.findings(tables)["closed_form"]
@@ -114,12 +111,12 @@ def test_findings_are_of_the_tables(study):
     late = [row for row in found["late"].splitlines() if row.startswith("| SST-2")]
     for share, line in zip(SHARES, late, strict=True):
         numbers = [float(cell.split()[0]) for cell in line.split("|")[2:5]]
-        mine = [rows_of(tables["late"], lam_over_mu1=share, linearize_at=k) for k in (0, 2)]
+        mine = [of(tables["late"], lam_over_mu1=share, linearize_at=k) for k in (0, 2)]
         means = [np.mean([row["output_gap_relative_eval"] for row in rows]) for rows in mine]
         assert numbers == pytest.approx([share, *means], rel=5e-3)
     differences = []
     for share in SHARES:
-        by_arm = [rows_of(tables["curves"], lam_over_mu1=share, arm=arm) for arm in ("full", "linearized")]
+        by_arm = [of(tables["curves"], lam_over_mu1=share, arm=arm) for arm in ("full", "linearized")]
         loss, other = (
             np.reshape([row["loss_train"] for row in rows if row["step"] % 2 == 0], (2, 4)) for rows in by_arm
         )

@@ -15,7 +15,6 @@ from jaxlin.experiments.figures import kernel_regression_findings as told
 from jaxlin.experiments.figures import summary
 from jaxlin.experiments.figures.run import run_study
 from tests import cases
-from tests.test_figures import rows_of
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +193,7 @@ def test_findings_are_of_the_tables(small):
     _, folder, tables, _ = small
     several = seeds_of(tables)
     said = told.findings(several)
-    pairs = rows_of(folder / "pairs.csv")
+    pairs = cases.rows(folder / "pairs.csv")
     means = {}
     for name in ("sst2", "cola"):
         (row,) = [r for r in pairs if (r["task"], r["arm"], r["other"]) == (name, "kernel_regression", "full")]
@@ -208,7 +207,7 @@ def test_findings_are_of_the_tables(small):
     line = said["in_all"].splitlines()[0]
     assert f"[{low:+.3f}, {high:+.3f}]".replace("-", "−") in line or np.isnan(low)
     assert verdict in line
-    times = [r for r in rows_of(folder / "times.csv") if r["task"] == "cola"]
+    times = [r for r in cases.rows(folder / "times.csv") if r["task"] == "cola"]
     training = sum(float(r["cpu_seconds"]) for r in times if (r["arm"], r["stage"]) == ("full", "training"))
     kernel = sum(
         float(r["cpu_seconds"])
@@ -222,7 +221,7 @@ def test_findings_are_of_the_tables(small):
     assert float(cells[2]) == pytest.approx(2 * kernel, rel=0.06)  # the median of 1, 2, 3 times
     assert float(cells[3]) == pytest.approx(2 * training, rel=0.06)
     assert float(cells[-1]) == pytest.approx(kernel / training, abs=6e-3)
-    curve = [r for r in rows_of(folder / "curve.csv") if (r["task"], r["arm"]) == ("cola", "kernel_alone")]
+    curve = [r for r in cases.rows(folder / "curve.csv") if (r["task"], r["arm"]) == ("cola", "kernel_alone")]
     best = min(curve, key=lambda r: float(r["loss_leave_one_out"]))
     cells = cells_of(said["leave_one_out"], "CoLA")
     assert float(cells[1].split()[0]) == pytest.approx(

@@ -8,6 +8,7 @@ from jaxlin.experiments.figures import lipschitz
 from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.run import run_study
 from jaxlin.experiments.figures.study import Work
+from jaxlin.experiments.figures.summary import of
 from tests import cases
 
 SHARES = (0.0, 1e-2)
@@ -42,10 +43,6 @@ def study(setting, tmp_path_factory):
     return folder, run_study(lipschitz.STUDY, setting, folder, "test", quiet=True)[0]
 
 
-def rows_of(table, **equal):
-    return [row for row in table if all(row[key] == value for key, value in equal.items())]
-
-
 def test_the_profiles_are_those_of_the_parts(setting, study, tmp_path):
     problem = Work(setting, Cache(tmp_path), lambda *_: None).problem("sst2", 0)
     tun = problem.tun
@@ -66,12 +63,12 @@ def test_the_profiles_are_those_of_the_parts(setting, study, tmp_path):
             lr_scheduler_type="linear", batch_size=4, num_train_epochs=2.0, lam=share * mu1, group_by_length=True
         )
         run = jl.train(tun, problem.train, problem.eval, config, keep=[1, 6])
-        (end,) = rows_of(tables["reached"], lam_over_mu1=share)
+        (end,) = of(tables["reached"], lam_over_mu1=share)
         assert end["radius"] == pytest.approx(max(row["distance"] for row in run.history), rel=1e-3)
         assert end["score_eval"] == pytest.approx(run.history[-1]["eval_accuracy"])
         for step in (1, 6):
             point = jl.lipschitz_profile(tun, some, [], along=[run.states[step].theta])
-            (row,) = rows_of(tables["profile"], lam_over_mu1=share, step=step, quantity="stacked")
+            (row,) = of(tables["profile"], lam_over_mu1=share, step=step, quantity="stacked")
             assert row["radius"] == pytest.approx(run.history[step - 1]["distance"], rel=1e-3)
             assert row["L_upper"] == pytest.approx(point.largest(), rel=1e-2)
 
@@ -81,9 +78,9 @@ def test_findings_are_of_the_tables(study):
     lines = [line for line in lipschitz.findings(tables)["reach"].splitlines() if line.startswith("| SST-2")]
     ratios = []
     for share, line in zip(SHARES, lines, strict=True):
-        (end,) = rows_of(tables["reached"], lam_over_mu1=share)
-        (last,) = rows_of(tables["profile"], lam_over_mu1=share, step=6, quantity="stacked")
-        upper = [rows_of(tables["profile"], radius=r, quantity="stacked")[0]["L_upper"] for r in RADII]
+        (end,) = of(tables["reached"], lam_over_mu1=share)
+        (last,) = of(tables["profile"], lam_over_mu1=share, step=6, quantity="stacked")
+        upper = [of(tables["profile"], radius=r, quantity="stacked")[0]["L_upper"] for r in RADII]
         share_of_way = np.clip(np.log(last["radius"] / RADII[0]) / np.log(RADII[1] / RADII[0]), 0, 1)
         random = upper[0] + share_of_way * (upper[1] - upper[0])
         ratios.append(last["L_upper"] / random)

@@ -61,7 +61,7 @@ def test_every_command_takes_it(run, options, texts, tmp_path, command):
 @pytest.mark.slow
 def test_what_was_tuned_is_exported(run, options, texts, tmp_path):
     sizes = {**SIZES["compare"], "save_steps": 3}
-    code, _, err = run("compare", *cases.flags({**options, **sizes})[1:])
+    code, _, err = run(*cases.flags({**options, **sizes}))
     assert code == 0, err
     for kind in ("merged", "peft"):
         to = tmp_path / kind

@@ -1,6 +1,6 @@
 """`jaxlin ntk`: what it writes, what it says, what it refuses."""
 
-import csv
+import functools
 import json
 import xml.etree.ElementTree as ET
 
@@ -12,19 +12,12 @@ from jaxlin.experiments import kernel as command
 from jaxlin.ntk import work
 from tests import cases
 
+words = functools.partial(cases.flags, command="ntk")
+
 
 @pytest.fixture
 def options(setting_arguments):
     return {**setting_arguments, "num_samples": 10}
-
-
-def words(options):
-    return ["ntk", *cases.flags(options)[1:]]
-
-
-def rows(file):
-    with file.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
 
 
 def test_it_writes_a_store_a_spectrum_and_a_summary(run, options, tmp_path):
@@ -36,12 +29,14 @@ def test_it_writes_a_store_a_spectrum_and_a_summary(run, options, tmp_path):
     assert {"classifier", "layer_0/lora_A", "layer_1/lora_B"} <= set(kernel.parts)
     assert jl.load_kernel(folder / "kernel_eval.zarr").array.shape == (4, 10, 2, 2)
     spec = jl.spectrum(kernel)
-    np.testing.assert_allclose([float(row["eigenvalue"]) for row in rows(folder / "spectrum.csv")], spec.eigenvalues)
+    np.testing.assert_allclose(
+        [float(row["eigenvalue"]) for row in cases.rows(folder / "spectrum.csv")], spec.eigenvalues
+    )
     summary = json.loads((folder / "all_results.json").read_text())["summary"]
     assert summary["condition_number"] == pytest.approx(spec.condition_number)
     assert summary["kernel"]["epsilon_J"] == kernel.info.epsilon_J
     for share in ("trace_share", "norm_share"):
-        assert sum(float(row[share]) for row in rows(folder / "table.csv")) == pytest.approx(1)
+        assert sum(float(row[share]) for row in cases.rows(folder / "table.csv")) == pytest.approx(1)
     assert (folder / "figures" / "spectrum.png").read_bytes()[:4] == b"\x89PNG"
     assert ET.parse(folder / "figures" / "spectrum.svg").getroot().tag.endswith("svg")
     assert "engine factored: chosen since every tuned parameter belongs to a module" in err
@@ -110,7 +105,7 @@ def test_a_kernel_without_a_spectrum(run, options, tmp_path):
     assert not (tmp_path / "out" / "spectrum.csv").exists()
     code, out, _ = run(*words({**options, "kind": "asymmetric_signgd", "nearest_psd": True, "resume": True}))
     assert code == 0
-    assert min(float(row["eigenvalue"]) for row in rows(tmp_path / "out" / "spectrum.csv")) >= 0
+    assert min(float(row["eigenvalue"]) for row in cases.rows(tmp_path / "out" / "spectrum.csv")) >= 0
 
 
 def test_an_estimate_writes_nothing(run, options, tmp_path):

@@ -30,7 +30,7 @@ def options(setting_arguments, tmp_path):
 
 
 def words(command, options):
-    return [command, *cases.flags({**options, **SIZES[command]})[1:]]
+    return cases.flags({**options, **SIZES[command]}, command)
 
 
 @pytest.mark.slow
@@ -112,11 +112,11 @@ def test_compare_with_the_real_tiny_llama(run, options, models_folder):
 def test_pairs_of_texts(run, options, files, tmp_path):
     pairs(files)
     pair = {**options, "template": "{text_b} means {text_a}: {mask}", "num_samples": 8}
-    code, _, err = run("ntk", *cases.flags(pair)[1:])
+    code, _, err = run(*cases.flags(pair, "ntk"))
     assert code == 0, err
     record = json.loads((tmp_path / "out" / "config.json").read_text())
     assert record["task"]["text_columns"] == ["sentence1", "sentence2"]
-    code, _, err = run("ntk", *cases.flags({**options, "overwrite_output_dir": True})[1:])
+    code, _, err = run(*cases.flags({**options, "overwrite_output_dir": True}, "ntk"))
     assert code == 2
     assert "has {text}, and an example has 2 text(s); expected {text} for one text, {text_a} and {text_b}" in err
 

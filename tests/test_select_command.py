@@ -1,6 +1,6 @@
 """`jaxlin select`: what it writes, what it says, what it refuses."""
 
-import csv
+import functools
 import json
 import re
 import typing
@@ -15,20 +15,13 @@ from jaxlin.experiments.select import SelectArguments, _parts
 from jaxlin.theory.selection import SELECTION_CRITERIA
 from tests import cases
 
+words = functools.partial(cases.flags, command="select")
+
 
 @pytest.fixture
 def options(setting_arguments):
     targets = ["query", "value"]
     return {**setting_arguments, "lora_targets": targets, "num_samples": 12, "probe_samples": 12, "draws": 2}
-
-
-def words(options):
-    return ["select", *cases.flags(options)[1:]]
-
-
-def rows(file):
-    with file.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
 
 
 class Page(HTMLParser):
@@ -51,7 +44,7 @@ def test_it_writes_tables_a_configuration_and_a_page(run, options, tmp_path):
     code, out, err = run(*words({**options, "num_eval_samples": 6, "criterion": "leave_one_out_error", "budget": 500}))
     assert code == 0, err
     folder = tmp_path / "out"
-    table = rows(folder / "table.csv")
+    table = cases.rows(folder / "table.csv")
     assert len(table) == 8  # 3 sets of layers × 3 of modules, but for the one above the budget
     errors = [float(row["leave_one_out_error"]) for row in table]
     assert errors == sorted(errors)
@@ -65,7 +58,7 @@ def test_it_writes_tables_a_configuration_and_a_page(run, options, tmp_path):
     assert len(summary["loss"]["by_draw"]) == 2
     assert [str(layer) for layer in summary["layers"]] == table[0]["layers"].split()
     assert summary["learning_rate_mean_loss"] == pytest.approx(12 * summary["learning_rate_summed_loss"])
-    assert {row["criterion"] for row in rows(folder / "by_criterion.csv")} == set(SELECTION_CRITERIA)
+    assert {row["criterion"] for row in cases.rows(folder / "by_criterion.csv")} == set(SELECTION_CRITERIA)
     adapter = json.loads((folder / "adapter_config.json").read_text())
     assert adapter["target_modules"] == [module.rpartition("/")[2] for module in summary["modules"]]
     assert adapter["layers_to_transform"] == summary["layers"]
@@ -85,7 +78,7 @@ def test_it_writes_tables_a_configuration_and_a_page(run, options, tmp_path):
 
     code, _, err = run("select", "--config", folder / "config.yaml", "--output_dir", tmp_path / "again", "--quiet")
     assert (code, err) == (0, "")
-    for one, other in zip(rows(tmp_path / "again" / "table.csv"), table, strict=True):
+    for one, other in zip(cases.rows(tmp_path / "again" / "table.csv"), table, strict=True):
         assert one["modules"] == other["modules"]
         np.testing.assert_allclose(float(one["trace"]), float(other["trace"]), rtol=1e-6)
 
@@ -166,4 +159,4 @@ def test_other_methods_have_layers_too(run, options, tmp_path):
     folder = tmp_path / "out"
     assert not (folder / "adapter_config.json").exists()
     assert "No configuration for the peft library" in Page(folder / "report.html").text
-    assert all(int(row["num_params"]) <= 300 for row in rows(folder / "table.csv"))
+    assert all(int(row["num_params"]) <= 300 for row in cases.rows(folder / "table.csv"))
