@@ -262,6 +262,28 @@ def _sample(
     return _Samples(lipschitz, beta)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Noise:
+    """What float64 leaves of a number that vanishes, such as the risk of a model that fits already.
+
+    Attributes:
+        share: Of a number, after a pass through the network.
+        outputs: Of ‖f‖.
+        theta: Of ‖θ‖, in which a step is lost that is smaller.
+    """
+
+    share: float
+    outputs: float
+    theta: float
+
+    @classmethod
+    def of(cls, origin: Origin) -> _Noise:
+        share = 64 * float(np.finfo(np.float64).eps)
+        leaves = jax.tree.leaves(origin.tun.theta0)
+        theta = float(sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in leaves)) ** 0.5
+        return cls(share, share * float(np.linalg.norm(origin.regression.f0)), share * theta)
+
+
 def _bounds(origin: Origin, run: Descent, selective: SelectiveDescent, samples: _Samples) -> list[Bound]:
     lam, eta, sigma, largest = run.lam, run.learning_rate, origin.sigma, run.largest_distance
     h, beta = samples.within("lipschitz", largest), samples.within("beta", largest)
@@ -272,18 +294,28 @@ def _bounds(origin: Origin, run: Descent, selective: SelectiveDescent, samples: 
     limit = bounds.contraction(run.limit_gap, np.concatenate([[0], run.steps]), float(mu[-1]), resolved, lam, eta)
     a_priori = bounds.distance_a_priori(run.distance, origin.risk, lam, eta, beta)
     by_recursion = bounds.distance_by_recursion(run.distance, run.steps, run.largest_gradient, lam, eta)
+    noise = _Noise.of(origin)
+    slope = float(np.max(selective.gradient)) * noise.theta / eta + (sigma * noise.outputs) ** 2
+    risk = run.largest_residual * noise.outputs + noise.outputs**2
+    least = noise.theta + (2 * risk / lam) ** 0.5 if lam > 0 else noise.theta
+    found = [
+        (bounds.selective_direction(selective.inner, selective.gradient), slope),
+        (bounds.descent_step(*on_steps, eta, of_steps), risk),
+        (bounds.monotone_descent(*on_steps, eta, of_steps), risk),
+        (bounds.distance_a_posteriori(run.distance, origin.risk, run.risk, lam, eta, beta), least),
+        (a_priori, least),
+        (by_recursion, noise.theta),
+        (bounds.smallest_distance(a_priori, by_recursion), noise.theta),
+        (bounds.same_theta_gap(run.same_theta_gap, run.distance, h), noise.outputs),
+        (
+            bounds.parameter_gap(run.parameter_gap, run.steps, h, largest, run.largest_residual, sigma, lam, eta),
+            noise.theta,
+        ),
+        (bounds.output_gap(run.output_gap, run.parameter_gap, h, largest, sigma), noise.outputs),
+        (bounds.kernel_drift(run.kernel_drift, run.distance, h, sigma), noise.share * sigma**2),
+    ]
     return [
-        bounds.selective_direction(selective.inner, selective.gradient),
-        bounds.descent_step(*on_steps, eta, of_steps),
-        bounds.monotone_descent(*on_steps, eta, of_steps),
-        bounds.distance_a_posteriori(run.distance, origin.risk, run.risk, lam, eta, beta),
-        a_priori,
-        by_recursion,
-        bounds.smallest_distance(a_priori, by_recursion),
-        bounds.same_theta_gap(run.same_theta_gap, run.distance, h),
-        bounds.parameter_gap(run.parameter_gap, run.steps, h, largest, run.largest_residual, sigma, lam, eta),
-        bounds.output_gap(run.output_gap, run.parameter_gap, h, largest, sigma),
-        bounds.kernel_drift(run.kernel_drift, run.distance, h, sigma),
+        *(dataclasses.replace(one, rounding=rounding) for one, rounding in found),
         dataclasses.replace(limit, value=limit.value[1:], measured=limit.measured[1:]),  # it starts as an equality
         *_as_layers_are_added(origin.kernel, lam),
     ]
