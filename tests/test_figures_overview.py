@@ -144,7 +144,7 @@ def test_choosing():
 @pytest.mark.parametrize(
     ("differences", "holds"),
     [
-        ((0.01, -0.01, 0.002), "not told apart"),
+        ((0.01, -0.01, 0.002), "over tasks not told apart"),
         ((0.10, 0.11, 0.12), "no: the kernel does better"),
         ((-0.10, -0.11, -0.12), "no: fine-tuning does better"),
     ],

@@ -93,6 +93,7 @@ def _curves(curve: Sequence[Row]) -> Figure:
             axis.set_xticks([at[share] for share in shown], [f"$10^{{{round(math.log10(s))}}}$" for s in shown])
             axis.set(title=name_of(task))
             axis.tick_params(labelsize=7)
+            axis.tick_params(axis="x", labelsize=5.5)
         axes[0].set_ylabel("mean squared loss ½‖f−y‖²")
         axes[0].plot([], [], "k-", label="validation")
         axes[0].plot([], [], "k--", label="leave-one-out")

@@ -146,12 +146,21 @@ def _choice(tables: Tables) -> tuple[str, str]:
 
 
 def _prediction(tables: Tables) -> tuple[str, str]:
-    over = regression.pooled(tables["pairs"], regression.REGRESSION, regression.FULL)
-    mean, low, high = mean_interval(over)
-    measured = f"accuracy of kernel regression minus that of fine-tuning without a pull {with_interval(over)}"
-    near = low <= 0 <= high
-    word = "not told apart" if near else "no: the kernel does better" if mean > 0 else "no: fine-tuning does better"
-    return f"{measured} ({len(over)} tasks)", word
+    pairs = of(tables["pairs"], arm=regression.REGRESSION, other=regression.FULL)
+    over = regression.pooled(pairs, regression.REGRESSION, regression.FULL)
+    told = [_sign(values_of(of(pairs, task=task), "accuracy_difference")) for task in distinct(pairs, "task")]
+    measured = (
+        f"accuracy of kernel regression minus that of fine-tuning without a pull {with_interval(over)} ({len(over)} "
+        f"tasks); by itself fine-tuning is better on {told.count(-1)}, the kernel on {told.count(1)} of them"
+    )
+    words = {0: "over tasks not told apart", 1: "no: the kernel does better", -1: "no: fine-tuning does better"}
+    return measured, words[_sign(over)]
+
+
+def _sign(values: np.ndarray) -> int:
+    """1 or −1 where the mean's interval leaves out 0, else 0."""
+    _, low, high = mean_interval(values)
+    return 0 if low <= 0 <= high else int(np.sign(low))
 
 
 def _prompts(tables: Tables) -> tuple[str, str]:
