@@ -35,11 +35,14 @@ def test_a_run_is_exported(run, arguments, tmp_path):
     theta = jl.load_checkpoint(tmp_path / "out" / "checkpoints" / "lam_1" / "full", tun)
     jax.tree.map(np.testing.assert_array_equal, tun.theta0, theta)
     batch = {k: v for k, v in cases.text_batch(4, longest=9).items() if k != "labels"}
-    body = jl.load_model(tmp_path / "m", 2, head="mean")
-    features = body.features(body.params, batch)
-    head = {k: np.asarray(v) for k, v in theta["classifier"].items()}
-    np.testing.assert_allclose(features @ head["kernel"] + head["bias"], tun.apply(theta, batch), atol=1e-5)
-    assert body.tokenizer("a film")["input_ids"] == model.tokenizer("a film")["input_ids"]
+    whole = jl.load_model(tmp_path / "m", 2)  # no class of transformers has its head, which lies beside it
+    assert (whole.module.head, whole.source.head_is_new) == ("mean", False)
+    np.testing.assert_allclose(whole.apply(whole.params, batch), tun.apply(theta, batch), atol=1e-5)
+    assert jl.load_model(tmp_path / "m", 2, new_head=True).source.head_is_new
+    assert jl.load_model(tmp_path / "m", 2, head="cls").source.head_is_new
+    with pytest.raises(jl.InputError, match=r"is a head that reads 'mean', of shapes .*: load_model"):
+        jl.load_model(tmp_path / "m", 3)
+    assert whole.tokenizer("a film")["input_ids"] == model.tokenizer("a film")["input_ids"]
     for card in ((tmp_path / name / "README.md").read_text() for name in ("a", "m")):
         assert f"= {float(row['lam_over_mu1']):.3g} μ₁ (summed loss)" in card
         assert f"outputs {100 * float(row['output_gap_relative_eval']):.3g} % (evaluation)" in card

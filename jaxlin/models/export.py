@@ -21,16 +21,16 @@ from safetensors.numpy import save_file
 from jaxlin.data.task import padding_id
 from jaxlin.errors import InputError
 from jaxlin.models.card import model_card
-from jaxlin.models.checkpoint import WEIGHTS, Modules, module_names, opened
+from jaxlin.models.checkpoint import WEIGHTS, Modules, module_names
 from jaxlin.models.decoder import CausalLm, DecoderClassifier
 from jaxlin.models.encoder import MaskedLm, SequenceClassifier
 from jaxlin.models.families import FAMILIES
 from jaxlin.models.family import Family
+from jaxlin.models.head_file import write_head
 from jaxlin.models.model import Model
 from jaxlin.models.reading import Reading
 from jaxlin.tunable import CLASSIFIER, in_head
 
-HEAD_FILE = "jaxlin_head.safetensors"
 """Where the head is that no class of transformers has: the linear map of a `mean` or `cls` state."""
 
 CARD = "README.md"
@@ -154,42 +154,6 @@ def hf_tensors(model: Model, params: PyTree) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(value) for name, value in sorted(tensors.items())}
 
 
-def write_head(model: Model, head: Mapping[str, PyTree], folder: Path) -> None:
-    """Writes the head that no class of transformers has, with what it reads as metadata."""
-    names = {"weight": np.ascontiguousarray(np.asarray(head["kernel"]).T)}
-    if "bias" in head:
-        names["bias"] = np.asarray(head["bias"])
-    save_file(names, folder / HEAD_FILE, metadata={"head": model.module.head})
-
-
-def read_head(file: Path, model: Model) -> dict[str, np.ndarray]:
-    """Reads it back.
-
-    Args:
-        file: That `write_head` wrote.
-        model: Whose head it is to be.
-
-    Returns:
-        Parameters by path.
-
-    Raises:
-        InputError: If it cannot be read, or is of another head than the model's.
-    """
-    with opened(file) as tensors:
-        reads = (tensors.metadata() or {}).get("head")
-        head = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
-    ours = {"weight": "kernel", "bias": "bias"}
-    found = {f"{CLASSIFIER}/{ours.get(name, name)}": value.T for name, value in head.items()}
-    shapes = {name: value.shape for name, value in found.items()}
-    expected = {f"{CLASSIFIER}/{name}": leaf.shape for name, leaf in model.params.get(CLASSIFIER, {}).items()}
-    if shapes != expected:
-        raise InputError(
-            f"{file} is a head that reads {reads!r}, of shapes {shapes}; the model's has {expected}: "
-            "load_model(…, num_labels, head=…)"
-        )
-    return found
-
-
 def save_model(
     model: Model,
     folder: str | Path,
@@ -202,7 +166,7 @@ def save_model(
 
     Where the head reads the `mean` of the token states or an encoder's first (`cls`), no class of transformers has it:
     `model.safetensors` then holds the model without a head, and `jaxlin_head.safetensors` its linear map (`weight`
-    `[C, D]` and, of an encoder, `bias` `[C]`), as the folder's `README.md` says.
+    `[C, D]` and, of an encoder, `bias` `[C]`), as the folder's `README.md` says; `load_model` reads it back.
 
     Args:
         model: Of `load_model`, `load_masked_lm`, `load_causal_lm` or `prompt_classifier` (its language model).
@@ -231,7 +195,7 @@ def save_model(
         for file in sorted(file for pattern in _TOKENIZER for file in Path(model.source.folder).glob(pattern)):
             shutil.copyfile(file, partial / file.name)
         if not own:
-            write_head(model, params[CLASSIFIER], partial)
+            write_head(params[CLASSIFIER], model.module.head, partial)
         (partial / CARD).write_text(card_of(model, card, adapter=False), encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ from jaxlin.models.checkpoint import load_params, tensor_names
 from jaxlin.models.encoder import set_remat
 from jaxlin.models.families import FAMILIES
 from jaxlin.models.family import Family
+from jaxlin.models.head_file import head_in, read_head
 from jaxlin.models.model import HEAD_STARTS, Model, ModelSource, new_dense
 from jaxlin.models.model import new_head as draw_head
 from jaxlin.models.resolve import EMBEDDED_MODEL, resolve_model
@@ -74,6 +75,8 @@ def _sentence_pooling(file: Path) -> str:
 
 def _auto_head(folder: Path, hf: Any) -> str:
     """Head that the checkpoint was trained with: a classifier's, a sentence encoder's pooling, a pretrained pooler."""
+    if (ours := head_in(folder)) is not None:
+        return ours[0]
     family = FAMILIES[hf.model_type]
     if family.is_decoder or _has_classifier(folder, hf):
         return family.own_head
@@ -177,6 +180,10 @@ def load_model(
         expected = {path: leaf for path, leaf in expected.items() if not path.startswith(f"{CLASSIFIER}/")}
     params, missing = load_params(folder, family, config.num_layers, expected, dtype, _is_tied(hf))
     body = jax.tree.leaves(params)[0].dtype
+    ours = head_in(folder)
+    if ours is not None and ours[0] == head and not new_head:
+        shapes = {path: leaf.shape for path, leaf in _shapes(module).items() if path.startswith(f"{CLASSIFIER}/")}
+        params[CLASSIFIER] = read_head(folder, {path.partition("/")[2]: shape for path, shape in shapes.items()})
     head_is_new = CLASSIFIER not in params or any(in_head(path) for path in missing)
     if head_is_new:
         bias = not family.is_decoder

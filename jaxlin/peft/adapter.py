@@ -20,7 +20,6 @@ from jaxlin.models.decoder import CausalLm
 from jaxlin.models.encoder import MaskedLm
 from jaxlin.models.export import (
     CARD,
-    HEAD_FILE,
     card_of,
     family_of,
     has_own_head,
@@ -28,10 +27,9 @@ from jaxlin.models.export import (
     hf_tensors,
     language_model,
     new_folder,
-    read_head,
-    write_head,
 )
 from jaxlin.models.family import Family
+from jaxlin.models.head_file import head_in, read_head, write_head
 from jaxlin.models.load import family_in
 from jaxlin.models.model import Model
 from jaxlin.models.resolve import resolve_model
@@ -80,9 +78,8 @@ def adapter_head(folder: str | Path, name_or_path: str, revision: str | None = N
 
 
 def _head(path: Path, family: Family) -> tuple[str, int] | None:
-    if (path / HEAD_FILE).is_file():
-        with opened(path / HEAD_FILE) as tensors:
-            return str((tensors.metadata() or {}).get("head")), int(tensors.get_slice("weight").get_shape()[0])
+    if (own := head_in(path)) is not None:
+        return own
     name = next(name for name, ours in family.modules.items() if ours == CLASSIFIER)
     with opened(path / WEIGHTS) as tensors:
         if f"{_BEGIN}{name}.weight" not in tensors.keys():  # noqa: SIM118 (not a mapping)
@@ -198,8 +195,9 @@ class _Stored:
             for ours, part in zip(paths, _parts(pair, config.rank(module), params, paths, where), strict=True):
                 factors[ours], scales[ours] = part, scale
         _check_targets(config, set(pairs), family, names, params, path)
-        if (path / HEAD_FILE).is_file():
-            saved |= {name: jnp.asarray(value) for name, value in read_head(path / HEAD_FILE, model).items()}
+        if head_in(path) is not None:
+            shapes = {name: leaf.shape for name, leaf in model.params.get(CLASSIFIER, {}).items()}
+            saved |= {f"{CLASSIFIER}/{k}": jnp.asarray(value) for k, value in read_head(path, shapes).items()}
         order = sorted(factors)
         return cls({p: factors[p] for p in order}, {p: scales[p] for p in order}, saved)
 
@@ -329,7 +327,7 @@ def save_adapter(
         save_file(dict(sorted(tensors.items())), partial / WEIGHTS, metadata={"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if not own:
-            write_head(model, unflatten_dict(params, sep="/")[CLASSIFIER], partial)
+            write_head(unflatten_dict(params, sep="/")[CLASSIFIER], model.module.head, partial)
         (partial / CARD).write_text(card_of(model, card, adapter=True), encoding="utf-8")
 
 
