@@ -303,16 +303,16 @@ def _draw_choice(axis: Axes, tables: Tables) -> None:
 
 
 def _draw_prediction(axis: Axes, tables: Tables) -> None:
-    table = tables["table"]
-    tasks = distinct(table, "task")
-    ends = []
-    for task, style in zip(tasks, _STYLES, strict=False):
-        x, y = (values_of(of(table, task=task, arm=arm), "score_eval") for arm in (FULL, regression.REGRESSION))
-        axis.plot(x, y, style[0], color=plots.COLOURS["kernel_regression"], ms=4, label=name_of(task))
-        ends += [*x, *y]
-    axis.plot([min(ends), max(ends)], [min(ends), max(ends)], ":", color="#000000", lw=0.8)
-    axis.set(title="Kernel against fine-tuning", xlabel="score, fine-tuning", ylabel="score, kernel regression")
-    axis.legend(fontsize=6)
+    pairs = of(tables["pairs"], arm=regression.REGRESSION, other=regression.FULL)
+    tasks = distinct(pairs, "task")
+    for at, task in enumerate(tasks):
+        values = values_of(of(pairs, task=task), "accuracy_difference")
+        chosen.points(axis, values, at, plots.COLOURS["kernel_regression"])
+    chosen.points(axis, regression.pooled(pairs, regression.REGRESSION, regression.FULL), len(tasks), "#000000")
+    axis.axvline(0, color="#000000", lw=0.7)
+    axis.set_yticks(range(len(tasks) + 1), [*map(name_of, tasks), "tasks"])
+    axis.set_ylim(len(tasks) + 0.5, -0.5)
+    axis.set(title="Kernel against fine-tuning", xlabel="accuracy: kernel − fine-tuning")
 
 
 def _draw_prompts(axis: Axes, tables: Tables) -> None:

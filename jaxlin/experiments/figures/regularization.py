@@ -148,6 +148,8 @@ _ROWS = (
 """Rows of the main figure: column, what it is, scale."""
 _ARMS = ((FULL, "o-"), (LINEARIZED, "s--"))
 _GAP = "#000000"
+_PARTS = (("A", "v:"), ("B", "s--"), ("head", "x-."))
+"""Parts of theta that the parameter gap is split into."""
 
 
 def _main(table: Sequence[Row]) -> Figure:
@@ -171,6 +173,10 @@ def _main(table: Sequence[Row]) -> Figure:
                     colour = plots.COLOURS[arm] if len(arms) > 1 else _GAP
                     label = plots.NAMES[arm] if len(arms) > 1 else None
                     band(axis, of(mine, arm=arm), "lam_over_mu1", key, at, fmt=style, color=colour, label=label)
+                if key == "parameter_gap":
+                    for part, style in _PARTS:
+                        look = {"color": _GAP, "alpha": 0.5, "lw": 0.8, "ms": 2.5, "label": f"in {part}"}
+                        band(axis, of(mine, arm=FULL), "lam_over_mu1", f"{key}_{part}", at, style, **look)
                 if key == "agreement_eval":
                     grey = {"fmt": "d:", "color": plots.COLOURS["start"], "label": "full with start f₀"}
                     band(axis, of(mine, arm=FULL), "lam_over_mu1", "agreement_f0_eval", at, **grey)
@@ -186,11 +192,12 @@ def _main(table: Sequence[Row]) -> Figure:
             axes[0, column].set_title(name_of(task))
             axes[-1, column].set_xlabel(f"pull λ/μ₁\n(score: {mine[0]['metric']})")
         axes[0, 0].legend()
+        axes[1, 0].legend(fontsize=6)
         axes[-2, 0].lines[0].set_label("full with linearized")
         axes[-2, 0].legend()
-        axes[-1, 0].legend()
+        axes[-1, min(1, len(tasks) - 1)].legend(fontsize=6)
         figure.suptitle(
-            f"Full (θ, f) against linearized (θ̄, f̄), validation outputs; {sizes(rows)}\ndotted: slopes of theory 5",
+            "Full (θ, f) against linearized (θ̄, f̄), validation outputs; dotted: slopes of theory 5\n" + sizes(rows),
             fontsize=8,
         )
     return figure
