@@ -232,10 +232,10 @@ def test_findings_are_of_the_tables(small):
 
 
 def test_verdicts_follow_the_interval():
-    assert told.verdict(np.array([0.1, 0.11, 0.12]), "kernel_alone", "full") == "kernel alone is better"
-    assert told.verdict(-np.array([0.1, 0.11, 0.12]), "kernel_alone", "full") == "full, no pull is better"
-    assert told.verdict(np.array([-0.1, 0.11]), "kernel_alone", "full") == "no difference is resolved"
-    assert told.verdict(np.array([0.5]), "kernel_alone", "full") == "no difference is resolved"
+    assert told._verdict(np.array([0.1, 0.11, 0.12]), "kernel_alone", "full") == "kernel alone is better"
+    assert told._verdict(-np.array([0.1, 0.11, 0.12]), "kernel_alone", "full") == "full, no pull is better"
+    assert told._verdict(np.array([-0.1, 0.11]), "kernel_alone", "full") == "no difference is resolved"
+    assert told._verdict(np.array([0.5]), "kernel_alone", "full") == "no difference is resolved"
     rows = [
         {"task": task, "arm": "a", "other": "b", "seed": seed, "accuracy_difference": value}
         for task, seed, value in [

@@ -73,7 +73,7 @@ def pooled(pairs: Sequence[Row], arm: str, other: str) -> np.ndarray:
     return np.array([values.mean() for values in means if len(values)])
 
 
-def verdict(values: np.ndarray, arm: str, other: str) -> str:
+def _verdict(values: np.ndarray, arm: str, other: str) -> str:
     """Says what an interval over tasks resolves."""
     _, low, high = mean_interval(values)
     if low > 0:
@@ -91,7 +91,7 @@ def _of_differences(pairs: Sequence[Row]) -> str:
             values = values_of(of(mine, task=task), "difference")
             cells.append(with_interval(values) if len(values) else "")
         over = pooled(pairs, arm, other)
-        cells.append(f"{with_interval(over)}: {verdict(over, arm, other)}" if len(over) else "")
+        cells.append(f"{with_interval(over)}: {_verdict(over, arm, other)}" if len(over) else "")
         lines.append([f"{NAMES[arm]} − {NAMES[other]}", *cells])
     head = ["Difference", *map(name_of, tasks), "accuracy, over tasks"]
     errors = [error for row in of(pairs, arm=REGRESSION, other=FULL) if (error := sampling_error(row)) is not None]
@@ -228,7 +228,7 @@ def _in_all(tables: Tables) -> str:
         if len(over):
             count = f"{len(over)} tasks" if len(over) > 1 else "1 task"
             parts.append(
-                f"- {NAMES[arm]} against {NAMES[other]}: {verdict(over, arm, other)} "
+                f"- {NAMES[arm]} against {NAMES[other]}: {_verdict(over, arm, other)} "
                 f"(accuracy {with_interval(over)}, {count})"
             )
     return "\n".join(parts) if parts else "No task with classes: nothing is pooled."

@@ -20,7 +20,6 @@ from jaxlin.experiments.figures.summary import (
     band,
     distinct,
     lam_positions,
-    mean_interval,
     name_of,
     of,
     values_of,
@@ -148,19 +147,15 @@ def _choice(tables: Tables) -> tuple[str, str]:
 def _prediction(tables: Tables) -> tuple[str, str]:
     pairs = of(tables["pairs"], arm=regression.REGRESSION, other=regression.FULL)
     over = regression.pooled(pairs, regression.REGRESSION, regression.FULL)
-    told = [_sign(values_of(of(pairs, task=task), "accuracy_difference")) for task in distinct(pairs, "task")]
+    told = [
+        chosen.outcome(values_of(of(pairs, task=task), "accuracy_difference"), 1) for task in distinct(pairs, "task")
+    ]
     measured = (
         f"accuracy of kernel regression minus that of fine-tuning without a pull {with_interval(over)} ({len(over)} "
         f"tasks); by itself fine-tuning is better on {told.count(-1)}, the kernel on {told.count(1)} of them"
     )
     words = {0: "over tasks not told apart", 1: "no: the kernel does better", -1: "no: fine-tuning does better"}
-    return measured, words[_sign(over)]
-
-
-def _sign(values: np.ndarray) -> int:
-    """1 or −1 where the mean's interval leaves out 0, else 0."""
-    _, low, high = mean_interval(values)
-    return 0 if low <= 0 <= high else int(np.sign(low))
+    return measured, words[chosen.outcome(over, 1)]
 
 
 def _prompts(tables: Tables) -> tuple[str, str]:
