@@ -121,6 +121,7 @@ def test_linearizing_late(run, arguments, tmp_path):
     assert (tmp_path / "out" / "figures" / "linearize_at.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_tracking_the_linearization(run, arguments, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     options = {**arguments, "lam_rel": [0, 0.1], "track_linearization": ["0,1", "3"]}
@@ -216,6 +217,7 @@ def test_scores_have_metrics_of_their_own(run, arguments, files, tmp_path, monke
     assert all(row[f"{name}_eval"] is None for row in results["table"] for name in undefined)
 
 
+@pytest.mark.slow
 def test_a_regression_head_of_its_own_keeps_its_units(run, arguments, files, tmp_path):
     def one_output(tensors):
         tensors.update({name: tensors[name][:1].copy() for name in ("classifier.weight", "classifier.bias")})
@@ -229,6 +231,7 @@ def test_a_regression_head_of_its_own_keeps_its_units(run, arguments, files, tmp
     assert json.loads((tmp_path / "out" / "config.json").read_text())["target_std"] is None
 
 
+@pytest.mark.slow
 def test_classes_follow_the_names_of_the_checkpoint(run, arguments, files, tmp_path):
     """The same checkpoint with its classes named in another order: the same task, counted otherwise."""
     for file in files.values():
@@ -272,6 +275,7 @@ def test_a_folder_that_is_no_run_is_never_overwritten(run, arguments, tmp_path):
     assert (tmp_path / "out" / "thesis.tex").exists()
 
 
+@pytest.mark.slow
 def test_truncation_is_counted_and_said(run, arguments, files):
     code, _, err = run(*cases.flags({**arguments, "max_seq_length": 9, "lams": ["0"]}))
     assert code == 0, err
@@ -355,6 +359,7 @@ def test_shared_data_through_the_command_line(run, tmp_path, data_folder):
     assert code == 0, err
 
 
+@pytest.mark.slow
 def test_a_profile_holds_a_trace_of_every_arm(run, arguments, tmp_path):
     code, _, err = run(*cases.flags({**arguments, "lam_rel": [0, 1], "max_steps": 9, "profile": True}))
     assert code == 0, err

@@ -244,7 +244,8 @@ def test_linearizing_late(setting):
         jl.compare(tun, train, held_out, CONFIG, linearize_at=[7])
 
 
-@pytest.mark.parametrize("lam_rel", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
+@pytest.mark.slow
+@pytest.mark.parametrize("lam_rel", [0.0, 0.3])
 def test_kernel_regression_with_factors_by_block_is_the_end_of_descent(lam_rel):
     tun, data = cases.mlp(width=9), cases.vectors(4)
     factors = {"hidden": 0.5, "out": 2.0}

@@ -131,9 +131,12 @@ ERRORS = {
     "a program": ((*TINY, "--dataset_name", "org/program"), "is a program, which is never run"),
     "known task that is not there": ((*TINY, "--task_name", "imdb"), "the hub has no data set 'stanfordnlp/imdb'"),
 }
+BY_DEFAULT = ("unknown model", "unknown data set", "unknown configuration", "private")  # each starts a program
 
 
-@pytest.mark.parametrize("case", ERRORS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in BY_DEFAULT else pytest.mark.slow) for case in ERRORS]
+)
 def test_errors_of_a_hub_that_answers(hub, run, case):
     arguments, message = ERRORS[case]
     failed = run(hub.url, *arguments)

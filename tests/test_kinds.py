@@ -116,6 +116,7 @@ def test_neural_tangents_gives_the_linear_kinds():
         assert cases.relative_error(theirs.array, ours.array) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_error_of_signs_is_of_signs(batch):
     tun = jl.select(cases.tiny_model(dtype=jnp.bfloat16), "layer_1/mlp/up")
     for kind in ("signgd", "asymmetric_signgd"):

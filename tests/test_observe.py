@@ -32,6 +32,7 @@ def test_compiling_is_seen():
     assert 0 < clock.compile_seconds < 60
 
 
+@pytest.mark.slow
 def test_peak_memory_grows_with_what_is_held():
     before = observe.peak_memory()
     block = bytearray(before["peak_memory_bytes"])  # zeroed, so every page of it is there

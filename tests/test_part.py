@@ -32,6 +32,7 @@ def test_a_part_is_the_function_of_its_leaves(tun, batch):
     assert set(kernel.parts) == set(BLOCKS)
 
 
+@pytest.mark.slow
 def test_training_what_is_masked_is_training_the_part(tun, batch):
     config = jl.TrainConfig(batch_size=3, max_steps=4, learning_rate=0.05, lam=1.0)
     masked = jl.train(only(tun, BLOCKS), batch, config=config)

