@@ -16,8 +16,9 @@ from jaxlin.experiments.data_arguments import DataArguments
 from jaxlin.experiments.model_arguments import ModelArguments, starts_as_probe
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
+from jaxlin.experiments.run_arguments import OutputArguments
 from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
-from jaxlin.experiments.setting import OutputArguments, load
+from jaxlin.experiments.setting import load
 from jaxlin.experiments.tables import bound_lines, bound_table, constants_table
 from jaxlin.experiments.tuned_arguments import TunedArguments, tune
 from jaxlin.training.bound_sweep import LAM_REL, BoundSweep, bound_sweep, check_sweep

@@ -22,8 +22,7 @@ from jaxlin.experiments.observe import RunClock, StepProfiler
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
 from jaxlin.experiments.resume import check_same, command, run_to_resume
-from jaxlin.experiments.run_folder import RunFolder, SilentFolder, write_csv, write_json
-from jaxlin.experiments.setting import (
+from jaxlin.experiments.run_arguments import (
     STEP_OPTIONS,
     CheckpointArguments,
     OutputArguments,
@@ -31,10 +30,11 @@ from jaxlin.experiments.setting import (
     TrainingArguments,
     checkpoints_in,
     lam_grid,
-    prepare,
     steps_of,
     train_config,
 )
+from jaxlin.experiments.run_folder import RunFolder, SilentFolder, write_csv, write_json
+from jaxlin.experiments.setting import prepare
 from jaxlin.experiments.tables import gap_tables, late_table, linearization_table, score_table, spectrum_line
 from jaxlin.experiments.tuned_arguments import FROZEN_A, TunedArguments
 from jaxlin.sharding import DATA

@@ -22,8 +22,9 @@ from jaxlin.experiments.data_arguments import DataArguments
 from jaxlin.experiments.model_arguments import ModelArguments, starts_as_probe
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
+from jaxlin.experiments.run_arguments import OutputArguments
 from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
-from jaxlin.experiments.setting import Loaded, OutputArguments, load
+from jaxlin.experiments.setting import Loaded, load
 from jaxlin.experiments.tables import spectrum_line
 from jaxlin.experiments.tuned_arguments import TunedArguments, tune
 from jaxlin.ntk.engine import ntk, ntk_estimate, ntk_plan

@@ -12,7 +12,7 @@ import yaml
 
 from jaxlin.errors import InputError
 from jaxlin.experiments import config_file
-from jaxlin.experiments.setting import CheckpointArguments, OutputArguments
+from jaxlin.experiments.run_arguments import CheckpointArguments, OutputArguments
 from jaxlin.ntk.store import differences
 
 LATEST = "latest"

@@ -21,9 +21,10 @@ from jaxlin.experiments.data_arguments import DataArguments
 from jaxlin.experiments.model_arguments import ModelArguments, pretrained, starts_as_probe
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
+from jaxlin.experiments.run_arguments import OutputArguments
 from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
 from jaxlin.experiments.select_page import LAM_BY, caveats, doubts, interval, named_criterion, page, rate_line
-from jaxlin.experiments.setting import Loaded, OutputArguments, load
+from jaxlin.experiments.setting import Loaded, load
 from jaxlin.experiments.tuned_arguments import TunedArguments, tune
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
