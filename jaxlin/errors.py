@@ -1,5 +1,6 @@
 """The errors that the command line shows as one sentence."""
 
+import errno
 import signal
 
 
@@ -33,3 +34,6 @@ class ProcessLostError(RuntimeError):
 
 RUN_ERRORS = (TrainingDivergedError, DeviceMemoryError, ProcessLostError)
 """Those that end a run that had begun."""
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of an `OSError` that mean a full disk."""

@@ -301,7 +301,7 @@ def test_a_full_disk_says_so_and_loses_nothing(model, batch, whole, monkeypatch,
 HASHED = """
 import flax.linen as nn, jax, numpy as np
 import jaxlin as jl
-from jaxlin.ntk.store import fingerprint
+from jaxlin.hashing import fingerprint
 module = nn.Dense(2)
 model = jl.from_linen(module, module.init(jax.random.key(0), np.ones((1, 3)))["params"], inputs=lambda b: (b["x"],))
 plain = jl.Tunable(lambda theta, batch: batch["x"] @ theta["w"], {"w": np.ones((2, 1))})

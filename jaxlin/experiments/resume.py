@@ -13,7 +13,7 @@ import yaml
 from jaxlin.errors import InputError
 from jaxlin.experiments import config_file
 from jaxlin.experiments.run_arguments import CheckpointArguments, OutputArguments
-from jaxlin.ntk.store import differences
+from jaxlin.hashing import differences
 
 LATEST = "latest"
 _FREE = (

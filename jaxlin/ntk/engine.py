@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from jaxlin.data.dataset import TRUNK, Dataset, as_dataset
 from jaxlin.errors import InputError
+from jaxlin.hashing import fingerprint
 from jaxlin.ntk.factored import find_sites
 from jaxlin.ntk.jacobian import (
     MEMORY_BUDGET,
@@ -29,7 +30,7 @@ from jaxlin.ntk.kernel import Kernel, KernelInfo
 from jaxlin.ntk.kinds import Kind, kind_of, without_sign
 from jaxlin.ntk.neural_tangents import IMPLEMENTATIONS, neural_tangents_parts
 from jaxlin.ntk.ring import ring_parts
-from jaxlin.ntk.store import KernelStore, fingerprint, transposed, writing
+from jaxlin.ntk.store import KernelStore, transposed, writing
 from jaxlin.ntk.work import PASSES, TILES, Cost, PhaseProgress, Plan, Work
 from jaxlin.tunable import Blocks, Tunable
 from jaxlin.versions import versions

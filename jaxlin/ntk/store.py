@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,35 +11,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import filelock
-import jax
 import numpy as np
 import zarr
 import zarr.codecs
 import zarr.errors
-from jaxtyping import Float, PyTree
+from jaxtyping import Float
 
-from jaxlin.errors import InputError
-from jaxlin.hashing import add_array, without_addresses
+from jaxlin.errors import NO_SPACE, InputError
+from jaxlin.hashing import differences
 from jaxlin.ntk.kernel import Kernel, KernelInfo
 from jaxlin.ntk.work import Plan
-from jaxlin.tunable import Blocks, Tunable, leaf_paths
+from jaxlin.tunable import Blocks
 
 _FORMAT = 1
 _ARRAY, _ROWS, _ATTRIBUTE = "blocks", "rows", "jaxlin"
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _DIMENSIONS = ("block", "example_1", "example_2", "output_1", "output_2")
-
-
-def fingerprint(tun: Tunable, theta: PyTree) -> dict[str, str]:
-    """Returns hashes of the model and of theta, from every weight (where one process holds it) and its path."""
-    model, point = hashlib.sha256(without_addresses(str(jax.tree.structure(tun.apply))).encode()), hashlib.sha256()
-    for digest, tree in ((model, tun.apply), (point, theta)):
-        for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True):
-            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # no process holds all of it
-                digest.update(f"{path}{leaf.dtype}{leaf.shape}".encode())
-                continue
-            add_array(digest, path, leaf)
-    return {"model_sha256": model.hexdigest(), "theta_sha256": point.hexdigest()}
 
 
 @contextlib.contextmanager
@@ -314,17 +298,6 @@ def transposed(tile: np.ndarray) -> np.ndarray:
 
 def _as_json(plan: Plan) -> dict[str, Any]:
     return {**dataclasses.asdict(plan), "events": list(plan.events)}
-
-
-def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Returns what differs between two records, as `name was …, is …`, long values cut; empty if nothing does."""
-
-    def short(value: Any) -> str:
-        text = str(value)
-        return text if len(text) <= 24 else f"{text[:12]}…"
-
-    other = [name for name in {**was, **now} if was.get(name) != now.get(name)]
-    return "; ".join(f"{name} was {short(was.get(name))}, is {short(now.get(name))}" for name in other)
 
 
 def load_kernel(path: str | Path) -> Kernel:

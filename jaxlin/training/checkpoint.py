@@ -20,8 +20,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jaxlin.errors import InputError
-from jaxlin.ntk.store import NO_SPACE, differences
+from jaxlin.errors import NO_SPACE, InputError
+from jaxlin.hashing import differences
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.state import Row, TrainState, copied
 from jaxlin.tunable import Tunable

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError, TrainingDivergedError
+from jaxlin.hashing import fingerprint
 from jaxlin.linearize import linearize
 from jaxlin.ntk.jacobian import MEMORY_BUDGET, jacobian_bytes
-from jaxlin.ntk.store import fingerprint
 from jaxlin.ntk.work import PhaseProgress
 from jaxlin.sharding import Rules, require_data_axis, shard, specs_of
 from jaxlin.theory.drift import relative

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxlin.errors import InputError
-from jaxlin.ntk.store import differences
+from jaxlin.hashing import differences
 from jaxlin.training.checkpoint import Checkpoints
 
 NAME = "sweep.json"

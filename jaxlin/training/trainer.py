@@ -16,10 +16,10 @@ from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError, Interrupted, TrainingDivergedError
+from jaxlin.hashing import fingerprint
 from jaxlin.interrupt import held_back
 from jaxlin.mesh import fetch, place
 from jaxlin.ntk.jacobian import num_outputs
-from jaxlin.ntk.store import fingerprint
 from jaxlin.sharding import Rules, mesh_of, process_share, shard, spread
 from jaxlin.training.checkpoint import Checkpoints, RunCheckpoints, run_record
 from jaxlin.training.config import TrainConfig

@@ -39,11 +39,11 @@ from jaxlin.experiments.figures.correlations import ALONE, PAPER, STABLE, correl
 from jaxlin.experiments.figures.study import FAST, PAPER_KERNEL, PAPER_MODEL, WHOLE, Row, Setting, Study, Tables, Work
 from jaxlin.experiments.model_arguments import ModelArguments
 from jaxlin.experiments.setting import Loaded, load
+from jaxlin.hashing import fingerprint
 from jaxlin.models.load import load_model
 from jaxlin.models.probe import probe_head
 from jaxlin.ntk.engine import ntk
 from jaxlin.ntk.kinds import contrast_basis
-from jaxlin.ntk.store import fingerprint
 from jaxlin.peft.part import only
 from jaxlin.theory.criteria import criteria
 from jaxlin.training.config import TrainConfig

@@ -18,9 +18,9 @@ from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.model_arguments import ModelArguments, starts_as_probe
 from jaxlin.experiments.run_folder import write_csv
 from jaxlin.experiments.setting import Loaded, load
+from jaxlin.hashing import fingerprint
 from jaxlin.models.model import Model
 from jaxlin.models.resolve import EMBEDDED_MODEL
-from jaxlin.ntk.store import fingerprint
 from jaxlin.peft.lora import lora
 from jaxlin.training.config import TrainConfig
 from jaxlin.tunable import Tunable
