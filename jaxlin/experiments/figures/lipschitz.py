@@ -151,6 +151,12 @@ _ROWS = (
 
 def panel(axis: Axes, rows: Sequence[Row], reached: Sequence[Row]) -> None:
     """Draws one quantity of one task."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set(xscale="log", yscale="log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 3)))  # some span little more than a decade
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
     random = [row for row in rows if row["lam_over_mu1"] is None]
     colour, name = plots.COLOURS["random_direction"], plots.NAMES["random_direction"]
     band(axis, random, "radius", "L_avg", fmt="-", color=colour, label=f"L_avg, {name}")
@@ -175,8 +181,7 @@ def draw(tables: Tables) -> dict[str, Figure]:
         for column, task in enumerate(tasks):
             for line, (quantity, name) in enumerate(_ROWS):
                 axis = axes[line, column]
-                axis.set(xscale="log", yscale="log", ylabel="" if column else name)
-                axis.yaxis.set_minor_formatter("")
+                axis.set_ylabel("" if column else name)
                 panel(axis, of(rows, task=task, quantity=quantity), of(reached, task=task))
             axes[0, column].set_title(name_of(task))
             axes[-1, column].set_xlabel("radius r = ‖θ−θ₀‖")

@@ -255,11 +255,9 @@ def _draw_dynamics(axis: Axes, tables: Tables) -> None:
 def _draw_profile(axis: Axes, tables: Tables) -> None:
     task = distinct(tables["profile"], "task")[0]
     rows = of(tables["profile"], task=task, quantity=lipschitz.STACKED)
-    axis.set(xscale="log", yscale="log")
-    axis.yaxis.set_minor_formatter("")
     lipschitz.panel(axis, rows, of(tables["reached"], task=task))
     axis.set(title=f"{name_of(task)}: Jacobian", xlabel="radius r = ‖θ−θ₀‖", ylabel="‖J(θ)−J₀‖₂ / r")
-    axis.legend(fontsize=5)
+    axis.legend(fontsize=5, loc="center", bbox_to_anchor=(0.6, 0.42))
 
 
 def _draw_bounds(axis: Axes, tables: Tables) -> None:
