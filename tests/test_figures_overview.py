@@ -158,12 +158,14 @@ def test_predicting(differences, holds):
 
 
 def test_prompts():
-    best, worst = gaps([0.1, 0.01, 0.01]), gaps([0.5, 0.1, 0.1])
+    best, worst = (gaps(values, accuracy_eval=0.54) for values in ([0.1, 0.01, 0.01], [0.5, 0.1, 0.1]))
 
     def tables(*three):
         return {"table": [row | {"start": s} for s, rows in zip(llm.STARTS, three, strict=True) for row in rows]}
 
-    assert answer("09_llm", tables(best, worst, worst))[1] == "yes"
+    measured, holds = answer("09_llm", tables(best, worst, worst))
+    assert holds == "yes"
+    assert "gets 54% of the examples right at best" in measured
     assert answer("09_llm", tables(worst, best, worst))[1] == "no"
     mixed = [best[i] if best[i]["task"] == "cola" else worst[i] for i in range(len(best))]
     other = [worst[i] if best[i]["task"] == "cola" else best[i] for i in range(len(best))]

@@ -193,7 +193,7 @@ def _main(table: Sequence[Row]) -> Figure:
     lines = [({"start": s, "arm": FULL}, NAMES[s], COLOURS[s], "o-") for s in STARTS]
     # Of the linearized arm there are scores only.
     lines += [({"start": s, "arm": LINEARIZED}, f"{NAMES[s]}, linearized", COLOURS[s], "s--") for s in STARTS]
-    title = f"Full (solid) against linearized (dashed) fine-tuning of a decoder; {sizes(table)}"
+    title = f"Full (solid) against linearized (dashed) fine-tuning of a decoder\n{sizes(table)}"
     return against_the_pull(table, _PANELS, lines, title)
 
 
@@ -219,7 +219,7 @@ def _kernels(tables: Tables) -> Figure:
             bottom.set(ylabel="share of the trace of K₀")
         axes[0, 0].legend()
         examples = max(row["index"] for row in values)
-        title = f"Tangent kernels at the start, {examples} training examples (contrasts of the logits); {sizes(values)}"
+        title = f"Tangent kernels at the start, {examples} training examples (contrasts of the logits)\n{sizes(values)}"
         figure.suptitle(title, fontsize=8)
     return figure
 
@@ -236,7 +236,8 @@ def _choices(table: Sequence[Row]) -> Figure:
                 axis.plot([i - 0.2, i + 0.2], [values.mean()] * 2, color=plots.COLOURS["full"], lw=2)
             axis.set_xticks(range(len(names)), names, rotation=20)
             axis.set(title=name_of(task), ylabel="validation accuracy")
-        figure.suptitle(f"Layers tuned through the prompt; points: runs, bars: their means; {sizes(table)}", fontsize=8)
+        title = "Layers tuned through the prompt; points: runs, bars: their means"
+        figure.suptitle(f"{title}\n{sizes(table, banded=False)}", fontsize=8)
     return figure
 
 
