@@ -56,8 +56,8 @@ def opened(source, monkeypatch):
     return open_study(source.stem, FOLDER / "results")
 
 
-def test_every_notebook_is_of_a_study():
-    assert {source.stem for source in OF_STUDIES} <= {study.name for study in STUDIES}
+def test_there_is_a_notebook_of_every_study():
+    assert [source.stem for source in OF_STUDIES] == [study.name for study in STUDIES]
 
 
 @by_name(SOURCES)

@@ -1,0 +1,64 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Does it pay to choose the layers by the kernel?
+#
+# `jl.select_layers` ranks every set of layers and modules within a budget of parameters, before any training, from one
+# pass over some labelled examples. The criterion asked about is the leave-one-out loss: how well the linearized model,
+# trained on all examples but one, would predict that one. Here its choice is really fine-tuned, and so
+# are the choice by the condition number κ, the last layers, random choices with as many parameters, and everything.
+#
+# All begin from the same head, a probe on the frozen features that stays as it is: whatever differs comes from the
+# layers.
+
+# %%
+from jaxlin.experiments.figures.run import open_study
+
+study = open_study("07")
+study.about()
+
+# %% [markdown]
+# ## The verdict
+
+# %%
+study.found("verdict")
+
+# %% [markdown]
+# ## Paired differences
+#
+# Each dot is one seed: the chosen layers minus the other arm, on the same examples, from the same start. Left of zero
+# is worse in the first column, better in the other two. An interval that holds zero tells nothing.
+
+# %%
+study.show("differences")
+
+# %%
+study.found("differences")
+
+# %% [markdown]
+# ## Scores
+
+# %%
+study.found("scores")
+
+# %% [markdown]
+# ## What was chosen
+#
+# If the kernel had a firm opinion, the same layers would come up draw after draw.
+
+# %%
+study.show("chosen")
+
+# %%
+study.found("chosen")
