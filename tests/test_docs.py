@@ -51,7 +51,7 @@ def closed_forms(names):
 
 def choose_layers(names):
     assert names["report"].num_params <= 40_000
-    assert float(names["row"]["lower"]) <= float(names["row"]["eigenvalue"]) <= float(names["row"]["upper"])
+    assert names["row"]["lower"] <= names["row"]["eigenvalue"] <= names["row"]["upper"]
 
 
 CHECKS = {"kernels": kernels, "closed-forms": closed_forms, "choose-layers": choose_layers}

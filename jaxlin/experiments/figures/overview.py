@@ -166,7 +166,7 @@ def _prompts(tables: Tables) -> tuple[str, str]:
     firsts = [min(gaps, key=lambda start: gaps[start][i]) for i in range(len(gaps[llm.STARTS[0]]))]
     count = firsts.count(llm.STARTS[0])
     holds = "yes" if count == len(firsts) else "no" if not count else f"on {count} of {len(firsts)} tasks"
-    best = max(values_of(of(rows, lam_over_mu1=least), "accuracy_eval"))
+    best = values_of(of(rows, lam_over_mu1=least), "accuracy_eval").max()
     about = f"a decoder of 260,000 parameters, which gets {best:.0%} of the examples right at best"
     return f"‖f−f̄‖/‖f−f₀‖ without a pull: {said} ({about})", holds
 
