@@ -86,8 +86,8 @@ def ntk(
             first, `"JACOBIAN_CONTRACTION"`.
         keep_jacobian: Keep the Jacobian on the kernel (x2 = None, kind full, engine jacobian), so that `spectrum`
             takes eigenvalues from its singular values.
-        memory_budget: Bytes to be held at a time, beside the model and the kernel itself. What does not fit goes
-            to files: in the store, or in a temporary folder.
+        memory_budget: Bytes to be held at a time, beside the model and the kernel itself; on a GPU, of its memory.
+            What does not fit goes to files: in the store, or in a temporary folder.
         check_examples: Number of examples whose Jacobian rows are recomputed in float64 to measure ε_J
             (theory 6); 0 for none. neural-tangents' result is compared in entries of two examples always.
         store: Folder for the kernel, a Zarr group that can be read while it grows; the kernel returned reads its
@@ -351,6 +351,9 @@ def _in_memory(
     plan = work.plan()
 
     def write(block: str, left: range, right: range, tile: np.ndarray) -> None:
+        if tile.shape == parts[block].shape:  # all of it: no copy
+            parts[block] = tile
+            return
         parts[block][left.start : left.stop, right.start : right.stop] = tile
         if symmetric and left != right:
             parts[block][right.start : right.stop, left.start : left.stop] = transposed(tile)

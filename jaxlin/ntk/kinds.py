@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -13,6 +15,9 @@ from jaxlin.errors import InputError
 
 _SIGN_THRESHOLD = 8.4
 """τ in units of the dtype's rounding: 1e-6 in float32 (theory 9)."""
+
+AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
+"""An array on the host or on a device."""
 
 _KEY_BIAS = re.compile(r"(^|/)(key|k_proj|k_lin|k)/bias$")
 
@@ -60,7 +65,7 @@ class Kind:
             return np.array([[-1.0, 1.0]])
         return np.eye(c)
 
-    def finish(self, grams: np.ndarray) -> np.ndarray:
+    def finish(self, grams: AnyArray) -> AnyArray:
         """Returns the kernel of products of rows: `[N1, N2, k, k]`, or `[N1, N2, k]` where only equal ones are paired.
 
         Linear, so that it may be applied to sums of them, or to each block's.

@@ -24,11 +24,9 @@ from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
 from jaxlin.mesh import Share, fetch, place
 from jaxlin.ntk.jacobian import MAX_CHUNK, MEMORY_BUDGET, num_outputs, outputs_and_jacobian, to_float64
+from jaxlin.ntk.on_device import summed_gram
 from jaxlin.ntk.work import PASSES, TILES, PhaseProgress
 from jaxlin.tunable import Batch, Blocks, Tunable, leaf_paths
-
-_GRAM_COLUMNS = 1 << 12
-"""Columns of J that are converted to float64 at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,30 +88,15 @@ def _meet(
 
     def local(rows: Array, visitor: Array) -> tuple[Array, Array | None]:
         starts = np.cumsum((0, *ring.widths[:-1])).tolist()
-        tiles = [_gram(rows, visitor, *block, ring.diagonal) for block in zip(starts, ring.widths, strict=True)]
+        tiles = [
+            summed_gram(rows, visitor, diagonal=ring.diagonal, start=start, width=width)
+            for start, width in zip(starts, ring.widths, strict=True)
+        ]
         onwards = [(i, (i + 1) % ring.size) for i in range(ring.size)]
         return jnp.stack(tiles), jax.lax.ppermute(visitor, ring.axis, onwards) if passes else None
 
     out_specs = (PartitionSpec(None, ring.axis), ring.split)
     return ring.map(local, (ring.split, ring.split), out_specs)(rows, visitor)
-
-
-def _gram(rows1: Array, rows2: Array, start: int, width: int, diagonal: bool) -> Float[Array, "n1 n2 ..."]:
-    """Returns `J1 J2ᵀ` of some columns, converted to and summed in float64 part by part: J is never held in it."""
-    (n1, k, _), n2 = rows1.shape, rows2.shape[0]
-    formula, shape = ("ikp,jkp->kij", (k, n1, n2)) if diagonal else ("iap,jbp->iajb", (n1, k, n2, k))
-
-    def add(begin: Array | int, columns: int, total: Array) -> Array:
-        some = [jax.lax.dynamic_slice_in_dim(rows, begin, columns, axis=2) for rows in (rows1, rows2)]
-        return total + jnp.einsum(formula, *(part.astype(jnp.float64) for part in some), precision="highest")
-
-    total = jnp.zeros(shape, jnp.float64)
-    loops, rest = divmod(width, _GRAM_COLUMNS)
-    if loops:
-        total = jax.lax.fori_loop(0, loops, lambda i, t: add(start + i * _GRAM_COLUMNS, _GRAM_COLUMNS, t), total)
-    if rest:
-        total = add(start + loops * _GRAM_COLUMNS, rest, total)
-    return total.transpose(1, 2, 0) if diagonal else total.transpose(0, 2, 1, 3)
 
 
 def ring_parts(

@@ -6,7 +6,9 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -36,7 +38,7 @@ class Rows:
             folder: For the chunks, or `None`.
         """
         self.folder = folder
-        self._held: dict[int, dict[str, np.ndarray]] = {}
+        self._held: dict[int, dict[str, Any]] = {}
         self._examples: dict[int, np.ndarray] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -52,15 +54,19 @@ class Rows:
         """Returns how many examples the chunk at a position holds; 0 where there is none."""
         return len(self._examples.get(position, ()))
 
-    def put(self, position: int, examples: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+    def put(self, position: int, examples: np.ndarray, arrays: Mapping[str, Any]) -> None:
         """Adds a chunk, whole or not at all.
 
         Args:
             position: That orders the chunks.
-            examples: Which ones.
-            arrays: By name, an example on the leading axis; one that is zero everywhere may be left out.
+            examples: Which ones, ascending.
+            arrays: By name, an example on the leading axis; one that is zero everywhere may be left out. Those on a
+                device stay there, unless they go to files, and more than the examples may follow.
         """
-        arrays = {name: _storable(value) for name, value in arrays.items()}
+        arrays = {
+            name: value if self.folder is None and isinstance(value, jax.Array) else _storable(np.asarray(value))
+            for name, value in arrays.items()
+        }
         if self.folder is None:
             self._held[position] = dict(arrays)
         else:
@@ -71,16 +77,24 @@ class Rows:
             os.replace(file.with_suffix(".partial"), file)
         self._examples[position] = np.asarray(examples)
 
-    def read(self, names: tuple[str, ...], start: int, stop: int) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
-        """Yields the arrays of every example from `start` to `stop` that has all of them; from files, copies."""
+    def chunks(
+        self, names: tuple[str, ...], start: int, stop: int
+    ) -> Iterator[tuple[np.ndarray, int, tuple[Any, ...]]]:
+        """Yields examples of a chunk from `start` to `stop`, where they begin in it, its arrays if all are there."""
         for position in sorted(self._examples):
             examples = self._examples[position]
-            wanted = np.flatnonzero((examples >= start) & (examples < stop))
-            if wanted.size and (arrays := self._arrays(position, names)):
-                for i in wanted.tolist():
-                    own = tuple(array[i] for array in arrays)
-                    # From files: a view would hold the whole chunk.
-                    yield int(examples[i]), own if self.folder is None else tuple(array.copy() for array in own)
+            first, last = np.searchsorted(examples, (start, stop)).tolist()
+            if first < last and (arrays := self._arrays(position, names)):
+                yield examples[first:last], first, arrays
+
+    def read(self, names: tuple[str, ...], start: int, stop: int) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
+        """Yields the arrays of every example from `start` to `stop` that has all of them; from files, copies."""
+        for examples, first, arrays in self.chunks(names, start, stop):
+            on_host = jax.device_get(arrays)
+            for i, example in enumerate(examples.tolist(), start=first):
+                own = tuple(array[i] for array in on_host)
+                # From files: a view would hold the whole chunk.
+                yield example, own if self.folder is None else tuple(array.copy() for array in own)
 
     def stacked(self, name: str, start: int, stop: int) -> np.ndarray | None:
         """Returns an array of the examples from `start` to `stop`; `None` where it vanishes for all of them."""
@@ -95,7 +109,7 @@ class Rows:
         assert self.folder is not None
         return self.folder / f"{position:010d}.safetensors"
 
-    def _arrays(self, position: int, names: tuple[str, ...]) -> tuple[np.ndarray, ...]:
+    def _arrays(self, position: int, names: tuple[str, ...]) -> tuple[Any, ...]:
         """Arrays of a chunk; none where one of them is not there."""
         if self.folder is None:
             held = self._held[position]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
+import jax
 import numpy as np
 
 from jaxlin.ntk.factored import Site, columns, readers, summed_in
@@ -100,7 +101,7 @@ class Derivatives:
         """Gives back the memory that derivatives of large leaves are formed in."""
         self._buffer = np.empty(0)
 
-    def tile(self, paths: Sequence[str], left: range, right: range, slab_bytes: int) -> np.ndarray:
+    def tile(self, paths: Sequence[str], left: range, right: range, slab_bytes: int) -> np.ndarray | jax.Array:
         """Returns the kernel of some leaves and examples, in the shape of its kind, float64."""
         shape = (len(left), len(right)) + ((self.k,) if self.kind.diagonal else (self.k, self.k))
         product, total = gram_of_equal if self.kind.diagonal else gram, np.zeros(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -30,6 +31,7 @@ from jaxlin.ntk.jacobian import (
     to_float64,
 )
 from jaxlin.ntk.kinds import Kind, signs, thresholds, without_sign
+from jaxlin.ntk.on_device import DeviceDerivatives, multiplies_on_device
 from jaxlin.ntk.rows import Rows
 from jaxlin.ntk.threads import num_threads
 from jaxlin.ntk.tiles import Derivatives
@@ -42,12 +44,18 @@ PASSES, TILES = "Jacobians", "kernel tiles"
 """Phases of the work: examples, and tiles of the kernel."""
 
 _SLAB_BYTES = 1 << 28
-"""Size of the derivatives that are formed at a time."""
+"""Largest size of the derivatives that are formed at a time on the host."""
 
 _SMALLEST_SLAB = 1 << 20
 
 _CPU_CHUNK = 4
 """Examples of a pass that keeps factors on a CPU, whose caches hold no more; measured by benchmarks/ntk.py."""
+
+_TILES_ON_THEIR_WAY = 4
+"""Tiles that are fetched from a device while the next is computed, where none is to survive the process."""
+
+_GPU_POSITIONS = 1 << 13
+"""Tokens of a pass on a GPU, which fewer would leave idle; measured by benchmarks/gpu.py."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,11 +221,14 @@ class Work:
         Raises:
             InputError: If not even one example does.
         """
-        budget, one = self.memory_budget, self._example_bytes()
-        most = _CPU_CHUNK if self.engine == "factored" and jax.default_backend() == "cpu" else MAX_CHUNK
+        budget, one, most = self.memory_budget, self._example_bytes(), MAX_CHUNK
+        if self.engine == "factored" and jax.default_backend() == "cpu":
+            most = _CPU_CHUNK
+        elif self.engine == "factored" and multiplies_on_device():
+            most = max(1, _GPU_POSITIONS // max(math.prod(site.inputs[:-1]) for site in self.sites))
         longest, given = max(map(len, self._both())), self._given_bytes()
         chunk = int(np.clip(budget // 16 // max(one, 1), 1, min(most, longest)))
-        slab = int(np.clip(budget // 8, 1, _SLAB_BYTES))
+        slab = budget // 8 if multiplies_on_device() else int(np.clip(budget // 8, 1, _SLAB_BYTES))
         # In memory if all of it, or half of the budget, is enough for what the passes give.
         beside = max(self._tile_bytes(longest, slab, False), 2 * chunk * one)
         spilled = given > budget // 2 and given + beside > budget
@@ -269,13 +280,14 @@ class Work:
         ):
             yield
 
-    def _pass(self, batch: Batch) -> dict[str, np.ndarray]:
-        """What one pass gives for a batch, on the host."""
+    def _pass(self, batch: Batch) -> dict[str, Any]:
+        """What one pass gives for a batch, on its way on the device if it is multiplied there, else on the host."""
+        fetch = (lambda found: found) if multiplies_on_device() else jax.device_get
         seeds = self.kind.seeds(self.c).astype(np.float64 if self._dtype == np.float64 else np.float32)
         with self._precisely():
             if self.engine == "factored":
-                return jax.device_get(derivatives_and_factors(*self._function, batch, seeds, self.sites))
-            _, rows = jax.device_get(outputs_and_jacobian(*self._function, batch, seeds))
+                return fetch(derivatives_and_factors(*self._function, batch, seeds, self.sites))
+            _, rows = fetch(outputs_and_jacobian(*self._function, batch, seeds))
         leaves = zip(leaf_paths(self.theta), jax.tree.leaves(rows), strict=True)
         return {path: leaf.reshape(*leaf.shape[:2], -1) for path, leaf in leaves}
 
@@ -292,28 +304,39 @@ class Work:
         base = 0
         for group in data.groups():
             group = group if only is None else group[np.isin(group, only)]
-            start = 0
-            while start < len(group):
-                if not (count := rows.done(base + start)):
-                    examples = group[start : start + plan.chunk]
-                    try:
-                        found = self._pass(data.batch(examples, plan.chunk))
-                        self._keep(rows, base + start, examples, found)
-                    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-                        if plan.chunk == 1 or not _out_of_memory(error):
-                            raise
-                        event = f"out of memory in a pass of {plan.chunk} examples: {plan.chunk // 2} from then on"
-                        plan = dataclasses.replace(plan, chunk=plan.chunk // 2, events=(*plan.events, event))
-                        changed(plan)
-                        continue
-                    count = len(examples)
-                start += count
-                report(count)
+            start, running = 0, None  # on a device, a pass runs while the next is prepared
+            while running or start < len(group):
+                oldest = running[0] if running else start
+                try:
+                    following = None
+                    if start < len(group) and not rows.done(base + start):
+                        examples = group[start : start + plan.chunk]
+                        following = (start, examples, self._pass(data.batch(examples, plan.chunk)))
+                        start += len(examples)
+                    if not multiplies_on_device():
+                        running, following = following, None
+                    if running:
+                        self._keep(rows, base + running[0], running[1], running[2])
+                        report(len(running[1]))
+                    if not following and not running:
+                        report(count := rows.done(base + start))
+                        start += count
+                    running = following
+                except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                    if plan.chunk == 1 or not _out_of_memory(error):
+                        raise
+                    event = f"out of memory in a pass of {plan.chunk} examples: {plan.chunk // 2} from then on"
+                    plan = dataclasses.replace(plan, chunk=plan.chunk // 2, events=(*plan.events, event))
+                    changed(plan)
+                    start, running = oldest, None
             base += len(group)
         return plan
 
-    def _keep(self, rows: Rows, position: int, examples: np.ndarray, found: Mapping[str, np.ndarray]) -> None:
-        own = {name: value[: len(examples)] for name, value in found.items()}
+    def _keep(self, rows: Rows, position: int, examples: np.ndarray, found: Mapping[str, Any]) -> None:
+        if multiplies_on_device() and rows.folder is None:  # as it is: slices would be copies of other sizes
+            rows.put(position, examples, jax.block_until_ready(found))
+            return
+        own = {name: value[: len(examples)] for name, value in jax.device_get(found).items()}
         # LoRA's A where B = 0: its zeros are neither kept nor multiplied.
         rows.put(position, examples, {n: v for n, v in own.items() if n not in self._sizes or v.any()})
 
@@ -339,7 +362,8 @@ class Work:
         return None if without_sign(path) else signs(rows, thresholds(np.abs(rows).max(axis=-1), self._dtype))
 
     def _derivatives(self, first: Rows, last: Rows) -> Derivatives:
-        return Derivatives(first, last, self._large, self.k, self.kind, self._dtype)
+        made = DeviceDerivatives if multiplies_on_device() else Derivatives
+        return made(first, last, self._large, self.k, self.kind, self._dtype)
 
     def tiles(self, plan: Plan) -> list[tuple[str, range, range]]:
         """Returns block, rows and columns of every tile, block by block; above the diagonal only where symmetric."""
@@ -414,26 +438,36 @@ class Work:
                 rows.append(Rows(folder and folder / name))
                 plan = self._run_passes(data, rows[-1], plan, replanned, report)
             derivatives = self._derivatives(rows[0], rows[-1])
-            before = len(tiles) - len(todo)
-            for count, (block, left, right) in enumerate(todo, start=1):
-                before_it, (found, plan) = plan, self._tile(derivatives, block, left, right, plan)
+            count = len(tiles) - len(todo)
+            on_their_way: collections.deque[tuple[tuple[str, range, range], Any]] = collections.deque()
+
+            def write_first() -> None:
+                nonlocal count
+                tile, found = on_their_way.popleft()
+                write(*tile, np.asarray(found))
+                count += 1
+                if progress is not None:
+                    progress(TILES, count, len(tiles))
+
+            for tile in todo:
+                before_it, (found, plan) = plan, self._tile(derivatives, *tile, plan)
                 if plan is not before_it:
                     changed(plan, epsilon)
-                write(block, left, right, found)
-                if progress is not None:
-                    progress(TILES, before + count, len(tiles))
+                on_their_way.append((tile, found))
+                while len(on_their_way) > (_TILES_ON_THEIR_WAY if folder is None else 0):
+                    write_first()
+            while on_their_way:
+                write_first()
         return epsilon
 
-    def _tile(
-        self, derivatives: Derivatives, block: str, left: range, right: range, plan: Plan
-    ) -> tuple[np.ndarray, Plan]:
-        """One tile; with smaller slabs where memory runs out."""
+    def _tile(self, derivatives: Derivatives, block: str, left: range, right: range, plan: Plan) -> tuple[Any, Plan]:
+        """One tile, perhaps still on its way from the device; with smaller slabs where memory runs out."""
         paths = [path for path in self.blocks[block] if path in self._sizes]
         while True:
             try:
-                return derivatives.tile(paths, left, right, plan.slab_bytes), plan
-            except MemoryError:
-                if plan.slab_bytes <= _SMALLEST_SLAB or not self._large:
+                return jax.block_until_ready(derivatives.tile(paths, left, right, plan.slab_bytes)), plan
+            except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                if plan.slab_bytes <= _SMALLEST_SLAB or not self._large or not _out_of_memory(error):
                     raise
                 derivatives.release()
                 event = f"out of memory in a tile with slabs of {plan.slab_bytes} bytes: half of it from then on"
@@ -491,14 +525,14 @@ class Work:
 
 
 def _seconds_a_product(dtype: type[np.floating]) -> float:
-    """Time of a multiplication and addition within a matrix product on the host."""
-    square = np.ones((512, 1 << 13), dtype)
-    other = np.ones((512, 1 << 13), dtype)
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        square @ other.T
-        times.append(time.perf_counter() - begin)
+    """Time of a multiplication and addition within a matrix product where kernels are multiplied."""
+    wide, times = np.ones((512, 1 << 13), dtype), []
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
+        sides = jax.device_put((wide, wide)) if multiplies_on_device() else (wide, wide.copy())
+        for _ in range(5):
+            begin = time.perf_counter()
+            jax.block_until_ready(sides[0] @ sides[1].T)
+            times.append(time.perf_counter() - begin)
     return min(times) / (512 * 512 * (1 << 13))
 
 

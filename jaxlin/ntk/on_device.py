@@ -1,0 +1,147 @@
+"""Kernel tiles on a GPU: what the passes gave stays there, and so do the products, in float64.
+
+One H200 multiplies 55 TFLOP/s in float64, where two cores of a host do 0.15 (benchmarks/gpu.py, benchmarks/ntk.py), and
+to fetch the Jacobian takes longer than to compute it. Elsewhere (`tiles`) the host multiplies: a CPU is the host, and a
+TPU has no float64.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxlin.ntk.factored import summed_in
+from jaxlin.ntk.tiles import Derivatives
+
+_COPIED_NUMBERS = 1 << 26
+"""Of rows of J that are converted to float64 at a time: 512 MiB of them."""
+
+
+def multiplies_on_device() -> bool:
+    """Returns whether kernels are multiplied where the network runs: on a GPU."""
+    return jax.default_backend() == "gpu"
+
+
+def summed_gram(
+    rows1: Float[Array, "n1 k P"],
+    rows2: Float[Array, "n2 k P"],
+    *,
+    diagonal: bool = False,
+    start: int = 0,
+    width: int | None = None,
+    at_a_time: int = 1 << 12,
+) -> Float[Array, "n1 n2 ..."]:
+    """Returns `J1 J2ᵀ`, converted to and summed in float64 part by part: J is never held in it; within a `jit`.
+
+    Args:
+        rows1: On the left.
+        rows2: On the right.
+        diagonal: Whether only rows of equal index are multiplied: `[n1, n2, k]`, else `[n1, n2, k, k]`.
+        start: First column that enters.
+        width: Number of columns; default all.
+        at_a_time: How many are converted at a time.
+    """
+    (n1, k, size), n2 = rows1.shape, rows2.shape[0]
+    width = size if width is None else width
+    formula, shape = ("ikp,jkp->kij", (k, n1, n2)) if diagonal else ("iap,jbp->iajb", (n1, k, n2, k))
+
+    def add(begin: Array | int, columns: int, total: Array) -> Array:
+        some = [jax.lax.dynamic_slice_in_dim(rows, begin, columns, axis=2) for rows in (rows1, rows2)]
+        return total + jnp.einsum(formula, *(part.astype(jnp.float64) for part in some), precision="highest")
+
+    total = jnp.zeros(shape, jnp.float64)
+    loops, rest = divmod(width, at_a_time)
+    if loops:
+        total = jax.lax.fori_loop(0, loops, lambda i, t: add(start + i * at_a_time, at_a_time, t), total)
+    if rest:
+        total = add(start + loops * at_a_time, rest, total)
+    return total.transpose(1, 2, 0) if diagonal else total.transpose(0, 2, 1, 3)
+
+
+Parts = tuple[list[Array], np.ndarray | Array]
+"""Rows of J as the passes gave them, and where among them the wanted examples stand; out of range for zero."""
+
+
+@functools.partial(jax.jit, static_argnames=("diagonal",), donate_argnames=("total",))
+def _add_gram(total: Array, left: Parts, right: Parts | None, diagonal: bool) -> Array:
+    """Adds the products of some columns of J; without `right`, of those on the left with themselves."""
+    rows1, *others = (
+        jnp.take(jnp.concatenate(parts), where, axis=0, mode="fill", fill_value=0)
+        for parts, where in ([left] if right is None else [left, right])
+    )
+    rows2 = others[0] if others else rows1
+    at_a_time = max(1 << 12, _COPIED_NUMBERS // (max(len(rows1), len(rows2)) * rows1.shape[1]))
+    return total + summed_gram(rows1, rows2, diagonal=diagonal, at_a_time=at_a_time)
+
+
+@functools.partial(jax.jit, donate_argnames=("total",))
+def _symmetric(total: Array) -> Array:
+    """The same without rounding's asymmetry."""
+    return (total + total.transpose((1, 0, *range(2, total.ndim)[::-1]))) / 2
+
+
+@functools.partial(jax.jit, static_argnames=("width", "dtype"))
+def _columns(x: Array, delta: Array, start: Array, width: int, dtype: Any) -> Float[Array, "n k size"]:
+    """Derivatives of some examples with respect to `width` rows of a dense kernel from `start`."""
+    n, k, d_out = len(x), delta.shape[1], delta.shape[-1]
+    some = jax.lax.dynamic_slice_in_dim(x.reshape(n, -1, x.shape[-1]), start, width, axis=2).astype(dtype)
+    flowed = delta.reshape(n, k, -1, d_out).astype(dtype)
+    return jnp.einsum("nti,nkto->nkio", some, flowed, precision="highest").reshape(n, k, -1)
+
+
+class DeviceDerivatives(Derivatives):
+    """Derivatives that are formed and multiplied on the device, except for embeddings and signs."""
+
+    def tile(self, paths: Sequence[str], left: range, right: range, slab_bytes: int) -> Array | np.ndarray:
+        """Returns the kernel of some leaves and examples, in the shape of its kind, float64; its copy is on the way."""
+        words = [path for path in paths if path in self.sites and self.sites[path].factored == "embedding"]
+        if self.kind.of_signs or len(words) == len(paths):
+            return super().tile(paths, left, right, slab_bytes)
+        shape = (len(left), len(right)) + ((self.k,) if self.kind.diagonal else (self.k, self.k))
+        mirrored = self.last is self.first and left == right
+        with jax.enable_x64(True):
+            total = jnp.zeros(shape)
+            for path in paths:
+                if path not in words:
+                    for parts in self._formed(path, [left] if mirrored else [left, right], slab_bytes):
+                        total = _add_gram(total, parts[0], None if mirrored else parts[1], self.kind.diagonal)
+            found = self.kind.finish(_symmetric(total) if mirrored else total)
+            found.copy_to_host_async()
+        return np.asarray(found) + super().tile(words, left, right, slab_bytes) if words else found
+
+    def _formed(self, path: str, sides: Sequence[range], slab_bytes: int) -> Iterator[list[Parts]]:
+        """Yields the derivatives of each side with respect to a leaf, some of its rows at a time where it is large."""
+        site, dtype = self.sites.get(path), summed_in(self.dtype)
+        names = (path,) if site is None else site.names
+        held = [_held(rows, names, side) for rows, side in zip((self.first, self.last), sides, strict=False)]
+        if not all(chunks for chunks, _ in held):
+            return
+        if site is None:
+            yield [([part for (part,) in chunks], where) for chunks, where in held]
+            return
+        d_in, d_out = site.inputs[-1], site.outputs[-1]
+        width = int(np.clip(slab_bytes // (np.dtype(dtype).itemsize * self.k * d_out * sum(map(len, sides))), 1, d_in))
+        width = next((w for w in range(width, width // 2, -1) if d_in % w == 0), width)  # of one size: compiled once
+        for start in range(0, d_in, width):
+            size = min(width, d_in - start)
+            yield [([_columns(*chunk, start, size, dtype) for chunk in chunks], where) for chunks, where in held]
+
+
+def _held(rows: Rows, names: tuple[str, ...], side: range) -> tuple[list[tuple[Array, ...]], np.ndarray]:
+    """The chunks that hold the examples of a side, on the device, and where those stand in them."""
+    chunks, examples, places, count = [], [], [], 0
+    for some, first, arrays in rows.chunks(names, side.start, side.stop):
+        chunks.append(tuple(array if isinstance(array, jax.Array) else jnp.asarray(array) for array in arrays))
+        examples.append(some - side.start)
+        places.append(count + first + np.arange(len(some)))
+        count += len(arrays[0])
+    where = np.full(len(side), count)
+    if chunks:
+        where[np.concatenate(examples)] = np.concatenate(places)
+    return chunks, where

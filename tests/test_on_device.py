@@ -1,0 +1,120 @@
+"""Kernels that are multiplied where the network runs, as on a GPU, against those of the host."""
+
+import jax
+import numpy as np
+import pytest
+
+import jaxlin as jl
+from jaxlin.ntk import on_device, work
+from tests import cases
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The choice alone is made as there; the device is whichever there is."""
+
+    def choose(there):
+        monkeypatch.setattr(work, "multiplies_on_device", lambda: there)
+
+    return choose
+
+
+def both(choose, *args, **options):
+    choose(False)
+    expected = jl.ntk(*args, check_examples=1, **options)
+    choose(True)
+    return jl.ntk(*args, check_examples=1, **options), expected
+
+
+def test_a_gpu_is_where_it_multiplies():
+    assert on_device.multiplies_on_device() == (jax.default_backend() == "gpu")
+
+
+POINTS = [(name, away) for name in ("lora", "ia3", "full") for away in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "away"),
+    [
+        pytest.param(
+            *point,
+            marks=() if point == ("lora", True) else pytest.mark.slow,
+            id=f"{point[0]}-{'elsewhere' if point[1] else 'theta0'}",
+        )
+        for point in POINTS
+    ],
+)
+def test_it_equals_the_host(model, batch, name, away, as_on_a_gpu):
+    tun = cases.PEFT[name](model)
+    theta = cases.moved(tun) if away else None
+    found, expected = both(as_on_a_gpu, tun, batch, theta=theta, blocks="leaf")
+    assert found.info.engine == "factored"
+    assert list(found.parts) == list(expected.parts)
+    for block, part in expected.parts.items():
+        assert np.abs(found.parts[block] - part).max() < 1e-6 * np.abs(expected.array).max()
+    np.testing.assert_array_equal(found.matrix(), found.matrix().T)
+    assert found.info.epsilon_J == pytest.approx(expected.info.epsilon_J, rel=1e-3)
+    dense, _ = cases.reference_jacobian(tun, batch, theta)
+    assert cases.relative_error(found.matrix(), dense @ dense.T) < 5e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [
+        ("trace", "factored"),
+        pytest.param("pseudo", "factored", marks=pytest.mark.slow),
+        pytest.param("signgd", "factored", marks=pytest.mark.slow),
+        pytest.param("trace", "jacobian", marks=pytest.mark.slow),
+        pytest.param("signgd", "jacobian", marks=pytest.mark.slow),
+    ],
+)
+def test_kinds_engines_and_other_examples(model, batch, kind, engine, as_on_a_gpu):
+    tun, other = jl.select(model, "layer_1/mlp/up|word"), cases.text_batch(4, seed=9, longest=12)
+    for x2 in (None, other):
+        found, expected = both(as_on_a_gpu, tun, batch, x2, kind=kind, engine=engine)
+        assert cases.relative_error(found.array, expected.array) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "memory_budget",
+    [pytest.param(133_000, marks=pytest.mark.slow, id="in memory"), pytest.param(100_000, id="in files")],
+)
+def test_invariance_to_chunks_tiles_and_slabs(model, batch, memory_budget, as_on_a_gpu):
+    tun = jl.select(model, "layer_1/mlp|word")
+    found, expected = both(as_on_a_gpu, tun, batch, memory_budget=memory_budget, blocks="layer")
+    whole = jl.ntk(tun, batch, blocks="layer")
+    for name, part in expected.parts.items():
+        assert cases.relative_error(found.parts[name], part) < 1e-6
+        assert cases.relative_error(found.parts[name], whole.parts[name]) < 1e-6
+
+
+@pytest.mark.parametrize("fails_at", [1, 3])
+def test_memory_that_runs_out_in_a_pass_that_is_on_its_way(model, batch, fails_at, as_on_a_gpu, monkeypatch):
+    """A device says so when a result is waited for, with the next pass begun."""
+    tun, keep, calls, seen = jl.select(model, "layer_1/mlp/up/bias"), work.Work._keep, [], []
+
+    def keep_or_fail(self, rows, position, examples, found):
+        calls.append(len(examples))
+        if len(calls) == fails_at:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        keep(self, rows, position, examples, found)
+
+    monkeypatch.setattr(work, "_CPU_CHUNK", 2)
+    expected = jl.ntk(tun, batch, check_examples=0)
+    as_on_a_gpu(True)
+    monkeypatch.setattr(work.Work, "_keep", keep_or_fail)
+    found = jl.ntk(tun, batch, check_examples=0, progress=lambda *step: seen.append(step))
+    assert cases.relative_error(found.array, expected.array) < 1e-6
+    assert "out of memory in a pass of 2 examples: 1 from then on" in found.info.note
+    assert set(calls[fails_at:]) == {1}
+    assert sum(calls) - calls[fails_at - 1] == 6
+    assert [done for phase, done, _ in seen if phase == work.PASSES][-1] == 6
+
+
+@pytest.mark.slow
+def test_a_store_and_its_estimate(model, batch, tmp_path, as_on_a_gpu):
+    as_on_a_gpu(True)
+    tun = jl.lora(model, rank=2)
+    stored = jl.ntk(tun, batch, store=tmp_path / "kernel")
+    np.testing.assert_array_equal(stored.array, jl.ntk(tun, batch).array)
+    assert jl.ntk_estimate(tun, batch).seconds > 0
