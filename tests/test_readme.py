@@ -44,6 +44,21 @@ def test_kernel_times_are_those_measured():
     assert f"kernels reach {min(shares):.2f} to {max(shares):.2f} of the limit" in README
 
 
+def test_kernel_times_on_a_gpu_are_those_measured():
+    record = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text())
+    rates = {way: f"{rate / 1e12:.0f}" for way, rate in record["about"]["rates"].items()}
+    said = "{float32} TFLOP/s in float32, {tf32} in TF32, {bfloat16} in bfloat16, {float64} in float64"
+    assert said.format(**rates) in BENCHMARKS
+    for row in record["rows"]:
+        seconds, forwards = row["seconds"], row["seconds"] / row["N"] / row["forward_seconds"]
+        cells = [row["tuned"], row["computed_in"], str(row["T"]), str(row["N"]), f"{seconds:.2f}"]
+        cells += [f"{row['pass_seconds']:.2f}", f"{row['limit_seconds'] / seconds:.2f}", f"{forwards:.1f}"]
+        cells.append("–" if row["error"] is None else f"{row['error']:.0e}")
+        assert f"| {' | '.join(cells)} |" in BENCHMARKS
+        if (row["computed_in"], row["N"]) == ("float32", 1024):
+            assert f"on an H200 that of 1,024 texts takes {seconds:.1f} s in float32" in README
+
+
 def test_plain_pip_line_has_every_requirement():
     """Those not named come with those named.
 
