@@ -294,6 +294,7 @@ def _draw_choice(axis: Axes, tables: Tables) -> None:
     axis.axvline(0, color="#000000", lw=0.7)
     axis.set_yticks(range(len(chosen.OTHERS)), [chosen.NAMES[other] for other in chosen.OTHERS])
     axis.set_ylim(len(chosen.OTHERS) - 0.5, -0.5)
+    axis.locator_params(axis="x", nbins=5)
     axis.set(title="Chosen layers against others", xlabel="score: chosen − other")
 
 
