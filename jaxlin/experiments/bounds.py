@@ -8,18 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-
 from jaxlin import plots
-from jaxlin.errors import InputError, TrainingDivergedError
-from jaxlin.experiments.data_arguments import DataArguments
+from jaxlin.errors import TrainingDivergedError
+from jaxlin.experiments.data_arguments import DataArguments, check_numbers
 from jaxlin.experiments.model_arguments import ModelArguments, starts_as_probe
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
 from jaxlin.experiments.run_arguments import OutputArguments
 from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
 from jaxlin.experiments.setting import load
-from jaxlin.experiments.tables import bound_lines, bound_table, constants_table
+from jaxlin.experiments.tables import bound_lines, bound_table, constants_table, make_console
 from jaxlin.experiments.tuned_arguments import TunedArguments, tune
 from jaxlin.training.bound_sweep import LAM_REL, BoundSweep, bound_sweep, check_sweep
 
@@ -70,21 +68,6 @@ class BoundsConfig:
     output: OutputArguments = dataclasses.field(default_factory=OutputArguments)
 
 
-def _check(config: BoundsConfig) -> None:
-    """Refuses what cannot be meant.
-
-    Raises:
-        InputError: If something is.
-    """
-    arguments = config.bounds
-    if arguments.num_samples < 1:
-        raise InputError(f"--num_samples {arguments.num_samples}: expected at least 1")
-    if not arguments.memory_budget > 0:
-        raise InputError(f"--memory_budget {arguments.memory_budget}: expected GiB above 0")
-    if config.data.max_train_samples or config.data.max_eval_samples:
-        raise InputError("--max_train_samples and --max_eval_samples are of compare; give --num_samples")
-
-
 def run(config: BoundsConfig) -> BoundSweep:
     """Runs the sweep and writes its folder.
 
@@ -100,7 +83,7 @@ def run(config: BoundsConfig) -> BoundSweep:
         KeyboardInterrupt: If interrupted; the log is kept.
     """
     begin, arguments = time.monotonic(), config.bounds
-    _check(config)
+    check_numbers(config.bounds, config.data, num_samples=1)
     default = Path("runs") / time.strftime("bounds-%Y%m%d-%H%M%S")
     folder = RunFolder(config.output.output_dir or default, config.output.overwrite_output_dir)
     loaded = load(config.model, config.data, {"train": arguments.num_samples, "eval": 0}, arguments.seed, "squared")
@@ -150,10 +133,7 @@ def _write(path: Path, record: Mapping[str, Any], result: BoundSweep, title: str
 
 
 def _print(result: BoundSweep, path: Path, seconds: float) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)
-    summary = result.summary
+    console, summary = make_console(), result.summary
     console.print(
         f"at θ₀ ({summary['train_examples']} training examples × {summary['outputs']} outputs): σ = ‖J₀‖₂ = "
         f"{summary['sigma']:.4g}, μ₁ = σ² = {summary['mu_1']:.4g}, β = {summary['beta_start']:.4g}, "

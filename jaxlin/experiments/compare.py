@@ -35,7 +35,14 @@ from jaxlin.experiments.run_arguments import (
 )
 from jaxlin.experiments.run_folder import RunFolder, SilentFolder, write_csv, write_json
 from jaxlin.experiments.setting import prepare
-from jaxlin.experiments.tables import gap_tables, late_table, linearization_table, score_table, spectrum_line
+from jaxlin.experiments.tables import (
+    gap_tables,
+    late_table,
+    linearization_table,
+    make_console,
+    score_table,
+    spectrum_line,
+)
 from jaxlin.experiments.tuned_arguments import FROZEN_A, TunedArguments
 from jaxlin.sharding import DATA
 from jaxlin.training.compare import Comparison, check_comparison, compare
@@ -211,9 +218,7 @@ def run(config: CompareConfig) -> Comparison:
 
 
 def _print(result: Comparison, metrics: Sequence[str], path: Path, taken: Mapping[str, Any]) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)
+    console = make_console()
     examples, of = result.summary["kernel_examples"], result.summary["train_examples"]
     subset = "" if examples == of else f" of {of}"
     what = f"NTK at θ₀ ({examples}{subset} training examples × {result.summary['outputs']} outputs)"

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import os
 from pathlib import Path
+from typing import Any
 
 from jaxlin.data.columns import Columns
 from jaxlin.data.files import has_task, load_file_task, load_folder_task, tasks_in
@@ -94,6 +95,27 @@ def _check(arguments: DataArguments) -> None:
 
 def _may_be_of_hub(arguments: DataArguments) -> bool:
     return arguments.task_name in KNOWN_TASKS and arguments.data_dir is None
+
+
+def check_numbers(arguments: Any, data: DataArguments, **least: int) -> None:
+    """Refuses numbers of a command that takes its own `--num_samples` and a `--memory_budget`.
+
+    Args:
+        arguments: The command's.
+        data: Which data.
+        **least: Name of an argument to the smallest number that it may be.
+
+    Raises:
+        InputError: If one is too small, or examples are counted as another command counts them.
+    """
+    for name, smallest in least.items():
+        if getattr(arguments, name) < smallest:
+            raise InputError(f"--{name} {getattr(arguments, name)}: expected at least {smallest}")
+    if not arguments.memory_budget > 0:
+        raise InputError(f"--memory_budget {arguments.memory_budget}: expected GiB above 0")
+    if data.max_train_samples or data.max_eval_samples:
+        own = " and ".join(f"--{name}" for name in ("num_samples", "num_eval_samples") if hasattr(arguments, name))
+        raise InputError(f"--max_train_samples and --max_eval_samples are of compare; give {own}")
 
 
 def load_task(arguments: DataArguments, labelled: bool = True) -> Task:

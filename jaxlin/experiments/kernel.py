@@ -12,20 +12,19 @@ from typing import Any, Literal
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from jaxlin import plots
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
-from jaxlin.experiments.data_arguments import DataArguments
+from jaxlin.experiments.data_arguments import DataArguments, check_numbers
 from jaxlin.experiments.model_arguments import ModelArguments, starts_as_probe
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
 from jaxlin.experiments.run_arguments import OutputArguments
 from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
 from jaxlin.experiments.setting import Loaded, load
-from jaxlin.experiments.tables import spectrum_line
+from jaxlin.experiments.tables import make_console, spectrum_line
 from jaxlin.experiments.tuned_arguments import TunedArguments, tune
 from jaxlin.ntk.engine import ntk, ntk_estimate, ntk_plan
 from jaxlin.ntk.kernel import Kernel
@@ -99,15 +98,7 @@ def _check(config: KernelConfig) -> None:
         InputError: If something is.
     """
     arguments, output = config.kernel, config.output
-    for name, least in (("num_samples", 1), ("num_eval_samples", 0), ("check_examples", 0)):
-        if getattr(arguments, name) < least:
-            raise InputError(f"--{name} {getattr(arguments, name)}: expected at least {least}")
-    if not arguments.memory_budget > 0:
-        raise InputError(f"--memory_budget {arguments.memory_budget}: expected GiB above 0")
-    if config.data.max_train_samples or config.data.max_eval_samples:
-        raise InputError(
-            "--max_train_samples and --max_eval_samples are of compare; give --num_samples and --num_eval_samples"
-        )
+    check_numbers(arguments, config.data, num_samples=1, num_eval_samples=0, check_examples=0)
     if arguments.nearest_psd and kind_of(arguments.kind).symmetric:
         raise InputError(f"--nearest_psd is for --kind asymmetric_signgd; {arguments.kind} is symmetric as it is")
     if arguments.resume and output.output_dir is None:
@@ -299,10 +290,8 @@ def _write(results: _Results, title: str, path: Path, seconds: float) -> None:
 
 
 def _print(results: _Results, path: Path, seconds: float) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)
-    summary, plain = results.summary, functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    console, summary = make_console(), results.summary
+    plain = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     shape, info = "×".join(map(str, summary["shape"])), summary["kernel"]
     plain(
         f"kernel {summary['kind']} [{shape}] by {info['engine']}, J in {info['dtype']}, precision {info['precision']}"

@@ -17,7 +17,7 @@ from rich.table import Table
 from jaxlin import plots
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
-from jaxlin.experiments.data_arguments import DataArguments
+from jaxlin.experiments.data_arguments import DataArguments, check_numbers
 from jaxlin.experiments.model_arguments import ModelArguments, pretrained, starts_as_probe
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
@@ -25,6 +25,7 @@ from jaxlin.experiments.run_arguments import OutputArguments
 from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
 from jaxlin.experiments.select_page import LAM_BY, caveats, doubts, interval, named_criterion, page, rate_line
 from jaxlin.experiments.setting import Loaded, load
+from jaxlin.experiments.tables import make_console
 from jaxlin.experiments.tuned_arguments import TunedArguments, tune
 from jaxlin.models.model import Model
 from jaxlin.models.probe import probe_head
@@ -120,22 +121,8 @@ def _check(config: SelectConfig) -> None:
         InputError: If something is.
     """
     arguments = config.choice
-    for name, least in (
-        ("num_samples", 2),
-        ("probe_samples", 2),
-        ("num_eval_samples", 0),
-        ("draws", 1),
-        ("seed", 0),
-        ("lipschitz_directions", 0),
-    ):
-        if getattr(arguments, name) < least:
-            raise InputError(f"--{name} {getattr(arguments, name)}: expected at least {least}")
-    if not arguments.memory_budget > 0:
-        raise InputError(f"--memory_budget {arguments.memory_budget}: expected GiB above 0")
-    if config.data.max_train_samples or config.data.max_eval_samples:
-        raise InputError(
-            "--max_train_samples and --max_eval_samples are of compare; give --num_samples and --num_eval_samples"
-        )
+    least = {"num_samples": 2, "probe_samples": 2, "num_eval_samples": 0, "draws": 1, "seed": 0}
+    check_numbers(arguments, config.data, **least, lipschitz_directions=0)
     if config.model.adapter_name_or_path is not None:
         raise InputError(
             "--adapter_name_or_path is of compare, ntk and bounds; select chooses before anything is adapted"
@@ -322,9 +309,7 @@ def _write(
 
 
 def _print(report: LayerSelection, warnings: list[str], path: Path, seconds: float) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=100)
+    console = make_console()
     plain = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     criterion = report.search.criterion
     head = " and the head" if report.head else ""

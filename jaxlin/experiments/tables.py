@@ -6,10 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from jaxlin import plots
 from jaxlin.plots import late_rows
+
+
+def make_console() -> Console:
+    """Returns a console as wide as the terminal; 100 columns where the output goes elsewhere."""
+    console = Console()
+    return console if console.is_terminal else Console(width=100)
 
 
 def _show(value: Any, form: str = ".3g") -> str:

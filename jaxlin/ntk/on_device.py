@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxlin.ntk.factored import summed_in
+from jaxlin.ntk.rows import Rows
 from jaxlin.ntk.tiles import Derivatives
 
 _COPIED_NUMBERS = 1 << 26
