@@ -153,6 +153,7 @@ def main() -> None:
                     limit += n * C * 2 * length * weights * share / rates["float32"]
                     row = {"tuned": case, "computed_in": way, "T": length, "N": n, "C": C, "seconds": seconds}
                     row |= {"pass_seconds": passes, "limit_seconds": limit, "forward_seconds": forward, "error": error}
+                    row["first_call_seconds"] = first  # compiles, unless JAX's cache of compilations has it
                     rows.append(row)
                     numbers = (seconds, passes, limit, limit / seconds, seconds / n / forward)
                     print(

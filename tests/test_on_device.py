@@ -1,11 +1,14 @@
 """Kernels that are multiplied where the network runs, as on a GPU, against those of the host."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxlin as jl
+from jaxlin.data.dataset import as_dataset
 from jaxlin.ntk import on_device, work
+from jaxlin.ntk.store import KernelStore
 from tests import cases
 
 
@@ -63,7 +66,9 @@ def test_it_equals_the_host(model, batch, name, away, as_on_a_gpu):
     [
         ("trace", "factored"),
         pytest.param("pseudo", "factored", marks=pytest.mark.slow),
+        pytest.param("diagonal", "factored", marks=pytest.mark.slow),
         pytest.param("signgd", "factored", marks=pytest.mark.slow),
+        pytest.param("asymmetric_signgd", "factored", marks=pytest.mark.slow),
         pytest.param("trace", "jacobian", marks=pytest.mark.slow),
         pytest.param("signgd", "jacobian", marks=pytest.mark.slow),
     ],
@@ -73,6 +78,18 @@ def test_kinds_engines_and_other_examples(model, batch, kind, engine, as_on_a_gp
     for x2 in (None, other):
         found, expected = both(as_on_a_gpu, tun, batch, x2, kind=kind, engine=engine)
         assert cases.relative_error(found.array, expected.array) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["factored", "jacobian"])
+def test_other_precisions(batch, engine, as_on_a_gpu):
+    for model, dtype, tolerance in (
+        (cases.tiny_model(), "float64", 1e-12),
+        (cases.tiny_model(dtype=jnp.bfloat16), None, 1e-6),
+    ):
+        tun = jl.select(model, "layer_1/mlp|pooler")
+        found, expected = both(as_on_a_gpu, tun, batch, engine=engine, dtype=dtype)
+        assert cases.relative_error(found.array, expected.array) < tolerance
 
 
 @pytest.mark.parametrize(
@@ -99,9 +116,9 @@ def test_memory_that_runs_out_in_a_pass_that_is_on_its_way(model, batch, fails_a
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
         keep(self, rows, position, examples, found)
 
-    monkeypatch.setattr(work, "_CPU_CHUNK", 2)
     expected = jl.ntk(tun, batch, check_examples=0)
     as_on_a_gpu(True)
+    monkeypatch.setattr(work, "_GPU_CHUNK", 2)
     monkeypatch.setattr(work.Work, "_keep", keep_or_fail)
     found = jl.ntk(tun, batch, check_examples=0, progress=lambda *step: seen.append(step))
     assert cases.relative_error(found.array, expected.array) < 1e-6
@@ -111,10 +128,53 @@ def test_memory_that_runs_out_in_a_pass_that_is_on_its_way(model, batch, fails_a
     assert [done for phase, done, _ in seen if phase == work.PASSES][-1] == 6
 
 
-@pytest.mark.slow
-def test_a_store_and_its_estimate(model, batch, tmp_path, as_on_a_gpu):
+def test_memory_that_runs_out_in_a_tile(model, batch, as_on_a_gpu, monkeypatch):
+    tun, tile, calls = jl.select(model, "layer_1/mlp/up/kernel"), on_device.DeviceDerivatives.tile, []
+
+    def tile_or_fail(self, paths, left, right, slab_bytes):
+        calls.append(slab_bytes)
+        if len(calls) == 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return tile(self, paths, left, right, slab_bytes)
+
+    expected = jl.ntk(tun, batch, check_examples=0)
     as_on_a_gpu(True)
-    tun = jl.lora(model, rank=2)
-    stored = jl.ntk(tun, batch, store=tmp_path / "kernel")
-    np.testing.assert_array_equal(stored.array, jl.ntk(tun, batch).array)
+    monkeypatch.setattr(on_device.DeviceDerivatives, "tile", tile_or_fail)
+    found = jl.ntk(tun, batch, check_examples=0)
+    assert cases.relative_error(found.array, expected.array) < 1e-6
+    assert calls[1] == calls[0] // 2
+    assert "out of memory in a tile" in found.info.note
+
+
+def test_examples_of_a_pass(model, as_on_a_gpu, monkeypatch):
+    """As many as make products large; by the texts' tokens, also where the tuned module reads one position or none."""
+    as_on_a_gpu(True)
+    monkeypatch.setattr(work, "_GPU_TOKENS", 40)
+    batch = cases.text_batch(6, longest=10)
+    for tun in (jl.head_only(model), jl.select(model, "word"), jl.lora(model, rank=2)):
+        assert jl.ntk_plan(tun, batch).chunk == 4
+    monkeypatch.setattr(work, "_GPU_TOKENS", 1 << 13)
+    groups = as_dataset(batch).groups()
+    assert jl.ntk_plan(tun, batch).chunk == max(map(len, groups)) < 6
+
+
+@pytest.mark.slow
+def test_a_store_that_is_gone_on_with_and_its_estimate(model, batch, tmp_path, as_on_a_gpu, monkeypatch):
+    as_on_a_gpu(True)
+    tun, write = jl.lora(model, rank=2), KernelStore.write
+    expected, calls = jl.ntk(tun, batch, blocks="layer"), []
+
+    def write_once(self, *tile):
+        calls.append(tile)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(self, *tile)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KernelStore, "write", write_once)
+        with pytest.raises(KeyboardInterrupt):
+            jl.ntk(tun, batch, blocks="layer", store=tmp_path / "kernel")
+    stored = jl.ntk(tun, batch, blocks="layer", store=tmp_path / "kernel", resume=True)
+    for block, part in expected.parts.items():
+        np.testing.assert_array_equal(stored.parts[block], part)
     assert jl.ntk_estimate(tun, batch).seconds > 0

@@ -56,7 +56,7 @@ def test_kernel_times_on_a_gpu_are_those_measured():
         cells.append("–" if row["error"] is None else f"{row['error']:.0e}")
         assert f"| {' | '.join(cells)} |" in BENCHMARKS
         if (row["computed_in"], row["N"]) == ("float32", 1024):
-            assert f"on an H200 that of 1,024 texts takes {seconds:.1f} s in float32" in README
+            assert f"on an H200 one of 1,024 texts of 128 tokens takes {seconds:.1f} s in float32" in README
 
 
 def test_plain_pip_line_has_every_requirement():

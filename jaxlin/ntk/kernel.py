@@ -72,7 +72,8 @@ class Kernel:
     """Empirical NTK `K(x1, x2) = J(x1) J(x2)ᵀ`, unnormalised (theory 0), or of another kind, in float64 on the host.
 
     Attributes:
-        parts: Block name to its kernel, in the shape of the kind; the kernel is their sum. They may lie on disk.
+        parts: Block name to its kernel, in the shape of the kind; the kernel is their sum. They may lie on disk, and
+            are not to be written to.
         symmetric: Whether the kernel is symmetric: x2 is x1, and the kind is. It is positive semidefinite then.
         info: How it was computed.
         jacobian: Leaf path to `[N1, C, size]`, where it was kept; leaves that vanish are left out.

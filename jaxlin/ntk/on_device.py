@@ -1,8 +1,7 @@
 """Kernel tiles on a GPU: what the passes gave stays there, and so do the products, in float64.
 
-One H200 multiplies 55 TFLOP/s in float64, where two cores of a host do 0.15 (benchmarks/gpu.py, benchmarks/ntk.py), and
-to fetch the Jacobian takes longer than to compute it. Elsewhere (`tiles`) the host multiplies: a CPU is the host, and a
-TPU has no float64.
+One H200 multiplies 55 TFLOP/s in float64, where two cores of a host do 0.15 (benchmarks/gpu.py, benchmarks/ntk.py).
+Elsewhere (`tiles`) the host multiplies: a CPU is the host, and a TPU has no float64.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from jaxlin.ntk.factored import summed_in
 from jaxlin.ntk.rows import Rows
 from jaxlin.ntk.tiles import Derivatives
 
-_COPIED_NUMBERS = 1 << 26
-"""Of rows of J that are converted to float64 at a time: 512 MiB of them."""
+COPIED_NUMBERS = 1 << 26
+"""Of the rows of J of a side that are converted to float64 at a time: 512 MiB of them."""
 
 
 def multiplies_on_device() -> bool:
@@ -65,19 +64,19 @@ def summed_gram(
     return total.transpose(1, 2, 0) if diagonal else total.transpose(0, 2, 1, 3)
 
 
-Parts = tuple[list[Array], np.ndarray | Array]
+Held = tuple[list[Array], np.ndarray | Array]
 """Rows of J as the passes gave them, and where among them the wanted examples stand; out of range for zero."""
 
 
 @functools.partial(jax.jit, static_argnames=("diagonal",), donate_argnames=("total",))
-def _add_gram(total: Array, left: Parts, right: Parts | None, diagonal: bool) -> Array:
+def _add_gram(total: Array, left: Held, right: Held | None, diagonal: bool) -> Array:
     """Adds the products of some columns of J; without `right`, of those on the left with themselves."""
     rows1, *others = (
         jnp.take(jnp.concatenate(parts), where, axis=0, mode="fill", fill_value=0)
         for parts, where in ([left] if right is None else [left, right])
     )
     rows2 = others[0] if others else rows1
-    at_a_time = max(1 << 12, _COPIED_NUMBERS // (max(len(rows1), len(rows2)) * rows1.shape[1]))
+    at_a_time = max(1 << 12, COPIED_NUMBERS // (max(len(rows1), len(rows2)) * rows1.shape[1]))
     return total + summed_gram(rows1, rows2, diagonal=diagonal, at_a_time=at_a_time)
 
 
@@ -97,12 +96,12 @@ def _columns(x: Array, delta: Array, start: Array, width: int, dtype: Any) -> Fl
 
 
 class DeviceDerivatives(Derivatives):
-    """Derivatives that are formed and multiplied on the device, except for embeddings and signs."""
+    """Derivatives, not of signs, that are formed and multiplied on the device, except for embeddings."""
 
     def tile(self, paths: Sequence[str], left: range, right: range, slab_bytes: int) -> Array | np.ndarray:
         """Returns the kernel of some leaves and examples, in the shape of its kind, float64; its copy is on the way."""
         words = [path for path in paths if path in self.sites and self.sites[path].factored == "embedding"]
-        if self.kind.of_signs or len(words) == len(paths):
+        if len(words) == len(paths):
             return super().tile(paths, left, right, slab_bytes)
         shape = (len(left), len(right)) + ((self.k,) if self.kind.diagonal else (self.k, self.k))
         mirrored = self.last is self.first and left == right
@@ -116,7 +115,7 @@ class DeviceDerivatives(Derivatives):
             found.copy_to_host_async()
         return np.asarray(found) + super().tile(words, left, right, slab_bytes) if words else found
 
-    def _formed(self, path: str, sides: Sequence[range], slab_bytes: int) -> Iterator[list[Parts]]:
+    def _formed(self, path: str, sides: Sequence[range], slab_bytes: int) -> Iterator[list[Held]]:
         """Yields the derivatives of each side with respect to a leaf, some of its rows at a time where it is large."""
         site, dtype = self.sites.get(path), summed_in(self.dtype)
         names = (path,) if site is None else site.names
@@ -138,6 +137,7 @@ def _held(rows: Rows, names: tuple[str, ...], side: range) -> tuple[list[tuple[A
     """The chunks that hold the examples of a side, on the device, and where those stand in them."""
     chunks, examples, places, count = [], [], [], 0
     for some, first, arrays in rows.chunks(names, side.start, side.stop):
+        # asarray of what is there already takes longer than to look.
         chunks.append(tuple(array if isinstance(array, jax.Array) else jnp.asarray(array) for array in arrays))
         examples.append(some - side.start)
         places.append(count + first + np.arange(len(some)))

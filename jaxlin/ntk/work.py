@@ -31,7 +31,7 @@ from jaxlin.ntk.jacobian import (
     to_float64,
 )
 from jaxlin.ntk.kinds import Kind, signs, thresholds, without_sign
-from jaxlin.ntk.on_device import DeviceDerivatives, multiplies_on_device
+from jaxlin.ntk.on_device import COPIED_NUMBERS, DeviceDerivatives, multiplies_on_device
 from jaxlin.ntk.rows import Rows
 from jaxlin.ntk.threads import num_threads
 from jaxlin.ntk.tiles import Derivatives
@@ -54,8 +54,8 @@ _CPU_CHUNK = 4
 _TILES_ON_THEIR_WAY = 4
 """Tiles that are fetched from a device while the next is computed, where none is to survive the process."""
 
-_GPU_POSITIONS = 1 << 13
-"""Tokens of a pass on a GPU, which fewer would leave idle; measured by benchmarks/gpu.py."""
+_GPU_TOKENS, _GPU_CHUNK = 1 << 13, 256
+"""Tokens of a pass on a GPU, whose matrix products are then large, and examples at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +167,11 @@ class Work:
         return len(self.kind.seeds(self.c))
 
     @functools.cached_property
+    def on_device(self) -> bool:
+        """Whether what the passes give stays on the device and is multiplied there; signs are of the host."""
+        return multiplies_on_device() and not self.kind.of_signs
+
+    @functools.cached_property
     def _function(self) -> tuple[Callable[..., Any], PyTree]:
         """The model and theta, in the precision that is computed in."""
         both = self.tun.apply, self.theta
@@ -200,6 +205,17 @@ class Work:
     def _both(self) -> list[Dataset]:
         return [self.data1] if self.data2 is None else [self.data1, self.data2]
 
+    def _most_examples(self) -> int:
+        """Of a pass."""
+        if self.engine == "factored" and self.on_device:
+            texts = [int(data.lengths.max()) for data in self._both() if data.lengths is not None]
+            tokens = max([1, *texts, *(math.prod(site.inputs[:-1]) for site in self.sites)])
+            # No more than are of one length: the rest would be padding.
+            largest = max(len(group) for data in self._both() for group in data.groups())
+            return max(1, min(_GPU_TOKENS // tokens, _GPU_CHUNK, largest))
+        most = _CPU_CHUNK if self.engine == "factored" and jax.default_backend() == "cpu" else MAX_CHUNK
+        return min(most, max(map(len, self._both())))
+
     def _tile_bytes(self, block: int, slab: int, spilled: bool) -> int:
         """Held while a tile of `block` examples a side is computed."""
         item, rows = max(4, self._dtype.itemsize), block * self.k
@@ -209,11 +225,16 @@ class Work:
         copied = max([copied, *(site.numbers(self.k) for site in large)])
         widest = max((site.outputs[-1] for site in self._large.values()), default=0)
         slab = max(slab, 2 * rows * widest * item) if self._large else 0
+        tile = 8 * rows * block * (1 if self.kind.diagonal else self.k)
+        if self.on_device:  # as formed (twice: the last are there too), put together, and in order; in float64; tiles
+            formed = max(slab, 2 * rows * whole * item)
+            in_float64 = 16 * min(max(COPIED_NUMBERS, rows << 12), max(rows * whole, slab // item))
+            return 2 * block * copied * item + 4 * formed + in_float64 + (2 + _TILES_ON_THEIR_WAY) * tile
         signed = 2 * self.kind.of_signs * (slab + 2 * rows * whole * item)
         # Every thread has its columns in float64, and a sum.
         columns = min(num_threads() * gram_columns(rows), max(whole, slab // (item * 2 * rows)))
-        sums = rows * block * (1 if self.kind.diagonal else self.k) * (2 * num_threads() + 3)
-        return 2 * block * copied * item + slab + signed + 8 * (2 * rows * columns + sums)
+        sums = tile * (2 * num_threads() + 3)
+        return 2 * block * copied * item + slab + signed + 8 * 2 * rows * columns + sums
 
     def plan(self) -> Plan:
         """Returns how to cut the work so that what is held fits the budget.
@@ -221,14 +242,10 @@ class Work:
         Raises:
             InputError: If not even one example does.
         """
-        budget, one, most = self.memory_budget, self._example_bytes(), MAX_CHUNK
-        if self.engine == "factored" and jax.default_backend() == "cpu":
-            most = _CPU_CHUNK
-        elif self.engine == "factored" and multiplies_on_device():
-            most = max(1, _GPU_POSITIONS // max(math.prod(site.inputs[:-1]) for site in self.sites))
-        longest, given = max(map(len, self._both())), self._given_bytes()
-        chunk = int(np.clip(budget // 16 // max(one, 1), 1, min(most, longest)))
-        slab = budget // 8 if multiplies_on_device() else int(np.clip(budget // 8, 1, _SLAB_BYTES))
+        budget, one, longest = self.memory_budget, self._example_bytes(), max(map(len, self._both()))
+        chunk = int(np.clip(budget // 16 // max(one, 1), 1, self._most_examples()))
+        given = self._given_bytes(chunk if self.on_device else 1)
+        slab = budget // 32 if self.on_device else int(np.clip(budget // 8, 1, _SLAB_BYTES))
         # In memory if all of it, or half of the budget, is enough for what the passes give.
         beside = max(self._tile_bytes(longest, slab, False), 2 * chunk * one)
         spilled = given > budget // 2 and given + beside > budget
@@ -268,9 +285,10 @@ class Work:
         """Of all blocks."""
         return 8 * math.prod(self.shape()) * len(self.blocks)
 
-    def _given_bytes(self) -> int:
-        """Of what the passes give."""
-        return sum(map(len, self._both())) * self._example_bytes()
+    def _given_bytes(self, chunk: int = 1) -> int:
+        """Of what the passes give, with what fills up chunks."""
+        sizes = [len(group) for data in self._both() for group in data.groups()]
+        return sum(math.ceil(size / chunk) * chunk for size in sizes) * self._example_bytes()
 
     @contextlib.contextmanager
     def _precisely(self) -> Iterator[None]:
@@ -281,8 +299,8 @@ class Work:
             yield
 
     def _pass(self, batch: Batch) -> dict[str, Any]:
-        """What one pass gives for a batch, on its way on the device if it is multiplied there, else on the host."""
-        fetch = (lambda found: found) if multiplies_on_device() else jax.device_get
+        """What one pass gives for a batch, on its way on the device if it stays there, else on the host."""
+        fetch = (lambda found: found) if self.on_device else jax.device_get
         seeds = self.kind.seeds(self.c).astype(np.float64 if self._dtype == np.float64 else np.float32)
         with self._precisely():
             if self.engine == "factored":
@@ -304,36 +322,38 @@ class Work:
         base = 0
         for group in data.groups():
             group = group if only is None else group[np.isin(group, only)]
-            start, running = 0, None  # on a device, a pass runs while the next is prepared
+            start = 0
+            running: collections.deque[tuple[int, np.ndarray, Any]] = collections.deque()
             while running or start < len(group):
-                oldest = running[0] if running else start
+                oldest = running[0][0] if running else start
                 try:
-                    following = None
-                    if start < len(group) and not rows.done(base + start):
+                    done = rows.done(base + start) if start < len(group) else 0
+                    if start < len(group) and not done:
                         examples = group[start : start + plan.chunk]
-                        following = (start, examples, self._pass(data.batch(examples, plan.chunk)))
+                        running.append((start, examples, self._pass(data.batch(examples, plan.chunk))))
                         start += len(examples)
-                    if not multiplies_on_device():
-                        running, following = following, None
-                    if running:
-                        self._keep(rows, base + running[0], running[1], running[2])
-                        report(len(running[1]))
-                    if not following and not running:
-                        report(count := rows.done(base + start))
-                        start += count
-                    running = following
+                    ahead = 1 if self.on_device else 0  # there a pass runs while the next is prepared
+                    if running and (len(running) > ahead or done or start == len(group)):
+                        position, examples, found = running[0]
+                        self._keep(rows, base + position, examples, found)
+                        running.popleft()
+                        report(len(examples))
+                    elif done:
+                        start += done
+                        report(done)
                 except (MemoryError, jax.errors.JaxRuntimeError) as error:
                     if plan.chunk == 1 or not _out_of_memory(error):
                         raise
                     event = f"out of memory in a pass of {plan.chunk} examples: {plan.chunk // 2} from then on"
                     plan = dataclasses.replace(plan, chunk=plan.chunk // 2, events=(*plan.events, event))
                     changed(plan)
-                    start, running = oldest, None
+                    start = oldest
+                    running.clear()
             base += len(group)
         return plan
 
     def _keep(self, rows: Rows, position: int, examples: np.ndarray, found: Mapping[str, Any]) -> None:
-        if multiplies_on_device() and rows.folder is None:  # as it is: slices would be copies of other sizes
+        if self.on_device and rows.folder is None:  # as it is: slices would be copies of other sizes
             rows.put(position, examples, jax.block_until_ready(found))
             return
         own = {name: value[: len(examples)] for name, value in jax.device_get(found).items()}
@@ -362,7 +382,7 @@ class Work:
         return None if without_sign(path) else signs(rows, thresholds(np.abs(rows).max(axis=-1), self._dtype))
 
     def _derivatives(self, first: Rows, last: Rows) -> Derivatives:
-        made = DeviceDerivatives if multiplies_on_device() else Derivatives
+        made = DeviceDerivatives if self.on_device else Derivatives
         return made(first, last, self._large, self.k, self.kind, self._dtype)
 
     def tiles(self, plan: Plan) -> list[tuple[str, range, range]]:
@@ -454,7 +474,7 @@ class Work:
                 if plan is not before_it:
                     changed(plan, epsilon)
                 on_their_way.append((tile, found))
-                while len(on_their_way) > (_TILES_ON_THEIR_WAY if folder is None else 0):
+                while len(on_their_way) > (_TILES_ON_THEIR_WAY if self.on_device and folder is None else 0):
                     write_first()
             while on_their_way:
                 write_first()
@@ -495,13 +515,14 @@ class Work:
         pairs = n[0] * n[-1] * self.k * (1 if self.kind.diagonal else self.k)
         multiplied = sum(size for path, size in self._sizes.items() if path in dense or path not in self._large)
         products = pairs * multiplied * (0.5 if self.data2 is None and self.kind.symmetric else 1)
-        time32, time64 = (_seconds_a_product(dtype) for dtype in (np.float32, np.float64))
+        time32, time64 = (_seconds_a_product(dtype, self.on_device) for dtype in (np.float32, np.float64))
         kernel = self._kernel_bytes()
         given = self._given_bytes()
+        fetching = kernel * _seconds_a_fetched_byte() if self.on_device else 0.0
         return Cost(
             self.engine,
             plan,
-            seconds + formed * blocks * time32 + products * time64,
+            seconds + formed * blocks * time32 + products * time64 + fetching,
             seconds,
             self._tile_bytes(plan.row_block, plan.slab_bytes, plan.spilled or stored)
             + (2 * plan.chunk * self._example_bytes() if plan.spilled or stored else given)
@@ -517,23 +538,33 @@ class Work:
             if len(group):
                 examples = group[: plan.chunk]
                 batch = data.batch(examples, plan.chunk)
-                self._pass(batch)  # compiles
+                jax.block_until_ready(self._pass(batch))  # compiles
                 begin = time.perf_counter()
                 self._keep(rows, 0, examples, self._pass(batch))
                 seconds += (time.perf_counter() - begin) * math.ceil(len(group) / plan.chunk)
         return seconds
 
 
-def _seconds_a_product(dtype: type[np.floating]) -> float:
-    """Time of a multiplication and addition within a matrix product where kernels are multiplied."""
-    wide, times = np.ones((512, 1 << 13), dtype), []
+def _seconds_a_product(dtype: type[np.floating], on_device: bool) -> float:
+    """Time of a multiplication and addition within a matrix product."""
+    size = 1 << 12 if on_device else 512
+    wide, times = np.ones((size, 1 << 13), dtype), []
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        sides = jax.device_put((wide, wide)) if multiplies_on_device() else (wide, wide.copy())
+        product = jax.jit(lambda a, b: a @ b.T) if on_device else lambda a, b: a @ b.T
+        sides = jax.device_put((wide, wide)) if on_device else (wide, wide.copy())
         for _ in range(5):
             begin = time.perf_counter()
-            jax.block_until_ready(sides[0] @ sides[1].T)
+            jax.block_until_ready(product(*sides))
             times.append(time.perf_counter() - begin)
-    return min(times) / (512 * 512 * (1 << 13))
+    return min(times) / (size * size * (1 << 13))
+
+
+def _seconds_a_fetched_byte() -> float:
+    """Time of a byte of a tile's way to the host."""
+    tile = jax.block_until_ready(jnp.zeros(1 << 23, jnp.float32))
+    begin = time.perf_counter()
+    size = np.asarray(tile).nbytes
+    return (time.perf_counter() - begin) / size
 
 
 def _out_of_memory(error: Exception) -> bool:
