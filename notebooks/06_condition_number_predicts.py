@@ -63,6 +63,9 @@ study.found("table")
 study.found("large_verdict")
 
 # %%
+study.show("large_scatter")
+
+# %%
 study.found("agreement")
 
 # %%

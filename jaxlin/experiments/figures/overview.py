@@ -132,6 +132,10 @@ def _condition(tables: Tables) -> tuple[str, str]:
         f"log κ against training loss: ρ = {condition.cell(loss, 'spearman')}; with trace and size held constant "
         f"{condition.cell(loss, 'partial')}; against the validation metric {condition.cell(metric, 'spearman')}"
     )
+    if "large" in tables:
+        sizes = " to ".join(str(size) for size in sorted(distinct(tables["large"], "train_examples")))
+        larger = condition.one(tables["large_correlations"], condition.KAPPA, "train_loss")
+        measured += f"; with {sizes} examples against training loss {condition.cell(larger, 'spearman')}"
     return measured, condition.verdict(correlations)
 
 
