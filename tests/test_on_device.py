@@ -92,10 +92,8 @@ def test_other_precisions(batch, engine, as_on_a_gpu):
         assert cases.relative_error(found.array, expected.array) < tolerance
 
 
-@pytest.mark.parametrize(
-    "memory_budget",
-    [pytest.param(133_000, marks=pytest.mark.slow, id="in memory"), pytest.param(100_000, id="in files")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("memory_budget", [133_000, 100_000], ids=["in memory", "in files"])
 def test_invariance_to_chunks_tiles_and_slabs(model, batch, memory_budget, as_on_a_gpu):
     tun = jl.select(model, "layer_1/mlp|word")
     found, expected = both(as_on_a_gpu, tun, batch, memory_budget=memory_budget, blocks="layer")
