@@ -1,4 +1,4 @@
-"""The kernel engine on a GPU: time, memory and error by precision, against the limit of its matrix products.
+"""The kernel engine on a GPU: time and error by precision, against the limit of its matrix products.
 
     uv run python benchmarks/gpu.py [--examples 256 1024] [--lengths 128 512] [--cases "LoRA q, v"] [--json FILE]
 
@@ -35,14 +35,14 @@ WAYS = {"float32": ("float32", "highest"), "tf32": ("float32", "default"), "bflo
 C = 2
 
 
-def timed(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Median time of a call in seconds, after one that compiles; and of that one."""
+def median(function: Callable[[], Any], repeats: int) -> float:
+    """Median time of a call in seconds, after one that compiles."""
     times = []
     for _ in range(1 + repeats):
         begin = time.perf_counter()
         jax.block_until_ready(function())
         times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:]), times[0]
+    return statistics.median(times[1:])
 
 
 @functools.partial(jax.jit, static_argnames=("precision", "many"))
@@ -55,7 +55,7 @@ def rate(dtype: str, precision: str, size: int = 8192, many: int = 10) -> float:
     """FLOP a second of large square products."""
     with jax.enable_x64(dtype == "float64"):
         a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) / size**0.5 for i in range(2))
-        return many * 2 * size**3 / timed(lambda: products(a, b, precision, many), 3)[0]
+        return many * 2 * size**3 / median(lambda: products(a, b, precision, many), 3)
 
 
 def random_model(dtype: str) -> jl.Model:
@@ -84,7 +84,7 @@ def forward_seconds(model: jl.Model, length: int, precision: str, repeats: int) 
     batch = jax.device_put(tokens(size, length).batch(np.arange(size)))
     apply = jax.jit(model.module.apply)
     with jax.default_matmul_precision(precision):
-        return timed(lambda: apply({"params": model.params}, batch), 5 * repeats)[0] / size
+        return median(lambda: apply({"params": model.params}, batch), 5 * repeats) / size
 
 
 def phases(tun: jl.Tunable, data: Dataset, **options: Any) -> dict[str, float]:

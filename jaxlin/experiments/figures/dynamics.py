@@ -418,7 +418,13 @@ STUDY = Study(
     name="03_dynamics",
     title="Full and linearized fine-tuning step by step, and the closed form of the latter",
     fast=DynamicsSetting(
-        **FAST, lam_rel=(1e-2, 1.0), steps=12, late_steps=(4,), drift_steps=(4, 8, 12), drift_examples=16, parts=2
+        **{**FAST, "num_train": 32, "num_eval": 32},
+        lam_rel=(1e-2, 1.0),
+        steps=12,
+        late_steps=(4,),
+        drift_steps=(4, 8, 12),
+        drift_examples=16,
+        parts=2,
     ),
     full=DynamicsSetting(tasks=("sst2",), seeds=2, max_seq_length=24),
     paper=DynamicsSetting(**PAPER_MODEL, tasks=("sst2",)),  # the closed form needs the kernel of all training examples

@@ -356,7 +356,7 @@ STUDY = Study(
     name="02_regularization_and_linearity",
     title="How close full and linearized fine-tuning are, against the pull towards the pretrained weights",
     fast=RegularizationSetting(
-        **{**FAST, "pull_tasks": (STDLIB,), "frozen_tasks": (STDLIB,)},
+        **{**FAST, "pull_tasks": (STDLIB,), "frozen_tasks": (STDLIB,), "num_train": 32, "num_eval": 32},
         lam_rel=(0.0, 1e-2, 1.0),
         pull_lam_rel=(1e-2,),
         bound_examples=8,

@@ -106,7 +106,7 @@ def chosen(names: Sequence[str]) -> tuple[Study, ...]:
 
 
 SIZES = {
-    "fast": "about a minute a study",
+    "fast": "one to three minutes a study",
     "full": "the setting of the results kept",
     "paper": "roberta-base on whole data sets, for a GPU",
 }

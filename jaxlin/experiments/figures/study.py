@@ -117,7 +117,7 @@ class AdamSetting(Setting):
 
 
 FAST: dict[str, Any] = {"tasks": (STDLIB,), "seeds": 2, "num_train": 64, "num_eval": 64, "max_seq_length": 32}
-"""Options of `Setting` with which a study takes about a minute on a laptop, on embedded data."""
+"""Options of `Setting` with which a study takes one to three minutes on two cores, on embedded data."""
 
 WHOLE = 10**9
 """More training examples than any set has."""
@@ -247,7 +247,7 @@ class Study:
     Attributes:
         name: Of notebook and results, such as `02_regularization_and_linearity`.
         title: What is shown, in one sentence.
-        fast: Setting of about a minute on embedded data.
+        fast: Setting of one to three minutes on embedded data.
         full: Setting of the results kept.
         compute: Gives the tables; whatever is long goes through the cache.
         draw: Makes the figures of the tables, by name; each says its sample sizes and seeds.
