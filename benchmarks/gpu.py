@@ -17,14 +17,13 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ntk import CASES, CONFIG
+from ntk import CASES, CONFIG, median
 
 import jaxlin as jl
 from jaxlin.data.dataset import Dataset, as_dataset
@@ -33,16 +32,6 @@ from jaxlin.tunable import leaf_paths
 
 WAYS = {"float32": ("float32", "highest"), "tf32": ("float32", "default"), "bfloat16": ("bfloat16", "default")}
 C = 2
-
-
-def median(function: Callable[[], Any], repeats: int) -> float:
-    """Median time of a call in seconds, after one that compiles."""
-    times = []
-    for _ in range(1 + repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:])
 
 
 @functools.partial(jax.jit, static_argnames=("precision", "many"))
@@ -55,7 +44,7 @@ def rate(dtype: str, precision: str, size: int = 8192, many: int = 10) -> float:
     """FLOP a second of large square products."""
     with jax.enable_x64(dtype == "float64"):
         a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) / size**0.5 for i in range(2))
-        return many * 2 * size**3 / median(lambda: products(a, b, precision, many), 3)
+        return many * 2 * size**3 / median(lambda: products(a, b, precision, many).block_until_ready(), 3)
 
 
 def random_model(dtype: str) -> jl.Model:
@@ -84,7 +73,7 @@ def forward_seconds(model: jl.Model, length: int, precision: str, repeats: int) 
     batch = jax.device_put(tokens(size, length).batch(np.arange(size)))
     apply = jax.jit(model.module.apply)
     with jax.default_matmul_precision(precision):
-        return median(lambda: apply({"params": model.params}, batch), 5 * repeats) / size
+        return median(lambda: apply({"params": model.params}, batch).block_until_ready(), 5 * repeats) / size
 
 
 def phases(tun: jl.Tunable, data: Dataset, **options: Any) -> dict[str, float]:

@@ -514,10 +514,11 @@ class Work:
         blocks = math.ceil(max(n) / plan.row_block)
         pairs = n[0] * n[-1] * self.k * (1 if self.kind.diagonal else self.k)
         multiplied = sum(size for path, size in self._sizes.items() if path in dense or path not in self._large)
-        products = pairs * multiplied * (0.5 if self.data2 is None and self.kind.symmetric else 1)
+        halved = self.data2 is None and self.kind.symmetric and not self.on_device  # there a tile is multiplied whole
+        products = pairs * multiplied * (0.5 if halved else 1)
         time32, time64 = (_seconds_a_product(dtype, self.on_device) for dtype in (np.float32, np.float64))
         kernel = self._kernel_bytes()
-        given = self._given_bytes()
+        given = self._given_bytes(plan.chunk if self.on_device else 1)
         fetching = kernel * _seconds_a_fetched_byte() if self.on_device else 0.0
         return Cost(
             self.engine,
