@@ -14,11 +14,18 @@ from jaxlin.experiments.figures import kernel_regression as study
 from jaxlin.experiments.figures import kernel_regression_findings as told
 from jaxlin.experiments.figures import summary
 from jaxlin.experiments.figures.run import run_study
+from jaxlin.experiments.setting import Loaded
 from tests import cases
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def fitted():
+    """Tasks whose probe was fitted while the study ran."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, fitted):
     folder = tmp_path_factory.mktemp("kernel")
     setting = study.KernelRegressionSetting(
         tasks=("sst2", "cola"),
@@ -35,7 +42,10 @@ def small(tmp_path_factory):
         num_train_epochs=1.0,
         batch_size=8,
     )
-    return setting, folder / "08", *run_study(study.STUDY, setting, folder / "08", "command", quiet=True)
+    own = Loaded.probed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loaded, "probed", lambda loaded: fitted.append(loaded.task.name) or own(loaded))
+        return setting, folder / "08", *run_study(study.STUDY, setting, folder / "08", "command", quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +166,10 @@ def test_fine_tuning_and_pairs_are_what_training_gives(small, parts):
         assert row["accuracy_difference"] == pytest.approx((only[0] - only[1]) / 10)
         scores = [one(tables, "table", arm=name)["score_eval"] for name in (arm, "linear_probe")]
         assert row["difference"] == pytest.approx(scores[0] - scores[1], abs=1e-5)
+
+
+def test_the_probe_is_fitted_once_so_that_the_time_of_predicting_is_without_it(small, fitted):
+    assert fitted == list(small[0].tasks)
 
 
 def test_a_second_run_computes_nothing(small, monkeypatch):

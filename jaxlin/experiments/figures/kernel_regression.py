@@ -186,9 +186,9 @@ def _kernel(setting: KernelRegressionSetting, problem: Problem, work: Work) -> d
     """Computes all that the kernel says, and what the probe says."""
     clock = _Clock()
     with clock.timed(PROBE, "features and ridge", len(problem.train)):
-        problem.loaded.probed()
+        probe = problem.model  # fits the head
     with clock.timed(PROBE, "features, validation", len(problem.eval)):
-        frozen_features(problem.model, problem.eval)
+        frozen_features(probe, problem.eval)
     known = _known(problem, clock, work)
     labels, (y, y_eval) = problem.eval["labels"], _targets(problem)
     curve = _curve(setting, problem, known, clock)
