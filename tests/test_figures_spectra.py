@@ -37,6 +37,17 @@ def ran(setting, tmp_path_factory):
     return folder, work, read_tables(folder)
 
 
+def test_a_text_that_is_drawn_twice_counts_once(ran):
+    problem = ran[1].problem("sst2", 0)
+    twice = {"train": problem.train.take(np.array([3, 1, 3, 2, 1]))}
+    found = study.without_repetitions(
+        dataclasses.replace(problem, loaded=dataclasses.replace(problem.loaded, data=twice))
+    )
+    assert found.train.sha256() == problem.train.take(np.array([3, 1, 2])).sha256()
+    assert found.identity["data"] == [found.train.sha256()] != problem.identity["data"]
+    assert study.without_repetitions(found) is found
+
+
 def test_tables_are_what_their_parts_give(setting, ran):
     _, work, tables = ran
     problem = work.problem("sst2", 1)

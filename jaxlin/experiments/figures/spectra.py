@@ -33,12 +33,13 @@ QKV = "".join(MODULES)
 class SpectraSetting(Setting):
     """Spectra of block kernels; there is no training, and no validation examples are read.
 
+    A text that is drawn twice counts once: two equal rows of J make every kernel singular, whatever is tuned.
+
     Attributes:
         lam_rel: λ in units of each kernel's own μ₁, for κ_λ and the effective dimension.
         kept: At most so many eigenvalues of a spectrum are kept, spread evenly on a log scale of their index.
     """
 
-    num_train: int = 256
     num_eval: int | None = 0
     lam_rel: float = 1e-2
     kept: int = 28
@@ -161,13 +162,25 @@ def _of_problem(setting: SpectraSetting, problem: Problem) -> dict[str, list[Row
     }
 
 
+def without_repetitions(problem: Problem) -> Problem:
+    """Returns the problem with one training example of each text."""
+    columns = problem.train.columns
+    texts = np.concatenate([column for name, column in columns.items() if name != "labels"], axis=1)
+    _, first = np.unique(texts, axis=0, return_index=True)
+    if len(first) == len(texts):
+        return problem
+    data = {**problem.loaded.data, "train": problem.train.take(np.sort(first))}
+    identity = {**problem.identity, "data": [part.sha256() for part in data.values()]}
+    return dataclasses.replace(problem, loaded=dataclasses.replace(problem.loaded, data=data), identity=identity)
+
+
 def compute(setting: SpectraSetting, work: Work) -> Tables:
     """Computes the kernels of every task and draw, two of each."""
     tables: dict[str, list[Row]] = {}
     problems = [(task, seed) for task in setting.tasks for seed in range(setting.seeds)]
     for done, (task, seed) in enumerate(problems):
         work.progress("kernels", done, len(problems))
-        problem = work.problem(task, seed)
+        problem = without_repetitions(work.problem(task, seed))
         options = {"study": "spectra", "rank": setting.lora_rank, "lam_rel": setting.lam_rel, "kept": setting.kept}
         found = work.get(problem, options, functools.partial(_of_problem, setting, problem))
         labels = {"task": task, "seed": seed, "train_examples": len(problem.train)}
