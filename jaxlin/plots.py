@@ -100,6 +100,7 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.3,
     "lines.markersize": 4,
     "svg.fonttype": "none",
+    "svg.hashsalt": "jaxlin",  # the same ids whenever it is drawn
     "figure.constrained_layout.use": True,
 }
 
@@ -123,13 +124,13 @@ def drawing() -> AbstractContextManager[None]:
 
 
 def save(figure: Figure, path: Path) -> list[Path]:
-    """Writes `<path>.png` and `<path>.svg`, and closes the figure."""
+    """Writes `<path>.png` and `<path>.svg`, the same bytes for the same figure, and closes it."""
     import matplotlib.pyplot as plt
 
     files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
     with drawing():
         for file in files:
-            figure.savefig(file, dpi=200)
+            figure.savefig(file, dpi=200, metadata={"Date": None} if file.suffix == ".svg" else None)
     plt.close(figure)
     return files
 
