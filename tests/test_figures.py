@@ -349,6 +349,27 @@ def test_sizes_say_examples_and_seeds():
     assert summary.distinct(ROWS, "y") == [1.0, 3.0, 2.0, 8.0, 4.0]
 
 
+def test_what_is_learnt_is_held_against_the_majority_class():
+    scores = {"sst2": ("accuracy", 0.5, (0.8, 0.9, 0.85)), "cola": ("matthews", 0.0, (0.04, 0.05, -0.01))}
+    rows = []
+    for task, (metric, majority, found) in scores.items():
+        for seed, score in enumerate(found):
+            row = {"task": task, "seed": seed, "metric": metric, "lam_over_mu1": 0.0}
+            rows += [
+                row | {"arm": "majority_class", "score_eval": majority},
+                row | {"arm": "full", "score_eval": score},
+            ]
+            rows.append(row | {"arm": "full", "lam_over_mu1": 1.0, "score_eval": 0.0})
+    said = summary.learnt(rows, "full", "tuning", lam_over_mu1=0.0)
+    assert said.startswith(
+        "Against always answering the majority class, tuning has learnt something on SST-2 (accuracy 0.85 against 0.5). "
+        "On CoLA (Matthews correlation 0.0267 against 0) the 95 % interval"
+    )
+    alone = summary.learnt([row for row in rows if row["seed"] == 0], "full", "tuning", lam_over_mu1=0.0)
+    assert alone.startswith("On SST-2 (accuracy 0.8 against 0.5), CoLA")  # one seed has no interval
+    assert summary.learnt([row for row in rows if row["arm"] == "full"], "full", "tuning") == ""
+
+
 # Study 02 on small data.
 
 
