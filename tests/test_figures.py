@@ -362,8 +362,8 @@ def test_what_is_learnt_is_held_against_the_majority_class():
             rows.append(row | {"arm": "full", "lam_over_mu1": 1.0, "score_eval": 0.0})
     said = summary.learnt(rows, "full", "tuning", lam_over_mu1=0.0)
     assert said.startswith(
-        "Against always answering the majority class, tuning has learnt something on SST-2 (accuracy 0.85 against 0.5). "
-        "On CoLA (Matthews correlation 0.0267 against 0) the 95 % interval"
+        "Against always answering the majority class, tuning has learnt something on SST-2 (accuracy 0.85 against "
+        "0.5). On CoLA (Matthews correlation 0.0267 against 0) the 95 % interval"
     )
     alone = summary.learnt([row for row in rows if row["seed"] == 0], "full", "tuning", lam_over_mu1=0.0)
     assert alone.startswith("On SST-2 (accuracy 0.8 against 0.5), CoLA")  # one seed has no interval

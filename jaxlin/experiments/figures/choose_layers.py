@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
