@@ -18,13 +18,3 @@ autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 default_role = "code"
-
-
-def setup(app):
-    """Links of notebooks are as a browser of the repository follows them; here `docs` is the root."""
-
-    def of_the_site(app, name, source):
-        if name.startswith("notebooks/"):
-            source[0] = source[0].replace("](../docs/", "](../")
-
-    app.connect("source-read", of_the_site)
