@@ -98,7 +98,7 @@ def test_kept_results_are_of_a_full_run(source, monkeypatch):
     assert record["study"] == source.stem
     assert record["command"].startswith(f"jaxlin figures {source.stem} --full")
     assert record["seconds"] > 0
-    assert set(record["data_sha256"]) == set(record["setting"]["tasks"])
+    assert set(record["data_sha256"]) == set(record["cut"]) == set(record["setting"]["tasks"])
     assert study.tables
     for name, rows in study.tables.items():
         assert rows, f"table {name} of {source.stem} is empty"

@@ -98,7 +98,8 @@ def learnt(table: Sequence[Row], arm: str, what: str, **at: Any) -> str:
     Returns:
         Sentences; empty if there is no such task.
     """
-    above, others = [], []
+    above: list[str] = []
+    others: list[str] = []
     for task in distinct(table, "task"):
         rows, baseline = of(table, task=task, arm=arm, **at), of(table, task=task, arm="majority_class")
         if rows and baseline:
