@@ -244,8 +244,8 @@ _WORDS = {
     "lora_rank": "LoRA of rank {}",
     "lam_rel": "λ/μ₁ {}",
     "learning_rate": "learning rate {}",
-    "paper_learning_rates": "learning rate of Adam {} (chosen by task)",
-    "stable_factors": "c {} (chosen by task)",
+    "paper_learning_rates": "learning rate of Adam {} (of several, one by task)",
+    "stable_factors": "c {} (of several, one by task)",
     "step_size": "c {}",
     "warmup_ratio": "warm-up {} of the steps",
     "num_train_epochs": "epochs {}",
@@ -313,7 +313,8 @@ class Opened:
     Attributes:
         study: Which.
         tables: Its tables.
-        record: Command, setting, hardware, seconds, versions; of kept ones also `about`, what else there is to say.
+        record: Command, setting, hardware, seconds, versions, hashes of the data, shares of the texts that are cut; of
+            kept ones also `about`, what else there is to say.
     """
 
     study: Study
