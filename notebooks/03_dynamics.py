@@ -18,7 +18,8 @@
 # has a *closed form*: from the tangent kernel K₀ = J₀J₀ᵀ and the outputs of the pretrained model, its outputs after any
 # number of steps follow from one eigendecomposition, without training anything. Here the network is fine-tuned in full,
 # its linearization is trained likewise, and the closed form is computed, on the same examples and with the same
-# full-batch descent with momentum, for a weak, a medium and a strong pull λ towards the pretrained weights.
+# full-batch descent with momentum (*heavy ball*, in the figures), for a weak, a medium and a strong pull λ towards the
+# pretrained weights.
 
 # %%
 from jaxlin.experiments.figures.run import open_study

@@ -15,17 +15,21 @@
 # # How fast do Jacobian and kernel change away from the pretrained weights?
 #
 # Linearization at θ₀ is good as far as the Jacobian J(θ) stays what it was at θ₀. How fast it changes is measured by
-# the ratio ‖J(θ) − J₀‖/‖θ − θ₀‖: a *Lipschitz constant* H, with which the bounds of theory 5 say how far full and
-# linearized fine-tuning can be apart. The paper's Algorithm 1 samples it: models in random directions at a radius r,
-# the mean of their ratios (L_avg) and the largest (L_upper). Here this is done on real tasks for three quantities: the
-# Jacobian of all examples stacked (which alone is H), the Jacobian of single examples, and the kernel of pairs. Real
-# fine-tuning then says which radius matters, and the same ratios are taken along its way.
+# the ratio ‖J(θ) − J₀‖/‖θ − θ₀‖: a *Lipschitz constant* H, with which the bounds of
+# [theory 5](../docs/theory.md#5-how-good-the-linearization-is) say how far full and linearized fine-tuning can be
+# apart. The paper's Algorithm 1 samples it: models in random directions at a radius r, the mean of their ratios (L_avg)
+# and the largest (L_upper). Here this is done on real tasks for three quantities: the Jacobian of all examples stacked
+# (which alone is H), the Jacobian of single examples, and the kernel of pairs. Real fine-tuning then says which radius
+# matters, and the same ratios are taken along its way.
 
 # %%
 from jaxlin.experiments.figures.run import open_study
 
 study = open_study("04")
 study.about()
+
+# %%
+study.found("in_short")
 
 # %% [markdown]
 # ## The profiles

@@ -29,6 +29,9 @@ from jaxlin.experiments.figures.run import open_study
 study = open_study("05")
 study.about()
 
+# %%
+study.found("in_short")
+
 # %% [markdown]
 # ## Where the kernel lies
 #

@@ -14,6 +14,12 @@
 # %% [markdown]
 # # Does the condition number predict fine-tuning?
 #
+# Take the gradients of a model's outputs with respect to what is tuned, at the pretrained weights θ₀, and their inner
+# products for every pair of examples: that table is the *tangent kernel* K₀. Were fine-tuning linear in the weights,
+# the error along an eigenvector of K₀ would shrink as fast as its eigenvalue μ is large. The *condition number* κ is
+# the largest eigenvalue over the smallest: how much faster training is in the direction that it learns first than in
+# the one that it learns last. The [tutorial](../docs/tutorial.md#the-tangent-kernel) introduces both by example.
+#
 # The paper says: over choices of which layers, and which of query, key and value, get LoRA, the condition number κ of
 # the tangent kernel *before* training predicts training loss and accuracy *after* it: the smaller κ, the better. That
 # would make choosing layers cheap. Here the claim is tested, not assumed: many choices, several tasks and draws,
@@ -43,10 +49,22 @@ study.show("scatter")
 # %% [markdown]
 # ## Every predictor
 #
-# Other numbers of the same kernel, each with its rank correlation. Hollow squares: with the kernel's trace and the
-# number of parameters held constant, that is, among choices as if they were of one size. That is the question for
-# whoever chooses: that more parameters fit better is known without a kernel. The right panel has another way to train:
-# plain descent with a rate that is set by the kernel, for which theory does say that κ matters.
+# Other numbers of the same kernel ([theory 6](../docs/theory.md#6-what-the-spectrum-says)), each with its rank
+# correlation. r₀ is the error at the start, outputs minus targets; λ is a small share of the largest eigenvalue.
+#
+# - *κ with λ*: (μ_max + λ)/(μ_min + λ), the condition number under a pull λ towards θ₀.
+# - *μ_max*, *μ_min*, *trace*: the largest eigenvalue, the smallest, and the sum of all.
+# - *Effective dimension*: the sum of μ/(μ + λ), the number of directions that the data determine more than the pull.
+# - *Alignment with r₀*: the cosine between K₀ and r₀r₀ᵀ, as if both were vectors; large where the error is along what
+#   is learnt first.
+# - *Share of r₀ in the top tenth*: how much of ‖r₀‖² lies along the eigenvectors of the largest tenth of eigenvalues.
+# - *Leave-one-out loss*: that of kernel regression on each example, fitted on all others.
+# - *Log marginal likelihood*: of the targets under the Gaussian process that has K₀ as its covariance.
+#
+# Hollow squares: with the kernel's trace and the number of parameters held constant, that is, among choices as if they
+# were of one size. That is the question for whoever chooses: that more parameters fit better is known without a kernel.
+# The right panel has another way to train, *descent at c/(μ₁+λ)*: plain descent under a pull λ, whose rate is set for
+# each choice by its own largest eigenvalue μ₁, c being the same for all. There theory does say that κ sets the speed.
 
 # %%
 study.show("correlations")

@@ -14,6 +14,12 @@
 # %% [markdown]
 # # Does it pay to choose the layers by the kernel?
 #
+# The *tangent kernel* of a pretrained model holds, for every pair of examples, the inner product of the gradients of
+# their outputs with respect to what is tuned. It says what linearized fine-tuning learns, how fast, and where it ends;
+# and the kernel of several layers is the sum of theirs. Its *condition number* κ is its largest eigenvalue over its
+# smallest: the smaller, the more evenly everything is learnt. See the
+# [tutorial](../docs/tutorial.md#the-tangent-kernel) and [theory 7](../docs/theory.md#7-layers).
+#
 # `jl.select_layers` ranks every set of layers and modules within a budget of parameters, before any training, from one
 # pass over some labelled examples. The criterion asked about is the leave-one-out loss: how well the linearized model,
 # trained on all examples but one, would predict that one. Here its choice is really fine-tuned, and so

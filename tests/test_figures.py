@@ -144,6 +144,48 @@ def test_the_time_said_is_that_of_the_record(seconds, said):
     assert f"**time taken** {said} ·" in run.Opened(study, {}, record).about()
 
 
+def about(setting, cut=None, name="06"):
+    """What is said of a setting."""
+    (study,) = run.chosen([name])
+    record = {"command": "c", "cores": 2, "machine": "x", "device": "cpu", "seconds": 1.0, "versions": {"jax": "1"}}
+    record |= {"setting": {"model_name_or_path": "m", **setting}} | ({"cut": cut} if cut else {})
+    return run.Opened(study, {}, record).about().split("**Setting** ")[1].split(" · ")
+
+
+def test_the_setting_is_told():
+    wide = {"tasks": ["cola", "sst2"], "seeds": 3, "num_train": 128, "num_eval": None, "lam_rel": [0.0, 1e-3]}
+    wide |= {"max_seq_length": 48, "large_draws": 0, "large_num_train": 1000, "stable_factors": []}
+    said = about(wide, {"cola": {"train": 0.0, "eval": 0.0}, "sst2": {"train": 0.25, "eval": 1 / 3}})
+    assert said[:6] == [
+        "tasks CoLA, SST-2",
+        "draws (seeds) 3",
+        "training examples 128",
+        "validation examples all",
+        "texts cut at 48 tokens",
+        "λ/μ₁ 0, 0.001",
+    ]
+    assert said[6].startswith("optimizer: Adam, ")
+    assert said[7:] == ["texts longer than they are cut at: CoLA none; SST-2 25.0 % of training, 33.3 % of validation"]
+    assert "training examples 1000, all validation examples" in about({**wide, "large_draws": 2})
+    assert about({"num_train": WHOLE, "steps": 24}, name="03")[:2] == ["training examples all", "steps 24"]
+    assert "heavy ball (momentum 0.9)" in about({}, name="03")[-1]
+
+
+def test_texts_that_are_cut_are_counted(tmp_path):
+    setting = dataclasses.replace(regularization.STUDY.fast, num_train=20, num_eval=12, max_seq_length=16)
+    work = Work(setting, Cache(tmp_path), lambda *_: None)
+    tokenizer = work.problem("stdlib", 0).model.tokenizer
+    task = load_task(DataArguments())
+    expected = {
+        split: np.mean([len(tokenizer(*texts)["input_ids"]) > 16 for texts in subsample(part, size, 0).texts])
+        for split, part, size in (("train", task.train, 20), ("eval", task.validation, 12))
+    }
+    assert work.cut == {"stdlib": expected}
+    assert 0 < expected["train"] < 1
+    work.problem("stdlib", 1)
+    assert work.cut == {"stdlib": expected}  # of the first draw
+
+
 # Tables.
 
 
@@ -200,6 +242,8 @@ def test_whole_training_sets(tmp_path):
     ("arguments", "message"),
     [
         (["99", "--fast"], "there is no study '99'; expected some of 02_regularization_and_linearity"),
+        (["01", "--fast"], "'01' is the notebook notebooks/01_quickstart.ipynb alone"),
+        (["--fast"], "JAXLIN_MODELS names no folder that holds stories260K"),
         (["02"], "give one of --fast"),
         (["02", "--fast", "--full"], "give one of --fast"),
         (["09", "--paper"], "09_llm has no part in the paper; run it with --full"),
@@ -214,7 +258,8 @@ def test_bad_input(run, tmp_path, monkeypatch, arguments, message):
         raise AssertionError("computed before it was refused")
 
     monkeypatch.setattr(regularization, "compare", never)
-    monkeypatch.delenv("JAXLIN_DATA", raising=False)
+    for name in ("JAXLIN_DATA", "JAXLIN_MODELS"):
+        monkeypatch.delenv(name, raising=False)
     code, out, err = run("figures", *arguments, "--output_dir", tmp_path / "out", "--quiet")
     assert code == 2
     assert message in " ".join((out + err).split())
@@ -302,6 +347,27 @@ def test_sizes_say_examples_and_seeds():
     assert summary.sizes(ROWS[:1]) == "10 training and 7 validation examples, 1 seed"
     assert summary.of(ROWS, seed=1, lam_over_mu1=0.1) == [ROWS[5]]
     assert summary.distinct(ROWS, "y") == [1.0, 3.0, 2.0, 8.0, 4.0]
+
+
+def test_what_is_learnt_is_held_against_the_majority_class():
+    scores = {"sst2": ("accuracy", 0.5, (0.8, 0.9, 0.85)), "cola": ("matthews", 0.0, (0.04, 0.05, -0.01))}
+    rows = []
+    for task, (metric, majority, found) in scores.items():
+        for seed, score in enumerate(found):
+            row = {"task": task, "seed": seed, "metric": metric, "lam_over_mu1": 0.0}
+            rows += [
+                row | {"arm": "majority_class", "score_eval": majority},
+                row | {"arm": "full", "score_eval": score},
+            ]
+            rows.append(row | {"arm": "full", "lam_over_mu1": 1.0, "score_eval": 0.0})
+    said = summary.learnt(rows, "full", "tuning", lam_over_mu1=0.0)
+    assert said.startswith(
+        "Against always answering the majority class, tuning has learnt something on SST-2 (accuracy 0.85 against "
+        "0.5). On CoLA (Matthews correlation 0.0267 against 0) the 95 % interval"
+    )
+    alone = summary.learnt([row for row in rows if row["seed"] == 0], "full", "tuning", lam_over_mu1=0.0)
+    assert alone.startswith("On SST-2 (accuracy 0.8 against 0.5), CoLA")  # one seed has no interval
+    assert summary.learnt([row for row in rows if row["arm"] == "full"], "full", "tuning") == ""
 
 
 # Study 02 on small data.

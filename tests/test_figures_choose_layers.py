@@ -78,6 +78,8 @@ def test_rows_are_what_their_parts_give(setting, ran):
     hits = np.mean(outputs.argmax(axis=1) == problem.eval["labels"])
     assert rows[page.LAST]["score_eval"] == pytest.approx(hits)
     assert rows[page.START]["distance"] == 0
+    most = np.bincount(problem.train["labels"]).argmax()
+    assert rows[page.MAJORITY]["score_eval"] == pytest.approx(np.mean(problem.eval["labels"] == most))
     assert rows[page.EVERYTHING]["num_params"] == alone.num_params
 
 

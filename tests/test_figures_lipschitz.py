@@ -88,6 +88,11 @@ def test_findings_are_of_the_tables(study):
         expected = [share, end["radius"], ratios[-1], last["L_upper"] * moved, random * moved]
         assert [float(cell.split()[0]) for cell in line.split("|")[2:7]] == pytest.approx(expected, rel=5e-3)
     assert f"{min(ratios):.2g} to {max(ratios):.2g} at equal" in lipschitz.findings(tables)["reach"]
+    short = lipschitz.findings(tables)["in_short"]
+    assert f"{min(ratios):.2g} to {max(ratios):.2g} times as much" in short
+    moved = of(tables["profile"], lam_over_mu1=0.0, step=6, quantity="stacked")[0]
+    change = moved["L_upper"] * moved["radius"] / moved["sigma"]
+    assert f"At λ/μ₁ = 0 it has changed by {change:.2g} to {change:.2g} of its norm" in short
     assert "from below" in lipschitz.findings(tables)["profile"]
 
 

@@ -103,6 +103,8 @@ def test_what_it_says_is_what_the_tables_hold(ran):
     layers, everything = log_kappas("probe", "layer"), log_kappas("probe", "all")
     lower = int(everything.mean() < layers.mean(axis=0).min())
     assert f"smaller κ than the best single layer in {lower} of 1 tasks" in said["choice"]
+    assert f"smaller κ than the best single layer in {lower} of 1 tasks" in said["in_short"]
+    assert f"Of {len(applying)} bounds that apply as layers are added, {len(applying)} hold" in said["in_short"]
     factor = np.exp((everything - layers[:, 1:]).mean())  # from the top: layer 1 alone, then both
     change = f"{'falls' if factor < 1 else 'rises'} by a factor of {max(factor, 1 / factor):.3g} from the top"
     assert change in said["choice"]
@@ -120,6 +122,7 @@ def test_what_it_says_is_what_the_tables_hold(ran):
     ]
     share = np.mean(np.divide(traces[:2], traces[2:]))
     assert f"| {100 * share:.3g} % |" in said["layers"]
+    assert f"{100 * share:.3g} to {100 * share:.3g} % of its trace" in said["in_short"]
 
 
 def test_figures(ran):

@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 
 import jupytext
@@ -97,13 +98,47 @@ def test_kept_results_are_of_a_full_run(source, monkeypatch):
     assert record["study"] == source.stem
     assert record["command"].startswith(f"jaxlin figures {source.stem} --full")
     assert record["seconds"] > 0
-    assert set(record["data_sha256"]) == set(record["setting"]["tasks"])
+    assert set(record["data_sha256"]) == set(record["cut"]) == set(record["setting"]["tasks"])
     assert study.tables
     for name, rows in study.tables.items():
         assert rows, f"table {name} of {source.stem} is empty"
     # What is committed names no folder of the machine that it was made on.
     assert record["setting"]["data_dir"] is None
     assert not Path(record["setting"]["model_name_or_path"]).is_absolute()
+
+
+def prose(source):
+    """The text of a notebook without formulas and commands in code spans, and without links' targets."""
+    cells = [cell.source for cell in jupytext.read(source).cells if cell.cell_type == "markdown"]
+    return re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", "\n\n".join(cells), flags=re.DOTALL)
+
+
+@by_name(SOURCES)
+def test_its_prose_holds_no_measured_number(source):
+    """What is measured has decimals, a percent sign or a unit of time, and is said by a cell that computes it."""
+    found = re.findall(r"[^\n]*(?:\d[.,]\d|\d\s?%|\d+ (?:s|seconds?|minutes?|hours?)\b)[^\n]*", prose(source))
+    assert not found, "say it by study.found, from the tables"
+
+
+@by_name(OF_STUDIES)
+def test_it_begins_with_what_was_run_and_found(source):
+    asked = [asked_of_study(cell) for cell in code_cells(jupytext.read(source))]
+    assert [name for name, _ in asked[:2]] == ["about", "found"]
+
+
+def test_the_quickstart_is_a_dozen_lines():
+    _, first, *_ = code_cells(jupytext.read(FOLDER / "01_quickstart.py"))
+    assert "jl.compare(" in first.source
+    assert len(first.source.splitlines()) == 12
+
+
+@by_name(SOURCES)
+def test_its_links_lead_somewhere(source):
+    for target, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", source.read_text()):
+        page = FOLDER / target
+        assert page.is_file(), target
+        headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+        assert not heading or heading in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings]
 
 
 @by_name(SOURCES)

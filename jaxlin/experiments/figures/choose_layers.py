@@ -12,8 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
 from jaxlin.experiments.figures import choose_layers_page as page
 from jaxlin.experiments.figures.choices import MODULES, Choice, depth_of, num_params, tunable
-from jaxlin.experiments.figures.choose_layers_page import BY_KAPPA, BY_LOSS, EVERYTHING, LAST, RANDOM, START
+from jaxlin.experiments.figures.choose_layers_page import BY_KAPPA, BY_LOSS, EVERYTHING, LAST, MAJORITY, RANDOM, START
 from jaxlin.experiments.figures.study import FAST, PAPER_ADAM, AdamSetting, Problem, Row, Study, Tables, Work
 from jaxlin.experiments.figures.summary import METRICS
 from jaxlin.models.probe import probe_head
@@ -140,12 +139,18 @@ def _random(setting: ChooseLayersSetting, tun: Tunable, seed: int) -> list[Choic
     return [every[at] for at in drawn]
 
 
-def _scores(problem: Problem, tun: Tunable, theta: Any) -> Row:
+def _scores(problem: Problem, outputs: Callable[[Dataset], np.ndarray]) -> Row:
     row: Row = {}
     for split, part in (("train", problem.train), ("eval", problem.eval)):
-        found = evaluate(predict(tun, theta, part), part["labels"], "squared")
+        found = evaluate(outputs(part), part["labels"], "squared")
         row |= {f"{name}_{split}": found.get(name) for name in ("loss", *METRICS)}
     return row
+
+
+def _of_majority(problem: Problem) -> Row:
+    """Scores of the class that most training examples are of: the best constant output."""
+    mean = np.asarray(targets(problem.train["labels"], problem.loaded.task.num_labels), np.float64).mean(axis=0)
+    return _scores(problem, lambda part: np.tile(mean, (len(part), 1)))
 
 
 def _arms(setting: ChooseLayersSetting, start: _Start, seed: int, chosen: Sequence[Row]) -> list[tuple[str, Choice]]:
@@ -172,16 +177,27 @@ def _of_problem(setting: ChooseLayersSetting, work: Work, task: str, seed: int) 
     def fine_tuned(choice: Choice) -> Row:
         tun = only(start.tun, choice.blocks)
         result = train(tun, problem.train, None, training)
-        return {"distance": result.history[-1]["distance"], **_scores(problem, tun, result.theta)}
+        return {
+            "distance": result.history[-1]["distance"],
+            **_scores(problem, lambda part: predict(tun, result.theta, part)),
+        }
 
     said = {row["choice"]: row for row in found["candidates"]}
-    before = work.get(problem, {**shared, "what": START}, lambda: _scores(problem, start.tun, start.tun.theta0))
+
+    def at_start() -> Row:
+        return _scores(problem, lambda part: predict(start.tun, start.tun.theta0, part))
+
+    before = work.get(problem, {**shared, "what": START}, at_start)
     metric = problem.loaded.task.metrics[0]
     rows = []
-    runs: list[tuple[str, Choice | None]] = [(START, None), *_arms(setting, start, seed, found["by_criterion"])]
+    untrained = {START: before}
+    if problem.loaded.task.label_names:
+        untrained = {MAJORITY: _of_majority(problem), **untrained}
+    arms = _arms(setting, start, seed, found["by_criterion"])
+    runs: list[tuple[str, Choice | None]] = [*((arm, None) for arm in untrained), *arms]
     for arm, choice in runs:
         if choice is None:
-            got, name, size = {"distance": 0.0, **before}, None, 0
+            got, name, size = {"distance": 0.0, **untrained[arm]}, None, 0
         else:
             options = {**shared, "what": "run", "choice": choice.name, "training": dataclasses.asdict(training)}
             got = work.get(problem, options, functools.partial(fine_tuned, choice))

@@ -13,6 +13,7 @@ from jaxlin.experiments.figures.study import Row, Tables
 from jaxlin.experiments.figures.summary import (
     NEVER_POOLED,
     distinct,
+    learnt,
     mean_interval,
     name_of,
     of,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 BY_LOSS, BY_KAPPA = "leave_one_out_error", "condition_number"
 """Criteria that layers are chosen by here: the first is the one that is asked whether choosing pays."""
 EVERYTHING, LAST, RANDOM, START = "everything", "last_layers", "random_choice", "start"
+MAJORITY = "majority_class"
 NAMES = {
     BY_LOSS: "chosen by leave-one-out loss",
     BY_KAPPA: "chosen by κ",
@@ -149,7 +151,8 @@ def _scores(table: Sequence[Row]) -> str:
     return (
         f"Validation score, mean over seeds and range:\n\n| Task | {head} |\n{'|---' * (len(arms) + 1)}|\n"
         + "\n".join(lines)
-    )
+        + f"\n\n{learnt(table, EVERYTHING, 'tuning everything')}"
+    ).strip()
 
 
 def _differences(table: Sequence[Row]) -> str:

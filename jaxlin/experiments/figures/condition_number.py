@@ -16,29 +16,40 @@ Under (ii) the probe is fitted on the training examples, as what is then trained
 marginal likelihood and alignment there are of labels that the head has seen.
 
 There are two parts. The *wide* one (tables `table`, `correlations`) has many choices and few examples, in both ways:
-1,200 runs in the full setting, about 95 minutes on 2 cores. The *larger* one (`large`, `large_correlations`) is a check
+1,200 runs in the full setting. The *larger* one (`large`, `large_correlations`) is a check
 of it with fewer choices, as many examples as other studies have and whole validation sets, in the paper's way alone at
-one rate, on those of the tasks that have the rows for it: 96 runs, about 25 minutes. `jaxlin figures 06 --full` runs
-both, the larger one first, and with `--seeds 0` that alone. The fast setting is both, on few embedded examples.
+one rate, on those of the tasks that have the rows for it: 96 runs. The kept record says what both took. `jaxlin figures
+06 --full` runs both, the larger one first, and with `--seeds 0` that alone. The fast setting is both, on few embedded
+examples.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError, TrainingDivergedError
-from jaxlin.experiments.data_arguments import DataArguments
 from jaxlin.experiments.figures import condition_number_page as page
 from jaxlin.experiments.figures.choices import HEAD, Choice, choices_of, depth_of, num_params, tunable
 from jaxlin.experiments.figures.correlations import ALONE, PAPER, STABLE, correlations
-from jaxlin.experiments.figures.study import FAST, PAPER_KERNEL, PAPER_MODEL, WHOLE, Row, Setting, Study, Tables, Work
+from jaxlin.experiments.figures.study import (
+    FAST,
+    PAPER_KERNEL,
+    PAPER_MODEL,
+    WHOLE,
+    Row,
+    Setting,
+    Study,
+    Tables,
+    Work,
+    load_draw,
+)
 from jaxlin.experiments.model_arguments import ModelArguments
-from jaxlin.experiments.setting import Loaded, load
+from jaxlin.experiments.setting import Loaded
 from jaxlin.hashing import fingerprint
 from jaxlin.models.load import load_model
 from jaxlin.models.probe import probe_head
@@ -76,6 +87,11 @@ class ConditionNumberSetting(Setting):
         large_learning_rate: Its fixed rate of Adam.
     """
 
+    optimizer: ClassVar[str] = (
+        "Adam, its rate warmed up over the first 6 % of the steps, then decaying linearly to 0; and plain descent at "
+        "the constant rate c/(μ₁+λ)"
+    )
+
     tasks: tuple[str, ...] = ("cola", "sst2", "mrpc", "rte", "uci_yelp")
     num_train: int = 128
     num_eval: int | None = 200
@@ -96,6 +112,14 @@ class ConditionNumberSetting(Setting):
     large_num_train: int = 1000
     large_num_train_epochs: float = 2.0
     large_learning_rate: float = 1e-3
+
+    def model_arguments(self) -> ModelArguments:
+        """Which model; its head is new, and starts at random."""
+        return ModelArguments(self.model_name_or_path, head_init="random", new_head=True)
+
+    def sizes(self) -> dict[str, int | None]:
+        """How many examples are loaded: those that rates are chosen on are of the training file."""
+        return {"train": self.num_train + self.num_tune, "eval": self.num_eval}
 
     def check(self) -> None:
         """Refuses what cannot be meant.
@@ -153,10 +177,7 @@ class _Draw:
 
 
 def _load(setting: ConditionNumberSetting, task: str) -> Loaded:
-    arguments = DataArguments(task_name=task, data_dir=setting.data_dir, max_seq_length=setting.max_seq_length)
-    sizes = {"train": setting.num_train + setting.num_tune, "eval": setting.num_eval}
-    model = ModelArguments(setting.model_name_or_path, head_init="random", new_head=True)
-    loaded = load(model, arguments, sizes, 0, "squared")
+    loaded = load_draw(setting, task, 0)
     if loaded.task.num_labels < 2:
         raise InputError(f"task {task} has {loaded.task.num_labels} output; expected classes")
     return loaded
@@ -278,7 +299,7 @@ class Runs:
         """A task's data, and the model."""
         if task not in self._loaded:
             self._loaded[task] = _load(self.setting, task)
-            self.work.data_sha256[task] = self._loaded[task].task.sha256()
+            self.work.note(task, 0, self._loaded[task])
         return self._loaded[task]
 
     def drawn(self, task: str, draw: int) -> _Draw:

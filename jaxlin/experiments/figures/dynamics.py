@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import numpy as np
@@ -56,6 +56,8 @@ class DynamicsSetting(Setting):
         step_size: c of the step η = c/(μ₁+λ) of the summed loss.
         parts: That a batch is computed in, for less memory.
     """
+
+    optimizer: ClassVar[str] = f"full-batch heavy ball (momentum {MOMENTUM:g}) at the constant rate c/(μ₁+λ)"
 
     lam_rel: tuple[float, ...] = (1e-4, 1e-2, 1.0)
     steps: int = 24

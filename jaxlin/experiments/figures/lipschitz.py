@@ -239,7 +239,16 @@ def findings(tables: Tables) -> dict[str, str]:
     head += " the same, in random directions |\n|---|---|---|---|---|---|\n"
     radii = sorted(distinct([row for row in rows if row["lam_over_mu1"] is None], "radius"))
     word = "more than random directions tell" if min(ratios) > 1 else "not always more than random directions tell"
+    least = shares[0]
+    moved = np.concatenate([np.array(changes(rows, reached, task, least))[:, 1] for task in tasks])
     return {
+        "in_short": (
+            f"**Along the way that fine-tuning takes, the Jacobian changes {word}**: {min(ratios):.2g} to "
+            f"{max(ratios):.2g} times as much at equal distance ({len(tasks)} task{'s' * (len(tasks) > 1)}, "
+            f"λ/μ₁ = {' and '.join(f'{share:g}' for share in shares)}, every seed). At λ/μ₁ = {least:g} it has "
+            f"changed by {moved.min():.2g} to {moved.max():.2g} of its norm at θ₀ in the end. In random directions "
+            f"the ratio stays within a factor {FLAT:g} at all distances on {flat} of {len(tasks)} tasks."
+        ),
         "profile": (
             f"L_avg of the stacked Jacobian stays within a factor {FLAT:g} from radius {radii[0]:g} to {radii[-1]:g} "
             f"on {flat} of {len(tasks)} tasks. All are suprema over samples, and so estimates **from below**."

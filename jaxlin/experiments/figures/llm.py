@@ -73,8 +73,8 @@ class LlmSetting(AdamSetting):
             folder = os.environ.get("JAXLIN_MODELS")
             if folder is None or not (Path(folder) / STORIES).is_dir():
                 raise InputError(
-                    f"the environment variable JAXLIN_MODELS names no folder that holds {STORIES}; set it, or give a "
-                    "decoder by --model_name_or_path"
+                    f"the environment variable JAXLIN_MODELS names no folder that holds {STORIES}; set it, give a "
+                    "decoder by --model_name_or_path, or name other studies"
                 )
             name = str(Path(folder) / STORIES)
         if self.start == "prompt":

@@ -17,6 +17,7 @@ from jaxlin.experiments.figures.summary import (
     band,
     distinct,
     lam_positions,
+    learnt,
     name_of,
     of,
     sizes,
@@ -321,7 +322,8 @@ def _scores(rows: Sequence[Row]) -> str:
                 cells.append(written(values) if len(values) else "")
         lines.append(f"| {name_of(task)} ({metric}) | " + " | ".join(cells) + " |")
     head = " | ".join(f"{arm}, λ/μ₁ = {share:g}" for share in (0.0, 1e-3, 1e-1) for arm in ("full", "linearized"))
-    return f"| Task | start | {head} |\n|---|---|---|---|---|---|---|---|\n" + "\n".join(lines)
+    table = f"| Task | start | {head} |\n|---|---|---|---|---|---|---|---|\n" + "\n".join(lines)
+    return f"{table}\n\n{learnt(rows, FULL, 'full fine-tuning without a pull', lam_over_mu1=0.0)}".strip()
 
 
 def _of_pulls(table: Sequence[Row]) -> str:

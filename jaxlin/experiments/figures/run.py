@@ -30,7 +30,8 @@ from jaxlin.experiments.figures import (
     spectra,
 )
 from jaxlin.experiments.figures.cache import Cache
-from jaxlin.experiments.figures.study import Row, Setting, Study, Work, read_tables, write_tables
+from jaxlin.experiments.figures.study import WHOLE, Row, Setting, Study, Work, read_tables, write_tables
+from jaxlin.experiments.figures.summary import name_of
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.run_folder import RunFolder, write_json
 from jaxlin.versions import versions
@@ -50,6 +51,9 @@ STUDIES: tuple[Study, ...] = (
 )
 """In the order of their numbers."""
 
+QUICKSTART = ("01_quickstart", "01", "quickstart")
+"""Names of the notebook that is no study."""
+
 FAST_SWITCH = "JAXLIN_NOTEBOOKS"
 """Environment variable; `fast` makes notebooks compute their study in small in place of reading kept tables."""
 
@@ -60,7 +64,7 @@ class FiguresConfig:
 
     Attributes:
         names: Studies, by number or name, such as 02 or 05_spectra_and_layers; default: all.
-        fast: About a minute a study, on embedded data.
+        fast: One to three minutes a study, on embedded data.
         full: The setting of the results that are kept.
         paper: The paper's model and training, roberta-base on whole data sets: for a GPU, and hours.
         output_dir: Folder for tables and figures, one folder a study in it.
@@ -99,6 +103,8 @@ def chosen(names: Sequence[str]) -> tuple[Study, ...]:
     found = []
     for name in names:
         fitting = [study for study in STUDIES if name in (study.name, study.name[:2], study.name[3:])]
+        if not fitting and name in QUICKSTART:
+            raise InputError(f"{name!r} is the notebook notebooks/{QUICKSTART[0]}.ipynb alone: it keeps no results")
         if not fitting:
             raise InputError(f"there is no study {name!r}; expected some of {', '.join(s.name for s in STUDIES)}")
         found += fitting
@@ -194,7 +200,7 @@ def run_study(
             write_tables(folder, study.compute(setting, work))
     finally:
         output.close()
-    record |= {"seconds": work.cache.seconds, "data_sha256": work.data_sha256}
+    record |= {"seconds": work.cache.seconds, "data_sha256": work.data_sha256, "cut": work.cut}
     write_json(folder / "record.json", record)
     tables = read_tables(folder)
     for name, figure in study.draw(tables).items():
@@ -215,6 +221,8 @@ def run(config: FiguresConfig) -> None:
     if config.paper and not config.names:
         studies = tuple(study for study in studies if study.paper is not None)
     settings = [(study, setting_of(study, config)) for study in studies]
+    for _, setting in settings:  # for its error, before the first study's minutes
+        setting.model_arguments()
     tasks = dict.fromkeys(task for _, setting in settings for task in setting.tasks)
     for task in tasks:  # for its error, before the first task's hours
         load_task(DataArguments(task_name=task, data_dir=settings[0][1].data_dir))
@@ -225,6 +233,58 @@ def run(config: FiguresConfig) -> None:
         for text in study.findings(tables).values():
             print(f"  {text}")
         print(f"  tables and figures are in {folder} (computed in {record['seconds']:.0f} s in all)")
+
+
+_WORDS = {
+    "tasks": "tasks {}",
+    "seeds": "draws (seeds) {}",
+    "num_train": "training examples {}",
+    "num_eval": "validation examples {}",
+    "max_seq_length": "texts cut at {} tokens",
+    "lora_rank": "LoRA of rank {}",
+    "lam_rel": "λ/μ₁ {}",
+    "learning_rate": "learning rate {}",
+    "paper_learning_rates": "learning rate of Adam {} (of several, one by task)",
+    "stable_factors": "c {} (of several, one by task)",
+    "step_size": "c {}",
+    "warmup_ratio": "warm-up {} of the steps",
+    "num_train_epochs": "epochs {}",
+    "batch_size": "batch {}",
+    "steps": "steps {}",
+    "num_kernel": "examples of a kernel {}",
+    "profile_examples": "examples of a profile {}",
+    "select_examples": "examples that layers are chosen on {}",
+    "large_draws": "in the larger check: draws {}",
+    "large_num_train": "training examples {}, all validation examples",
+    "large_num_train_epochs": "epochs {}",
+    "large_learning_rate": "learning rate {}",
+}
+"""What a notebook tells of a setting, in words."""
+
+
+def _in_words(setting: Mapping[str, Any], optimizer: str, cut: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Writes what `_WORDS` knows of a setting, the optimizer, and the shares of texts that are cut."""
+    names = [name for name in _WORDS if name in setting and setting[name] not in (0, [], ())]
+    if not setting.get("large_draws"):
+        names = [name for name in names if not name.startswith("large")]
+    found = [_WORDS[name].format(_value(setting[name])) for name in names]
+    if optimizer:
+        found.append(f"optimizer: {optimizer}")
+    if cut:
+        found.append("texts longer than they are cut at: " + "; ".join(_cut(*one) for one in cut.items()))
+    return found
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(name_of(item) if isinstance(item, str) else f"{item:g}" for item in value)
+    return "all" if value in (None, WHOLE) else f"{value:g}"
+
+
+def _cut(task: str, shares: Mapping[str, float]) -> str:
+    words = {"train": "training", "eval": "validation"}
+    each = [f"{100 * share:.1f} % of {words[split]}" for split, share in shares.items()]
+    return f"{name_of(task)} {', '.join(each) if any(shares.values()) else 'none'}"
 
 
 class Text(str):
@@ -253,7 +313,8 @@ class Opened:
     Attributes:
         study: Which.
         tables: Its tables.
-        record: Command, setting, hardware, seconds, versions; of kept ones also `about`, what else there is to say.
+        record: Command, setting, hardware, seconds, versions, hashes of the data, shares of the texts that are cut; of
+            kept ones also `about`, what else there is to say.
     """
 
     study: Study
@@ -261,14 +322,16 @@ class Opened:
     record: Mapping[str, Any]
 
     def about(self) -> Text:
-        """What was run: command, hardware, time taken."""
+        """What was run: command, hardware, time taken; and in which setting."""
         record, setting = self.record, self.record["setting"]
         minutes = record["seconds"] / 60
         took = f"{minutes:.0f} minutes" if minutes >= 2 else f"{record['seconds']:.0f} seconds"
         return Text(
             f"**Command** `{record['command']}` · **model** {setting['model_name_or_path']} · **hardware** "
             f"{record['cores']} cores ({record['machine']}), {record['device']} · **time taken** {took} · "
-            f"**JAX** {record['versions']['jax']}" + (f" · {record['about']}" if "about" in record else "")
+            f"**JAX** {record['versions']['jax']}"
+            + (f" · {record['about']}" if "about" in record else "")
+            + f"\n\n**Setting** {' · '.join(_in_words(setting, self.study.full.optimizer, record.get('cut', {})))}"
         )
 
     @functools.cached_property

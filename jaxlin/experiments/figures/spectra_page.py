@@ -216,31 +216,46 @@ def _kappas(rows: Sequence[Row], kind: str) -> np.ndarray:
     return np.log(found)
 
 
+def _upper(rows: Sequence[Row]) -> list[float]:
+    """Share of the trace in the upper half of the layers, by task."""
+    layers = [list(_shares(of(rows, task=task, head=PROBE), LAYER).values()) for task in distinct(rows, "task")]
+    return [float(sum(share.mean() for share in found[len(found) // 2 :])) for found in layers]
+
+
+def _most(shares: Sequence[float]) -> str:
+    """Says in how many tasks a share is above one half."""
+    return "in every task" if min(shares) > 0.5 else f"in {sum(s > 0.5 for s in shares)} of {len(shares)} tasks"
+
+
+def _all_is_best(rows: Sequence[Row]) -> int:
+    """In how many tasks everything has a smaller κ than any single layer."""
+    tasks = [of(rows, task=task, head=PROBE) for task in distinct(rows, "task")]
+    return sum(bool(_kappas(mine, ALL).mean() < _kappas(mine, LAYER).mean(axis=0).min()) for mine in tasks)
+
+
 def _of_layers(rows: Sequence[Row]) -> str:
     """Where the kernel lies."""
-    lines, upper = [], []
-    for task in distinct(rows, "task"):
+    lines, upper = [], _upper(rows)
+    for task, share in zip(distinct(rows, "task"), upper, strict=True):
         mine = of(rows, task=task, head=PROBE)
         layers, modules = _shares(mine, LAYER), _shares(mine, MODULE)
         most = max(layers, key=lambda name: layers[name].mean())
         module = max(modules, key=lambda name: modules[name].mean())
-        upper.append(sum(share.mean() for share in list(layers.values())[len(layers) // 2 :]))
         cells = [f"{_layer(most)}: {written(100 * layers[most])} %", f"{MODULES[module[-1]]}: "]
         cells[1] += f"{written(100 * modules[module])} %"
-        lines.append(f"| {name_of(task)} | " + " | ".join([*cells, f"{100 * upper[-1]:.3g} %"]) + " |")
+        lines.append(f"| {name_of(task)} | " + " | ".join([*cells, f"{100 * share:.3g} %"]) + " |")
     head = (
         "| Task | layer with most of the trace | module with most of it | upper half of the layers |\n|---|---|---|---|"
     )
-    agree = "in every task" if min(upper) > 0.5 else f"in {sum(u > 0.5 for u in upper)} of {len(upper)} tasks"
     return (
         "Share of the trace of LoRA's kernel (query, key and value of all layers), mean and range over draws:\n\n"
-        f"{head}\n" + "\n".join(lines) + f"\n\nThe upper half of the layers holds most of the kernel {agree}."
+        f"{head}\n" + "\n".join(lines) + f"\n\nThe upper half of the layers holds most of the kernel {_most(upper)}."
     )
 
 
 def _of_choice(rows: Sequence[Row]) -> str:
     """κ by choice, and whether adding layers lowers it."""
-    lines, lower, best = [], 0, 0
+    lines, best = [], 0
     tasks = distinct(rows, "task")
     for task in tasks:
         mine = of(rows, task=task, head=PROBE)
@@ -251,7 +266,6 @@ def _of_choice(rows: Sequence[Row]) -> str:
         whole = values_of(of(mine, kind=ALL), "condition_number")
         ordered = sorted(layers, key=lambda name: np.log(layers[name]).mean())
         cell = min(cells, key=lambda name: np.log(cells[name]).mean())
-        lower += bool(np.log(whole).mean() < min(np.log(found).mean() for found in layers.values()))
         best += _layer(ordered[0]) == 0
         shown = [f"{_layer(name)}: {_geometric(layers[name])}" for name in (ordered[0], ordered[-1])]
         single = f"{_layer(cell)}, {MODULES[cell[-1]]}: {_geometric(cells[cell])}"
@@ -267,8 +281,8 @@ def _of_choice(rows: Sequence[Row]) -> str:
     bounds = float(np.mean([row["condition_number_is_bound"] for row in of(rows, head=PROBE)]))
     return (
         f"κ with the probe head, geometric mean over draws and range:\n\n{head}\n" + "\n".join(lines) + "\n\n"
-        f"Tuning every layer has a smaller κ than the best single layer in {lower} of {len(tasks)} tasks; the "
-        f"first layer has the least κ of the single ones in {best}. As layers are added κ {ends} "
+        f"Tuning every layer has a smaller κ than the best single layer in {_all_is_best(rows)} of {len(tasks)} tasks; "
+        f"the first layer has the least κ of the single ones in {best}. As layers are added κ {ends} "
         f"(tasks averaged). {100 * bounds:.3g} % of all κ are only known as “at least”."
     )
 
@@ -354,10 +368,23 @@ def _of_draws(rows: Sequence[Row]) -> str:
     )
 
 
+def _in_short(tables: Tables) -> str:
+    rows, upper = tables["sets"], _upper(tables["sets"])
+    tasks = distinct(rows, "task")
+    applying = [row for row in tables["holds"] if row["applies"]]
+    return (
+        f"**The upper half of the layers holds most of LoRA's kernel {_most(upper)}**: {100 * min(upper):.3g} to "
+        f"{100 * max(upper):.3g} % of its trace. Tuning every layer has a smaller κ than the best single layer in "
+        f"{_all_is_best(rows)} of {len(tasks)} tasks. Of {len(applying)} bounds that apply as layers are added, "
+        f"{sum(bool(row['holds']) for row in applying)} hold ({_sizes(rows)})."
+    )
+
+
 def findings(tables: Tables) -> dict[str, str]:
     """Says where the kernel lies, what κ does by choice, whether the bounds hold, and what is a matter of the draw."""
     rows = tables["sets"]
     return {
+        "in_short": _in_short(tables),
         "layers": _of_layers(rows),
         "choice": _of_choice(rows),
         "bounds": _of_bounds(tables),

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -49,6 +49,9 @@ class Setting:
         lora_rank: Rank and α of LoRA on every query and value.
     """
 
+    optimizer: ClassVar[str] = ""
+    """How a study trains, in words; its numbers are in the setting."""
+
     tasks: tuple[str, ...] = ("cola", "sst2", "mrpc", "qqp")
     seeds: int = 3
     num_train: int = 1000
@@ -61,6 +64,10 @@ class Setting:
     def model_arguments(self) -> ModelArguments:
         """Which model, and how its head starts."""
         return ModelArguments(self.model_name_or_path)
+
+    def sizes(self) -> dict[str, int | None]:
+        """How many training and validation examples are loaded."""
+        return {"train": self.num_train, "eval": self.num_eval}
 
     def check(self) -> None:
         """Refuses what cannot be meant.
@@ -94,6 +101,8 @@ class AdamSetting(Setting):
         warmup_ratio: Share of the steps with linearly growing rate.
         gradient_accumulation_steps: Parts that a step's batch is computed in, for less memory.
     """
+
+    optimizer: ClassVar[str] = "Adam, its rate decaying linearly to 0"
 
     num_train_epochs: float = 3.0
     batch_size: int = 32
@@ -195,6 +204,7 @@ class Work:
         self.setting, self.cache, self.progress = setting, cache, progress
         self._problem: Problem | None = None
         self.data_sha256: dict[str, str] = {}
+        self.cut: dict[str, dict[str, float]] = {}
 
     def problem(self, task: str, seed: int) -> Problem:
         """Returns a task with one draw of training examples, A and data order; the last one is kept.
@@ -214,8 +224,14 @@ class Work:
             InputError: If model or data cannot be used.
         """
         problem = _problem(setting, task, seed)
-        self.data_sha256[task] = problem.loaded.task.sha256()
+        self.note(task, seed, problem.loaded)
         return problem
+
+    def note(self, task: str, seed: int, loaded: Loaded) -> None:
+        """Notes for the record what was loaded: the data's hash, and how many texts of the first draw are cut."""
+        self.data_sha256[task] = loaded.task.sha256()
+        if not seed:
+            self.cut[task] = cut_shares(loaded)
 
     def get(self, problem: Problem, options: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         """Returns a result on a problem, computed if it is not kept; `options` are what else it depends on."""
@@ -226,10 +242,23 @@ def _lora(model: Model, setting: Setting, seed: int) -> Tunable:
     return lora(model, setting.lora_rank, float(setting.lora_rank), rng=seed)
 
 
-def _problem(setting: Setting, task: str, seed: int) -> Problem:
+def load_draw(setting: Setting, task: str, seed: int) -> Loaded:
+    """Returns model and data of a task with one draw of training examples.
+
+    Raises:
+        InputError: If they cannot be used.
+    """
     arguments = DataArguments(task_name=task, data_dir=setting.data_dir, max_seq_length=setting.max_seq_length)
-    sizes = {"train": setting.num_train, "eval": setting.num_eval}
-    loaded = load(setting.model_arguments(), arguments, sizes, seed, "squared")
+    return load(setting.model_arguments(), arguments, setting.sizes(), seed, "squared")
+
+
+def cut_shares(loaded: Loaded) -> dict[str, float]:
+    """Returns by split the share of the texts that are longer than what they are cut at."""
+    return {split: loaded.truncated[split] / len(part) for split, part in loaded.data.items()}
+
+
+def _problem(setting: Setting, task: str, seed: int) -> Problem:
+    loaded = load_draw(setting, task, seed)
     before = _lora(loaded.model, setting, seed)
     identity = {
         "model": fingerprint(before, before.theta0),  # a probe is the same to rounding only

@@ -86,6 +86,40 @@ def with_interval(values: Sequence[float] | np.ndarray, form: str = "+.3f") -> s
     return f"{mean:{form}}{interval}".replace("-", "−")
 
 
+def learnt(table: Sequence[Row], arm: str, what: str, **at: Any) -> str:
+    """Says where an arm scores above the majority class: where the 95 % interval over seeds of the difference does.
+
+    Args:
+        table: With rows of the arm and of `majority_class`; tasks without these are left out.
+        arm: Which.
+        what: It, in words.
+        at: What its rows have besides.
+
+    Returns:
+        Sentences; empty if there is no such task.
+    """
+    above: list[str] = []
+    others: list[str] = []
+    for task in distinct(table, "task"):
+        rows, baseline = of(table, task=task, arm=arm, **at), of(table, task=task, arm="majority_class")
+        if rows and baseline:
+            majority = {row["seed"]: row["score_eval"] for row in baseline}
+            gained = [row["score_eval"] - majority[row["seed"]] for row in rows]
+            score, of_majority = (values_of(part, "score_eval").mean() for part in (rows, baseline))
+            metric = METRICS.get(rows[0]["metric"], rows[0]["metric"])
+            words = f"{name_of(task)} ({metric} {score:.3g} against {of_majority:.3g})"
+            (above if mean_interval(gained)[1] > 0 else others).append(words)
+    said = []
+    if above:
+        said.append(f"Against always answering the majority class, {what} has learnt something on {', '.join(above)}.")
+    if others:
+        said.append(
+            f"On {', '.join(others)} the 95 % interval over seeds of the difference to the majority class is not above "
+            "0: nothing that shows is learnt there, and such scores do not tell methods apart."
+        )
+    return " ".join(said)
+
+
 NEVER_POOLED = ("stsb", "wnli")
 """Tasks that no claim over tasks counts: of scores, or of too few examples."""
 
