@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from jaxlin.theory.spectrum import Spectrum
     from jaxlin.training.trainer import Row
 
-# Okabe & Ito's palette.
+# Okabe & Ito's palette for what is trained and what predicts, whose blue and vermilion stand for nothing else; Tol's
+# for what is compared besides, where a colour may stand for several things, though never in one figure.
 COLOURS = {
     "full": "#0072B2",
     "linearized": "#D55E00",
@@ -31,26 +33,50 @@ COLOURS = {
     "majority_class": "#000000",
     "mean_score": "#000000",
     "linear_probe": "#E69F00",
-    "query": "#0072B2",
-    "key": "#E69F00",
-    "value": "#009E73",
-    "from_top": "#0072B2",
-    "from_bottom": "#D55E00",
+    "query": "#332288",
+    "key": "#999933",
+    "value": "#44AA99",
+    "from_top": "#332288",
+    "from_bottom": "#999933",
     "probe_head": "#E69F00",
-    "random_head": "#CC79A7",
-    "prompt_head": "#0072B2",
-    "coupled": "#0072B2",
-    "selective": "#E69F00",
-    "decoupled": "#009E73",
-    "bound": "#56B4E9",
-    "plain": "#0072B2",
-    "partial": "#D55E00",
-    "condition_number": "#CC79A7",
-    "everything": "#0072B2",
-    "last_layers": "#009E73",
-    "random_choice": "#56B4E9",
-    "random_direction": "#56B4E9",
+    "random_head": "#999933",
+    "prompt_head": "#332288",
+    "coupled": "#332288",
+    "selective": "#999933",
+    "decoupled": "#44AA99",
+    "bound": "#88CCEE",
+    "plain": "#332288",
+    "partial": "#999933",
+    "condition_number": "#AA4499",
+    "chosen": "#EE3377",
+    "runner_up": "#999933",
+    "everything": "#000000",
+    "last_layers": "#332288",
+    "random_choice": "#999933",
+    "random_direction": "#999933",
 }
+TASK_LOOKS = {
+    "cola": ("#882255", "o-"),
+    "sst2": ("#77AADD", "s--"),
+    "mrpc": ("#CC6677", "^-."),
+    "qqp": ("#BFA845", "D:"),
+    "rte": ("#117733", "v-"),
+    "uci_yelp": ("#AA4499", "P--"),
+    "yelp": ("#AA4499", "<-."),
+    "imdb": ("#661100", "X-."),
+    "uci_imdb": ("#661100", ">:"),
+    "uci_amazon": ("#332288", "p-"),
+    "qnli": ("#999933", "h--"),
+    "mnli": ("#44AA99", "d-."),
+    "mnli_mismatched": ("#44AA99", "8:"),
+    "stsb": ("#555555", "*-"),
+    "wnli": ("#BBBBBB", "o--"),
+    "ag_news": ("#EE8866", "s-."),
+    "stdlib": ("#000000", "^:"),
+}
+"""Colour and style of each task."""
+LAYER_MAP, COUNT_MAP = "plasma", "cividis"
+"""Colour maps of a layer's number and of counts and shares; that of λ is viridis."""
 NAMES = {
     "full": "full",
     "linearized": "linearized",
@@ -135,6 +161,34 @@ def save(figure: Figure, path: Path) -> list[Path]:
     return files
 
 
+def task_look(task: str) -> tuple[str, str]:
+    """Returns a task's colour and style: those of `TASK_LOOKS`, of a task not among them one of these by its name."""
+    return TASK_LOOKS.get(task) or tuple(TASK_LOOKS.values())[zlib.crc32(task.encode()) % len(TASK_LOOKS)]
+
+
+def lam_look(share: float) -> tuple[tuple[float, ...], str]:
+    """Returns colour and marker of a λ/μ₁, the same in every figure: dark is 0, and from 1e-4 to 10 it gets lighter."""
+    import matplotlib.pyplot as plt
+
+    decade = float(np.clip(np.log10(share), -4, 1)) + 4 if share > 0 else 0.0
+    at = 0.28 + 0.13 * decade if share > 0 else 0.0
+    return plt.get_cmap("viridis")(at), "s^DvPX"[round(decade)] if share > 0 else "o"
+
+
+def _lam_looks(table: Sequence[Mapping[str, Any]]) -> dict[float, tuple[Any, str]]:
+    """Returns the look of each λ of a table: by λ/μ₁, or colours spread evenly where that is not known."""
+    import matplotlib.pyplot as plt
+
+    column, _ = strength(table)
+    found = {
+        row["lam"]: row[column] for row in sorted(table, key=lambda row: row["lam"] or 0) if row["lam"] is not None
+    }
+    if column == "lam":
+        shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(found)))
+        return dict(zip(sorted(found), zip(shades, itertools.cycle("os^Dv"), strict=False), strict=True))
+    return {lam: lam_look(share) for lam, share in sorted(found.items())}
+
+
 def strength(table: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """Returns the column that tells the runs of a sweep apart, and its label: λ/μ₁, or λ where that has no unit."""
     known = any(row["lam_over_mu1"] is not None for row in table)
@@ -142,11 +196,12 @@ def strength(table: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 
 def lam_axis(axis: Axes, values: Sequence[float], label: str) -> np.ndarray:
-    """Makes a log axis with 0 at its left end; returns the positions of `values`."""
-    positive = [value for value in values if value > 0]
+    """Makes a log axis with 0 at its left end, ticks at a few of `values`; returns the positions of all."""
+    positive = sorted({value for value in values if value > 0})
     zero = min(positive, default=1.0) / 10
+    decades = [value for value in positive if abs(np.log10(value) - round(np.log10(value))) < 1e-6] or positive
     axis.set_xscale("log")
-    ticks = ([zero] if len(positive) < len(values) else []) + positive
+    ticks = ([zero] if 0 in values else []) + (decades[(len(decades) - 1) % 2 :: 2] if len(decades) > 4 else decades)
     axis.set_xticks(ticks, ["0" if tick == zero else f"$10^{{{np.log10(tick):.2g}}}$" for tick in ticks])
     axis.minorticks_off()
     axis.set_xlabel(f"pull {label}")
@@ -189,20 +244,16 @@ def late(table: Sequence[Row], title: str) -> Figure:
     Returns:
         The figure, for `save`.
     """
-    import matplotlib.pyplot as plt
-
     figure, axes = canvas(1, 1, 4.4, 2.9)
     axis, (column, label) = axes[0, 0], strength(table)
     rows = late_rows(table)
-    lams = sorted({row["lam"] for row in rows})
     with drawing():
-        shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(lams)))
-        for lam, colour in zip(lams, shades, strict=True):
+        for lam, (colour, marker) in _lam_looks(rows).items():
             mine = [row for row in rows if row["lam"] == lam]
             axis.plot(
                 [row["linearize_at"] for row in mine],
                 [row["output_gap_relative_eval"] or np.nan for row in mine],
-                "o-",
+                f"{marker}-",
                 color=colour,
                 label=f"{mine[0][column]:.2g}",
             )
@@ -224,8 +275,6 @@ def linearization(table: Sequence[Row], top: int, title: str) -> Figure:
     Returns:
         The figure, for `save`.
     """
-    import matplotlib.pyplot as plt
-
     panels = {
         "kernel_drift": ("(a) Kernel drift", "‖K−K₀‖ / ‖K₀‖"),
         "same_theta_gap_relative": ("(b) Same-θ gap, training examples", "‖f(θ)−f̄(θ)‖ / ‖f(θ)−f₀‖"),
@@ -234,12 +283,11 @@ def linearization(table: Sequence[Row], top: int, title: str) -> Figure:
     }
     figure, axes = canvas(2, 2, 7.0, 4.8)
     column, name = strength(table)
-    lams = sorted({row["lam"] for row in table})
+    looks = _lam_looks(table)
     with drawing():
         figure.suptitle(title, fontsize=8.5)
-        shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(lams)))
         for axis, (key, (heading, unit)) in zip(axes.flat, panels.items(), strict=True):
-            for lam, shade, marker in zip(lams, shades, itertools.cycle("os^Dv")):
+            for lam, (shade, marker) in looks.items():
                 rows = [row for row in table if row["lam"] == lam]
                 values = [np.nan if row[key] is None else row[key] for row in rows]
                 axis.plot(
@@ -262,8 +310,6 @@ def comparison(table: Sequence[Row], history: Mapping[tuple[str, float], Sequenc
     Returns:
         The figure, for `save`.
     """
-    import matplotlib.pyplot as plt
-
     figure, axes = canvas(2, 2, 7.0, 5.2)
     full, linear = COLOURS["full"], COLOURS["linearized"]
     with drawing():
@@ -289,7 +335,7 @@ def comparison(table: Sequence[Row], history: Mapping[tuple[str, float], Sequenc
             table,
             [
                 ("full", "output_gap_eval", "absolute ‖f−f̄‖", gap, "^-"),
-                ("full", "output_gap_relative_eval", "relative to ‖f−f₀‖", full, "o--"),
+                ("full", "output_gap_relative_eval", "relative to ‖f−f₀‖", gap, "o--"),
             ],
         )
         outputs.set(title="(b) Output gap, evaluation examples", ylabel="Frobenius norm | ratio")
@@ -308,11 +354,11 @@ def comparison(table: Sequence[Row], history: Mapping[tuple[str, float], Sequenc
                     losses.axhline(row["loss_eval"], color=COLOURS[arm], lw=0.9, ls="-.", label=NAMES[arm])
         losses.set(title="(c) Evaluation loss", ylabel="mean loss")
         losses.legend()
-        lams = sorted({lam for _, lam in history})
-        shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(lams)))
         column, name = strength(table)
         shares = {row["lam"]: row[column] for row in table if row["lam"] is not None}
-        for lam, shade in zip(lams, shades, strict=True):
+        looks = _lam_looks(table)
+        for lam in sorted({lam for _, lam in history}):
+            shade, _ = looks[lam]
             for arm, style in (("full", "-"), ("linearized", "--")):
                 rows = history.get((arm, lam), ())
                 label = f"{shares[lam]:.3g}" if arm == "full" else None
@@ -331,8 +377,8 @@ def spectrum(spec: Spectrum, title: str) -> Figure:
     with drawing():
         index = np.arange(1, len(spec.eigenvalues) + 1)
         positive = spec.eigenvalues > 0
-        axis.loglog(index[positive], spec.eigenvalues[positive], ".", ms=2.5, color=COLOURS["full"], label="μᵢ of K₀")
-        axis.axhline(spec.resolution, color=COLOURS["linearized"], lw=0.9, ls="--", label="resolved to 10 %")
+        axis.loglog(index[positive], spec.eigenvalues[positive], ".", ms=2.5, color="#000000", label="μᵢ of K₀")
+        axis.axhline(spec.resolution, color=COLOURS["start"], lw=0.9, ls="--", label="resolved to 10 %")
         axis.axhline(spec.noise_floor, color=COLOURS["start"], lw=0.9, ls="-.", label="noise floor")
         axis.set(title=title, xlabel="index", ylabel="eigenvalue")
         if spec.noise_floor > 0:
@@ -352,13 +398,13 @@ _BOUND_PANELS: tuple[tuple[str, tuple[tuple[str, str, tuple[str, ...]], ...]], .
 )
 _DOTS = (0, (1, 2))
 _BOUND_STYLES = {
-    "4(a)": ("#0072B2", "s--"),
-    "4(b)": ("#E69F00", "D-."),
-    "4(c)": ("#009E73", "v:"),
-    "5(a)": ("#56B4E9", "v--"),
-    "5(b)": ("#D55E00", "s--"),
-    "5(c)": ("#D55E00", "s--"),
-    "5(d)": ("#D55E00", "s--"),
+    "4(a)": ("#332288", "s--"),
+    "4(b)": ("#999933", "D-."),
+    "4(c)": ("#44AA99", "v:"),
+    "5(a)": ("#88CCEE", "v--"),
+    "5(b)": ("#AA4499", "s--"),
+    "5(c)": ("#AA4499", "s--"),
+    "5(d)": ("#AA4499", "s--"),
 }
 
 
@@ -453,8 +499,8 @@ def candidates(table: Sequence[Row], criterion: str, title: str) -> Figure:
     params, values, others = (np.array([row[key] for row in table], float) for key in ("num_params", criterion, other))
     marks = [
         (np.arange(6, len(table)), "o", 9, COLOURS["start"], "other candidates"),
-        (np.arange(1, min(6, len(table))), "D", 18, COLOURS["linear_probe"], "next five"),
-        (np.arange(1), "*", 110, COLOURS["linearized"], "chosen"),
+        (np.arange(1, min(6, len(table))), "D", 18, COLOURS["runner_up"], "next five"),
+        (np.arange(1), "*", 110, COLOURS["chosen"], "chosen"),
     ]
     with drawing():
         for rows, marker, size, colour, label in marks:
@@ -498,11 +544,11 @@ def cells(table: Sequence[Row], title: str, share: float = 0.1) -> Figure:
     figure, axes = canvas(1, 1, 1.9 + 0.38 * len(layers), 1.3 + 0.28 * len(modules))
     axis = axes[0, 0]
     with drawing():
-        image = axis.imshow(counts, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+        image = axis.imshow(counts, cmap=COUNT_MAP, vmin=0, vmax=1, aspect="auto")
         for module in table[0]["modules"].split():
             for layer in table[0]["layers"].split():
                 corner = (layers.index(int(layer)) - 0.44, modules.index(module) - 0.44)
-                axis.add_patch(Rectangle(corner, 0.88, 0.88, fill=False, edgecolor=COLOURS["linearized"], lw=1.8))
+                axis.add_patch(Rectangle(corner, 0.88, 0.88, fill=False, edgecolor=COLOURS["chosen"], lw=1.8))
         axis.set_xticks(range(len(layers)), [str(layer) for layer in layers])
         axis.set_yticks(range(len(modules)), modules)
         axis.grid(False)
@@ -523,7 +569,7 @@ def spectra(specs: Mapping[str, Spectrum], title: str) -> Figure:
     """
     figure, axes = canvas(1, 1, 3.9, 2.9)
     axis = axes[0, 0]
-    shades = {"chosen": COLOURS["linearized"], "everything": COLOURS["full"], "runner-up": COLOURS["linear_probe"]}
+    shades = {name: COLOURS[name.replace("-", "_")] for name in ("chosen", "everything", "runner-up")}
     styles = {"chosen": "-", "everything": "--", "runner-up": ":"}
     with drawing():
         for name, spec in specs.items():
@@ -554,8 +600,8 @@ def lam_curve(curve: Sequence[Mapping[str, float]], chosen: float, title: str) -
     panels = (("leave_one_out_error", "leave-one-out loss"), ("log_marginal_likelihood", "log marginal likelihood"))
     with drawing():
         for axis, (column, label) in zip(axes[0], panels, strict=True):
-            axis.semilogx(x, [row[column] for row in curve], "o-", ms=2.5, color=COLOURS["full"])
-            axis.axvline(chosen, color=COLOURS["linearized"], lw=1.2, ls="--", label=f"suggested, {chosen:.2g}")
+            axis.semilogx(x, [row[column] for row in curve], "o-", ms=2.5, color="#000000")
+            axis.axvline(chosen, color=COLOURS["chosen"], lw=1.2, ls="--", label=f"suggested, {chosen:.2g}")
             axis.set(xlabel="pull λ/μ₁", ylabel=label)
             axis.legend()
         figure.suptitle(title, fontsize=8)

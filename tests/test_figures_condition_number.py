@@ -121,6 +121,25 @@ def test_what_diverged_is_the_worst():
     assert analysis._values(nothing, "a", "paper", "train_loss") is None
 
 
+def test_tasks_of_too_few_examples_are_not_pooled():
+    rng = np.random.default_rng(0)
+    columns = [prefix + name for prefix in ("", "lora_") for name in CRITERIA]
+    table = [
+        {name: float(rng.random()) for name in (*columns, "train_loss", "eval_loss", "metric")}
+        | {"task": task, "way": "paper", "draw": draw, "choice": str(choice), "diverged": False}
+        | {"num_params": 10 * choice, "num_modules": 1 + choice % 2}
+        for task in ("cola", "sst2", "wnli")
+        for draw in range(2)
+        for choice in range(8)
+    ]
+    found = analysis.correlations(table, 20)
+    without = analysis.correlations([row for row in table if row["task"] != "wnli"], 20)
+    assert {row["task"] for row in found} - {row["task"] for row in without} == {"wnli"}
+    np.testing.assert_equal([row for row in found if row["task"] != "wnli"], without)
+    (primary,) = [row for row in found if row["primary"]]
+    assert primary["problems"] == 2
+
+
 def test_what_it_says_is_what_the_kept_tables_hold():
     tables = read_tables(KEPT)
     table, found = tables["table"], tables["correlations"]
@@ -177,6 +196,7 @@ def test_the_verdict_follows_from_the_intervals(plain, partial, expected):
         ({"layer_sets": ("0", "0")}, "each once"),
         ({"seeds": 0, "large_draws": 0}, "at least one draw"),
         ({"lam_rel": 0.0}, "--lam_rel"),
+        ({"tasks": ("wnli",)}, "--tasks wnli: expected one with enough"),
         ({"num_train": 60}, "40 training rows"),
         ({"layer_sets": ("0", "1", "7")}, "it has 2, from 0"),
     ],

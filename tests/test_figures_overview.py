@@ -1,6 +1,7 @@
 """The results page: what it says of tables that are made up, and that the README's is of the kept ones."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -94,7 +95,7 @@ def curves(off, gap):
 
 def test_dynamics():
     measured, holds = answer("03_dynamics", curves(1e-6, 0.5))
-    assert "by 1e-06 of the way" in measured
+    assert "by 1e−06 of the way" in measured
     assert "at most 0.25 at λ/μ₁ = 0.0001 and 0 at λ/μ₁ = 1" in measured
     assert "yes, to rounding" in holds
     assert "not to rounding" in answer("03_dynamics", curves(0.1, 0.5))[1]
@@ -141,20 +142,23 @@ def test_choosing():
     assert "(3 tasks)" in answer("07_choose_layers", choices(0.05))[0]
 
 
+def differences(values):
+    return [
+        {"arm": "kernel_regression", "other": "full", "task": task, "accuracy_difference": value}
+        for task, value in zip(("cola", "sst2", "mrpc"), values, strict=True)
+    ]
+
+
 @pytest.mark.parametrize(
-    ("differences", "holds"),
+    ("values", "holds"),
     [
         ((0.01, -0.01, 0.002), "over tasks not told apart"),
         ((0.10, 0.11, 0.12), "no: the kernel does better"),
         ((-0.10, -0.11, -0.12), "no: fine-tuning does better"),
     ],
 )
-def test_predicting(differences, holds):
-    pairs = [
-        {"arm": "kernel_regression", "other": "full", "task": task, "accuracy_difference": value}
-        for task, value in zip(("cola", "sst2", "mrpc"), differences, strict=True)
-    ]
-    assert answer("08_kernel_regression", {"pairs": pairs})[1] == holds
+def test_predicting(values, holds):
+    assert answer("08_kernel_regression", {"pairs": differences(values)})[1] == holds
 
 
 def test_prompts():
@@ -170,3 +174,34 @@ def test_prompts():
     mixed = [best[i] if best[i]["task"] == "cola" else worst[i] for i in range(len(best))]
     other = [worst[i] if best[i]["task"] == "cola" else best[i] for i in range(len(best))]
     assert answer("09_llm", tables(mixed, other, worst))[1] == "on 1 of 2 tasks"
+
+
+def test_no_claim_over_tasks_counts_tasks_of_too_few_examples():
+    def with_wnli(tables):
+        more = {
+            name: [
+                row | {"task": "wnli"} | dict.fromkeys(set(row) & {"L_upper", "output_gap_relative_eval"}, 0.9)
+                for row in rows
+                if row["task"] == "cola"
+            ]
+            for name, rows in tables.items()
+        }
+        return {name: [*rows, *more[name]] for name, rows in tables.items()}
+
+    prompts = [row | {"start": start, "accuracy_eval": 0.5} for start in llm.STARTS for row in gaps([0.1, 0.01, 0.01])]
+    studies = {
+        "02_regularization_and_linearity": {"table": gaps([0.6, 0.02, 0.04])},
+        "04_lipschitz_profile": profile(6.0),
+        "07_choose_layers": choices(0.05),
+        "08_kernel_regression": {"pairs": differences((0.10, 0.11, 0.12))},
+        "09_llm": {"table": prompts},
+    }
+    for study, tables in studies.items():
+        assert answer(study, with_wnli(tables)) == answer(study, tables)
+
+
+def test_what_is_said_has_true_minus_signs(page):
+    studies = page.kept_studies()
+    said = [text for study in STUDIES for text in study.findings(studies[study.name]).values()]
+    for text in [*said, overview.claims_table(studies)]:
+        assert not re.findall(r"(?<![\w-])-\d|\de-\d", text)

@@ -15,7 +15,9 @@ from jaxlin.experiments.figures.summary import (
     distinct,
     learnt,
     mean_interval,
+    metric_of,
     name_of,
+    number,
     of,
     sizes,
     values_of,
@@ -63,10 +65,10 @@ def pooled(table: Sequence[Row], other: str, column: str) -> np.ndarray:
 
 
 def points(axis: Axes, values: np.ndarray, at: float, colour: str) -> None:
-    """Draws values as dots, and their mean with its 95 % interval."""
-    axis.plot(values, np.full(len(values), at), ".", color=colour, ms=3, alpha=0.6)
+    """Draws the mean of values with its 95 % interval, and below them, hollow, the values."""
+    axis.plot(values, np.full(len(values), at + 0.28), "o", color=colour, mfc="none", mew=0.8, ms=3.5)
     mean, low, high = mean_interval(values)
-    axis.plot([mean], [at], "o", color=colour, ms=4.5)
+    axis.plot([mean], [at], "D", color=colour, ms=4)
     if np.isfinite(low):
         axis.plot([low, high], [at, at], "-", color=colour, lw=1.3)
 
@@ -75,7 +77,7 @@ def _difference_figure(table: Sequence[Row]) -> Figure:
     """Paired differences, a line an arm, a row a task and one for the mean of the tasks."""
     tasks = distinct(table, "task")
     lines = len(tasks) + (len(tasks) > 1)
-    figure, axes = plots.canvas(lines, 3, 7.0, 1.05 * lines + 1.0, sharey=True, sharex="col")
+    figure, axes = plots.canvas(lines, 3, 7.0, 1.5 * lines + 1.0, sharey=True)
     with plots.drawing():
         for line in range(lines):
             own = line < len(tasks)
@@ -85,24 +87,20 @@ def _difference_figure(table: Sequence[Row]) -> Figure:
                     values = (differences if own else pooled)(rows, other, column)
                     points(axis, values, at, plots.COLOURS[other])
                 axis.axvline(0, color="#000000", lw=0.7)
-                axis.tick_params(labelsize=6.5)
+                axis.tick_params(labelsize=7)
+                axis.locator_params(axis="x", nbins=5)
                 if line == lines - 1:
                     axis.set_xlabel(f"{name}: chosen − other\n({'more' if better > 0 else 'less'} is better)")
             title = name_of(tasks[line]) if own else "mean of the tasks, interval over tasks"
-            axes[line, 1].set_title(f"{title} ({table_metric(table, tasks[line])})" if own else title)
+            axes[line, 1].set_title(f"{title} ({metric_of(of(table, task=tasks[line]))})" if own else title)
         axes[0, 0].set_yticks(range(len(OTHERS)), [NAMES[other] for other in OTHERS])
         axes[0, 0].set_ylim(len(OTHERS) - 0.5, -0.5)
         figure.suptitle(
-            "Layers chosen by leave-one-out loss against others: paired differences, a dot a seed,\n"
-            f"mean and 95 % interval; {sizes(table, banded=False)}",
+            "Layers chosen by leave-one-out loss against others: paired differences, each panel on its own scale\n"
+            f"(mean and 95 % interval; below them a circle a seed or task); {sizes(table, banded=False)}",
             fontsize=8,
         )
     return figure
-
-
-def table_metric(table: Sequence[Row], task: str) -> str:
-    """Returns the metric that a task is scored by."""
-    return str(of(table, task=task)[0]["metric"])
 
 
 def _where(table: Sequence[Row]) -> Figure:
@@ -120,7 +118,7 @@ def _where(table: Sequence[Row]) -> Figure:
                     for letter in choice.modules:
                         counts[letters.index(letter), list(choice.layers)] += 1 / len(rows)
                 axis = axes[line, column]
-                image = axis.imshow(counts, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+                image = axis.imshow(counts, cmap=plots.COUNT_MAP, vmin=0, vmax=1, aspect="auto")
                 axis.grid(False)
                 axis.set_xticks(range(depth))
                 axis.set_yticks(range(len(letters)), list(MODULES.values()))
@@ -144,7 +142,7 @@ def _scores(table: Sequence[Row]) -> str:
     lines = []
     for task in distinct(table, "task"):
         cells = [written(values_of(of(table, task=task, arm=arm), "score_eval")) for arm in arms]
-        lines.append(f"| {name_of(task)} ({table_metric(table, task)}) | " + " | ".join(cells) + " |")
+        lines.append(f"| {name_of(task)} ({metric_of(of(table, task=task))}) | " + " | ".join(cells) + " |")
     sizes_of = [written(values_of(of(table, arm=arm), "num_params"), ".0f") for arm in arms]
     lines.append("| parameters tuned | " + " | ".join(sizes_of) + " |")
     head = " | ".join(NAMES[arm] for arm in arms)
@@ -210,7 +208,7 @@ def _what(tables: Tables) -> str:
         cells = [", ".join(row["choice"] for row in of(table, task=task, arm=arm)) for arm in (BY_LOSS, BY_KAPPA)]
         lines.append(f"| {name_of(task)} | " + " | ".join(cell.replace(", ", " · ") for cell in cells) + " |")
     ranks = {name: _order(table, name) for name in (BY_LOSS, BY_KAPPA)}
-    said = " and ".join(f"{value:+.2f} for ".replace("-", "−") + _WORDS[name] for name, value in ranks.items())
+    said = " and ".join(f"{number(value, '+.2f')} for {_WORDS[name]}" for name, value in ranks.items())
     return (
         f"Chosen of {chosen[0]['candidates']} candidates on {chosen[0]['select_examples']} examples, seed by seed "
         "(layers:modules, by first letter):\n\n| Task | by leave-one-out loss | by κ |\n|---|---|---|\n"

@@ -48,6 +48,7 @@ from jaxlin.experiments.figures.study import (
     Work,
     load_draw,
 )
+from jaxlin.experiments.figures.summary import NEVER_POOLED
 from jaxlin.experiments.model_arguments import ModelArguments
 from jaxlin.experiments.setting import Loaded
 from jaxlin.hashing import fingerprint
@@ -134,6 +135,8 @@ class ConditionNumberSetting(Setting):
     def _check_shared(self) -> None:
         super().check()
         self.require_positive("num_tune", "num_kernel", "batch_size", "resamples", "large_num_train")
+        if not set(self.tasks) - set(NEVER_POOLED):
+            raise InputError(f"--tasks {' '.join(self.tasks)}: expected one with enough examples to conclude from")
         if not self.paper_learning_rates:
             raise InputError("--paper_learning_rates needs at least one value")
         if not self.lam_rel > 0:
@@ -398,7 +401,7 @@ def compute(setting: ConditionNumberSetting, work: Work) -> Tables:
         large = Runs(setting.larger(setting.tasks), work)
         enough = [task for task in setting.tasks if _has_rows(large.setting, large.loaded(task))]
         large.setting = setting.larger(enough)
-        if enough:
+        if set(enough) - set(NEVER_POOLED):
             tables["large"] = list(large.rows("larger runs"))
             tables["large_correlations"] = correlations(tables["large"], setting.resamples)
     if setting.seeds:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxlin import plots
+from jaxlin.data.known import CLASS_METRICS, KNOWN_TASKS
 from jaxlin.experiments.figures.correlations import ALONE, EQUAL_SIZE, PAPER, POOLED, PRIMARY, STABLE
 from jaxlin.experiments.figures.study import Row, Tables
-from jaxlin.experiments.figures.summary import distinct, name_of, of
+from jaxlin.experiments.figures.summary import METRICS, distinct, name_of, number, of, poolable
 from jaxlin.theory.criteria import CRITERIA
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ KAPPA = PRIMARY[0]
 PARTS = {"": ("table", "correlations"), "large": ("large", "large_correlations")}
 """Prefix of figures and findings of a part to its tables."""
 _OUTCOMES = {
-    (PAPER, "train_loss"): "training loss, Adam at a fixed rate",
+    (PAPER, "train_loss"): "training cross-entropy, Adam at a fixed rate",
     (PAPER, "metric"): "validation metric, same runs",
-    (STABLE, "train_loss"): "training loss, descent at c/(μ₁+λ)",
+    (STABLE, "train_loss"): "training squared loss, descent at c/(μ₁+λ)",
 }
 _SHOWN = (KAPPA, *(f"{ALONE}{name}" for name in CRITERIA if f"{ALONE}{name}" != KAPPA), "num_params")
 
@@ -50,6 +51,12 @@ def _sizes(rows: Sequence[Row]) -> str:
     )
 
 
+def _metric(task: str) -> str:
+    """The metric that a task of classes is scored by, as it is written."""
+    metrics = KNOWN_TASKS[task].metrics if task in KNOWN_TASKS else CLASS_METRICS
+    return METRICS[metrics[0]]
+
+
 def _points(rows: Sequence[Row], outcome: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """κ (geometric mean), outcome and number of modules of every choice, means over draws; without what diverged."""
     found = []
@@ -72,15 +79,15 @@ def _scatter(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
             mine = of(rows, task=task)
             for axis, outcome in zip(axes[:, column], ("train_loss", "metric"), strict=True):
                 kappa, value, modules = _points(mine, outcome)
-                image = axis.scatter(kappa, value, c=modules, cmap="viridis", s=11, norm="log", zorder=3)
+                image = axis.scatter(kappa, value, c=modules, cmap=plots.COUNT_MAP, s=11, norm="log", zorder=3)
                 (found,) = of(correlations, predictor=KAPPA, way=PAPER, outcome=outcome, task=task)
-                name = f"{name_of(task)}\n" if outcome == "train_loss" else ""
-                axis.set_title(f"{name}ρ = {_signed(found['spearman'])}", fontsize=8)
+                above = name_of(task) if outcome == "train_loss" else _metric(task)
+                axis.set_title(f"{above}\nρ = {_signed(found['spearman'])}", fontsize=8)
                 axis.set_xscale("log")
-                axis.tick_params(labelsize=6.5)
+                axis.tick_params(labelsize=7)
             axes[1, column].set_xlabel("κ at θ₀")
-        axes[0, 0].set_ylabel("final training loss")
-        axes[1, 0].set_ylabel("validation metric")
+        axes[0, 0].set_ylabel("final training cross-entropy")
+        axes[1, 0].set_ylabel("validation score")
         ticks = sorted(distinct(rows, "num_modules"))
         bar = figure.colorbar(image, ax=axes[:, -1], label="modules tuned", aspect=30)
         bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
@@ -117,7 +124,8 @@ def _forest(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
         axes[0, 0].plot([], [], "s-", color=partial, mfc="white", label="trace and size held constant")
         figure.legend(loc="outside lower center", ncols=2)
         figure.suptitle(
-            f"Spearman’s ρ over choices, {_counted(table, 'task')} averaged, 95 % intervals;\n{_sizes(table)}",
+            f"Spearman’s ρ over choices, {_counted(poolable(table), 'task')} averaged, 95 % intervals;\n"
+            f"{_sizes(table)}",
             fontsize=8,
         )
     return figure
@@ -135,7 +143,7 @@ def draw(tables: Tables) -> dict[str, Figure]:
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+    return number(value, "+.2f")
 
 
 def cell(row: Row, name: str) -> str:
@@ -183,9 +191,8 @@ def _verdict(table: Sequence[Row], correlations: Sequence[Row]) -> str:
     }
     lines = [
         f"**The paper’s claim {verdict(correlations)}** in this setting ({_sizes(table)}, "
-        f"{_counted(table, 'task')}). log κ against final training loss: ρ = {cell(primary, 'spearman')} — "
-        + (directions[plain] if plain else "the interval holds 0")
-        + ".",
+        f"{_counted(poolable(table), 'task')}). log κ against final training loss (cross-entropy): "
+        f"ρ = {cell(primary, 'spearman')} — " + (directions[plain] if plain else "the interval holds 0") + ".",
         f"For the validation metric κ {metrics[on_metric]}: ρ = {cell(metric, 'spearman')}.",
     ]
     if np.isfinite(primary["partial"]):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlin.experiments.figures.summary import NEVER_POOLED
 from jaxlin.theory.correlation import Correlation, rank_correlation
 from jaxlin.theory.criteria import CRITERIA
 
@@ -45,7 +46,7 @@ def correlations(table: Sequence[Mapping[str, Any]], resamples: int) -> list[dic
 
     Partial correlations hold the ranks of log trace (of the same kernel) and of the number of parameters constant.
     Under the task `"pooled, equal size"` only choices of equally many modules are ranked among each other. A task in
-    which every run diverged has no row and no part in what is pooled.
+    which every run diverged has no row and no part in what is pooled, nor has one of `NEVER_POOLED` a part.
 
     Args:
         table: Rows of `condition_number`; whole draws only.
@@ -72,20 +73,21 @@ def correlations(table: Sequence[Mapping[str, Any]], resamples: int) -> list[dic
                     parts = [part for name in names if (part := columns[name][task]) is not None]
                     if len(parts) == len(names):
                         known[task] = parts
-                problems = {task: [parts] for task, parts in known.items()} | {POOLED: list(known.values())}
+                counted = {task: parts for task, parts in known.items() if task not in NEVER_POOLED}
+                problems = {task: [parts] for task, parts in known.items()} | {POOLED: list(counted.values())}
                 for name, members in problems.items():
                     if members:
                         x, y, trace, size, _ = zip(*members, strict=True)
                         found = rank_correlation(x, y, [trace, size], resamples=resamples)
                         row = _flat(predictor, way, outcome, name, found)
                         row["primary"] = (predictor, way, outcome, name) == (*PRIMARY, POOLED)
-                        out.append(row | _caveats(table, predictor, way, list(known) if name == POOLED else [name]))
-                groups, parted = _of_equal_size(list(known.values()))
+                        out.append(row | _caveats(table, predictor, way, list(counted) if name == POOLED else [name]))
+                groups, parted = _of_equal_size(list(counted.values()))
                 if parted:
                     x, y, trace, *_ = zip(*parted, strict=True)
                     found = rank_correlation(x, y, [trace], groups=groups, resamples=resamples)
                     row = _flat(predictor, way, outcome, EQUAL_SIZE, found) | {"primary": False}
-                    out.append(row | _caveats(table, predictor, way, list(known)))
+                    out.append(row | _caveats(table, predictor, way, list(counted)))
     return out
 
 

@@ -14,11 +14,11 @@ from jaxlin import plots
 from jaxlin.errors import InputError
 from jaxlin.experiments.figures.study import FAST, PAPER_MODEL, Problem, Row, Setting, Study, Tables, Work
 from jaxlin.experiments.figures.summary import (
-    METRICS,
     band,
     distinct,
-    lam_looks,
+    metric_of,
     name_of,
+    number,
     of,
     sizes,
     values_of,
@@ -223,9 +223,11 @@ def compute(setting: DynamicsSetting, work: Work) -> Tables:
 
 
 def _panels(table: Sequence[Row]) -> tuple[tuple[str, str], ...]:
-    score = METRICS.get(table[0]["metric"], table[0]["metric"])
-    losses = tuple((f"loss_{split}", f"{word} loss") for split, word in (("train", "training"), ("eval", "validation")))
-    return (*losses, ("score_train", f"training {score}"), ("score_eval", f"validation {score}"))
+    losses = tuple(
+        (f"loss_{split}", f"{word} loss\n½‖f−y‖², mean")
+        for split, word in (("train", "training"), ("eval", "validation"))
+    )
+    return (*losses, ("score_train", f"training {metric_of(table)}"), ("score_eval", f"validation {metric_of(table)}"))
 
 
 def _curves(rows: Sequence[Row]) -> Figure:
@@ -247,7 +249,7 @@ def _curves(rows: Sequence[Row]) -> Figure:
                     means = [values_of(of(closed, step=step), key).mean() for step in steps]
                     axis.plot(steps, means, ":", color=plots.COLOURS[CLOSED], label=plots.NAMES[CLOSED])
                     axis.set_ylabel("" if column else name)
-                axes[4 * block, column].set_title(f"{name_of(task)}, λ/μ₁ = {share:g}")
+                axes[4 * block, column].set_title(f"{name_of(task)}, λ/μ₁ = {number(share)}")
         for axis in axes[-1]:
             axis.set_xlabel("step")
         axes[0, -1].legend()
@@ -278,9 +280,10 @@ def _against(
             for column, (key, name, unit) in enumerate(panels):
                 axis = axes[line, column]
                 axis.set_yscale(scale)
-                for share, (colour, mark) in lam_looks(shares).items():
+                for share in shares:
+                    colour, mark = plots.lam_look(share)
                     mine = of(rows, task=task, lam_over_mu1=share)
-                    band(axis, mine, across, key, fmt=f"{mark}-", color=colour, label=f"λ/μ₁ = {share:g}")
+                    band(axis, mine, across, key, fmt=f"{mark}-", color=colour, label=f"λ/μ₁ = {number(share)}")
                 axis.set(xlabel=label, ylabel=unit, title=f"{name_of(task)}: {name}")
                 axis.set_xticks(sorted(distinct(rows, across)))
                 if scale == "linear":
@@ -328,8 +331,8 @@ def _exact(rows: Sequence[Row]) -> str:
     word = "holds to rounding" if share <= ROUNDING else "does **not** hold to rounding"
     return (
         f"**The closed form {word}.** Over all λ, seeds and steps compared ({len(mine)} in all), the outputs of the "
-        f"linearized model, trained in float32, differ from the closed form by at most {off:.2g} on any example; "
-        f"in norm, by at most {share:.2g} of what the outputs have moved."
+        f"linearized model, trained in float32, differ from the closed form by at most {number(off, '.2g')} on any "
+        f"example; in norm, by at most {number(share, '.2g')} of what the outputs have moved."
     )
 
 
@@ -344,8 +347,8 @@ def _ends(rows: Sequence[Row]) -> str:
             for key in ("loss_train", "loss_eval", "score_eval"):
                 cells.append(written(values_of(of(mine, arm=FULL, step=0), key)))
                 cells += [written(values_of(of(mine, arm=arm, step=last), key)) for arm in (FULL, LINEARIZED)]
-            lines.append(f"| {name_of(task)} | {share:g} | " + " | ".join(cells) + " |")
-    what = ("training loss", "validation loss", f"validation {rows[0]['metric']}")
+            lines.append(f"| {name_of(task)} | {number(share)} | " + " | ".join(cells) + " |")
+    what = ("training loss", "validation loss", f"validation {metric_of(rows)}")
     head = " | ".join(f"{name}: {when}" for name in what for when in ("start", "full", "linearized"))
     return (
         f"After {last} steps (mean over seeds, and range):\n\n| Task | λ/μ₁ | {head} |\n{'|---' * 11}|\n"
@@ -371,7 +374,7 @@ def curve_gaps(rows: Sequence[Row]) -> dict[float, float]:
 
 def _curve_gap(rows: Sequence[Row]) -> str:
     found = curve_gaps(rows)
-    said = ", ".join(f"{value:.2g} at λ/μ₁ = {share:g}" for share, value in found.items())
+    said = ", ".join(f"{number(value, '.2g')} at λ/μ₁ = {number(share)}" for share, value in found.items())
     values = list(found.values())
     order = "falls" if values == sorted(values, reverse=True) else "does not fall steadily"
     return (
@@ -391,7 +394,7 @@ def _drifts(rows: Sequence[Row]) -> str:
             for key in ("distance", *(key for key, *_ in _DRIFT)):
                 peaks = [found.max() for one in seeds if len(found := values_of(one, key))]
                 cells.append(written(peaks) if peaks else "rounding")  # the report tells no gap of what has not moved
-            lines.append(f"| {name_of(task)} | {share:g} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name_of(task)} | {number(share)} | " + " | ".join(cells) + " |")
     head = "| Task | λ/μ₁ | ‖θ−θ₀‖ | kernel drift | same-θ gap | trajectory gap |\n|---|---|---|---|---|---|\n"
     return f"The largest of each run (mean over seeds, and range):\n\n{head}" + "\n".join(lines)
 
@@ -406,7 +409,7 @@ def _gained(rows: Sequence[Row]) -> str:
             by_step = [values_of(of(mine, linearize_at=step), "output_gap_relative_eval") for step in steps]
             means = [float(values.mean()) for values in by_step]
             falling, cases = falling + (means == sorted(means, reverse=True)), cases + 1
-            lines.append(f"| {name_of(task)} | {share:g} | " + " | ".join(map(written, by_step)) + " |")
+            lines.append(f"| {name_of(task)} | {number(share)} | " + " | ".join(map(written, by_step)) + " |")
     head = " | ".join(f"k = {step}" for step in steps)
     return (
         "Gap ‖f−f̄‖/‖f−f₀‖ on validation examples at the end, where the full run is linearized at its step k and goes "

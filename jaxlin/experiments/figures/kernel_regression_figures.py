@@ -10,11 +10,13 @@ import numpy as np
 
 from jaxlin import plots
 from jaxlin.experiments.figures.summary import (
-    METRICS,
     band,
     distinct,
+    far_below,
     lam_positions,
+    metric_of,
     name_of,
+    number,
     of,
     sizes,
     values_of,
@@ -62,15 +64,18 @@ def _scores(table: Sequence[Row]) -> Figure:
     with plots.drawing():
         for axis, task in zip(axes, tasks, strict=True):
             mine = of(table, task=task)
+            others = values_of([row for row in mine if row["arm"] != MAJORITY], "score_eval")
             for place, arm in enumerate(reversed(arms)):
                 values = values_of(of(mine, arm=arm), "score_eval")
-                if len(values):
+                if len(values) and far_below(values.mean(), others):
+                    text = f"← {number(values.mean(), '.2f')}"
+                    axis.text(0.02, place, text, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
+                elif len(values):
                     colour = plots.COLOURS[arm]
                     axis.plot([values.min(), values.max()], [place] * 2, color=colour, lw=4, alpha=0.35)
                     axis.plot(values.mean(), place, _MARKERS[arm], color=colour, ms=5)
             axis.set_yticks(range(len(arms)), [NAMES[arm] for arm in reversed(arms)])
-            metric = mine[0]["metric"]
-            axis.set(title=name_of(task), xlabel=METRICS.get(metric, metric))
+            axis.set(title=name_of(task), xlabel=metric_of(mine))
             axis.tick_params(labelsize=7)
     return figure
 
@@ -89,11 +94,8 @@ def _curves(curve: Sequence[Row]) -> Figure:
                 band(axis, rows, "lam_over_mu1", "loss_leave_one_out", at, fmt="o--", color=colour, mfc="white")
             for share in distinct(of(mine, arm=ALONE, chosen=True), "lam_over_mu1"):
                 axis.axvline(at[share], color=plots.COLOURS["start"], lw=0.9, ls="-.")
-            shown = [share for share in at if abs(math.log10(share) - round(math.log10(share))) < 1e-6]
-            axis.set_xticks([at[share] for share in shown], [f"$10^{{{round(math.log10(s))}}}$" for s in shown])
             axis.set(title=name_of(task))
             axis.tick_params(labelsize=7)
-            axis.tick_params(axis="x", labelsize=5.5)
         axes[0].set_ylabel("mean squared loss ½‖f−y‖²")
         axes[0].plot([], [], "k-", label="validation")
         axes[0].plot([], [], "k--", label="leave-one-out")
@@ -103,13 +105,8 @@ def _curves(curve: Sequence[Row]) -> Figure:
     return figure
 
 
-_TASK_STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--", "X-.", "*:")
-
-
 def _calibration(tables: Tables) -> Figure:
     """Draws coverage of predictive intervals, from nothing and from the probe, and reliability of probabilities."""
-    import matplotlib.pyplot as plt
-
     coverage, reliability = tables["coverage"], tables["reliability"]
     panels = [
         (of(coverage, arm=ALONE), "level", "coverage", "(a) Intervals, kernel alone"),
@@ -118,12 +115,11 @@ def _calibration(tables: Tables) -> Figure:
     ]
     figure, axes = plots.canvas(1, len(panels), 7.0, 2.9)
     tasks = distinct(coverage, "task")
-    shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(tasks)))
     with plots.drawing():
         for axis, (rows, across, column, title) in zip(axes.flat, panels, strict=True):
             axis.plot([0, 1], [0, 1], color="#000000", lw=0.8, ls=":")
-            for task, colour, style in zip(tasks, shades, _TASK_STYLES, strict=False):
-                mine = of(rows, task=task)
+            for task in tasks:
+                mine, (colour, style) = of(rows, task=task), plots.task_look(task)
                 if across == "level":
                     band(axis, mine, across, column, fmt=style, color=colour, label=name_of(task))
                 else:

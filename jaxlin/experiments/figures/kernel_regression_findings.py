@@ -20,11 +20,12 @@ from jaxlin.experiments.figures.kernel_regression_figures import (
     seconds_of,
 )
 from jaxlin.experiments.figures.summary import (
-    METRICS,
     NEVER_POOLED,
     distinct,
     mean_interval,
+    metric_of,
     name_of,
+    number,
     of,
     values_of,
     with_interval,
@@ -51,10 +52,7 @@ def _of_scores(table: Sequence[Row]) -> str:
     for task in distinct(table, "task"):
         mine = of(table, task=task)
         cells = [values_of(of(mine, arm=arm), "score_eval") for arm in arms]
-        metric = mine[0]["metric"]
-        lines.append(
-            [f"{name_of(task)} ({METRICS.get(metric, metric)})", *(written(v) if len(v) else "" for v in cells)]
-        )
+        lines.append([f"{name_of(task)} ({metric_of(mine)})", *(written(v) if len(v) else "" for v in cells)])
     chosen = values_of(of(table, arm=PULLED), "lam_over_mu1")
     return (
         f"Validation scores, mean over seeds and range. λ is {_between(chosen)} of μ₁: what leave-one-out on the "
@@ -63,7 +61,8 @@ def _of_scores(table: Sequence[Row]) -> str:
 
 
 def _between(values: np.ndarray) -> str:
-    return f"{values.min():g}" if values.min() == values.max() else f"{values.min():g} to {values.max():g}"
+    low, high = number(values.min()), number(values.max())
+    return low if low == high else f"{low} to {high}"
 
 
 def pooled(pairs: Sequence[Row], arm: str, other: str) -> np.ndarray:

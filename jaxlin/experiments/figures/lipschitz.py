@@ -12,7 +12,7 @@ import numpy as np
 from jaxlin import plots
 from jaxlin.data.dataset import Dataset
 from jaxlin.experiments.figures.study import FAST, PAPER_ADAM, AdamSetting, Problem, Row, Study, Tables, Work
-from jaxlin.experiments.figures.summary import band, distinct, lam_looks, name_of, of, sizes, values_of, written
+from jaxlin.experiments.figures.summary import band, distinct, name_of, number, of, sizes, values_of, written
 from jaxlin.ntk.change import PER_EXAMPLE, PER_PAIR, STACKED
 from jaxlin.ntk.engine import ntk
 from jaxlin.ntk.jacobian import evenly_spread
@@ -161,10 +161,11 @@ def panel(axis: Axes, rows: Sequence[Row], reached: Sequence[Row]) -> None:
     colour, name = plots.COLOURS["random_direction"], plots.NAMES["random_direction"]
     band(axis, random, "radius", "L_avg", fmt="-", color=colour, label=f"L_avg, {name}")
     band(axis, random, "radius", "L_upper", fmt="--", color=colour, label=f"L_upper, {name}")
-    for share, (shade, mark) in lam_looks(distinct(reached, "lam_over_mu1")).items():
+    for share in sorted(distinct(reached, "lam_over_mu1")):
+        shade, mark = plots.lam_look(share)
         for seed in distinct(rows, "seed"):
             mine = of(rows, lam_over_mu1=share, seed=seed)
-            label = f"along a run, λ/μ₁ = {share:g}" if seed == rows[0]["seed"] else None
+            label = f"along a run, λ/μ₁ = {number(share)}" if seed == rows[0]["seed"] else None
             x, y = ([row[key] for row in mine] for key in ("radius", "L_upper"))
             axis.plot(x, y, f"{mark}-", color=shade, lw=0.9, ms=3, label=label)
         ends = values_of(of(reached, lam_over_mu1=share), "radius")
@@ -234,7 +235,7 @@ def findings(tables: Tables) -> dict[str, str]:
             ratios += found[:, 0].tolist()
             radius = written(values_of(of(reached, task=task, lam_over_mu1=share), "radius"))
             cells = [radius, *(written(column) for column in found.T)]
-            lines.append(f"| {name_of(task)} | {share:g} | " + " | ".join(cells) + " |")
+            lines.append(f"| {name_of(task)} | {number(share)} | " + " | ".join(cells) + " |")
     head = "| Task | λ/μ₁ | radius reached | H along the run / in random directions | ‖J−J₀‖₂/‖J₀‖₂ there |"
     head += " the same, in random directions |\n|---|---|---|---|---|---|\n"
     radii = sorted(distinct([row for row in rows if row["lam_over_mu1"] is None], "radius"))

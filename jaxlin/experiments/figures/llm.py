@@ -181,6 +181,7 @@ def compute(setting: LlmSetting, work: Work) -> Tables:
 
 
 COLOURS = {start: plots.COLOURS[f"{start}_head"] for start in STARTS}
+MARKERS = dict(zip(STARTS, "os^", strict=True))
 NAMES = {"prompt": "prompt, label words", "probe": "new head, probe", "random": "new head, random"}
 _PANELS = (
     ("output_gap_relative_eval", "‖f−f̄‖ / ‖f−f₀‖", "log"),
@@ -190,9 +191,12 @@ _PANELS = (
 
 
 def _main(table: Sequence[Row]) -> Figure:
-    lines = [({"start": s, "arm": FULL}, NAMES[s], COLOURS[s], "o-") for s in STARTS]
-    # Of the linearized arm there are scores only.
-    lines += [({"start": s, "arm": LINEARIZED}, f"{NAMES[s]}, linearized", COLOURS[s], "s--") for s in STARTS]
+    arms = ((FULL, "", "o-"), (LINEARIZED, ", linearized", "s--"))  # of the second there are scores only
+    lines = [
+        ({"start": start, "arm": arm}, NAMES[start] + word, COLOURS[start], style)
+        for start in STARTS
+        for arm, word, style in arms
+    ]
     title = f"Full (solid) against linearized (dashed) fine-tuning of a decoder\n{sizes(table)}"
     return against_the_pull(table, _PANELS, lines, title)
 
@@ -210,14 +214,19 @@ def _kernels(tables: Tables) -> Figure:
             parts = [part for part in parts if part != "head"] + [part for part in parts if part == "head"]
             for shift, start in enumerate(STARTS):
                 rows = [row for row in of(values, task=task, start=start) if row["eigenvalue"] > row["noise_floor"]]
-                band(top, rows, "index", "eigenvalue", color=COLOURS[start], label=NAMES[start])
-                each = [values_of(of(shares, task=task, start=start, part=part), "share") for part in parts]
-                heights = [known.mean() if len(known) else 0.0 for known in each]
-                where = np.arange(len(parts)) + 0.27 * (shift - 1)
-                bottom.bar(where, heights, 0.25, color=COLOURS[start], label=NAMES[start])
-            bottom.set_xticks(range(len(parts)), parts, rotation=30)
+                band(top, rows, "index", "eigenvalue", color=COLOURS[start])
+                some = of(shares, task=task, start=start)
+                where = {part: at + 0.2 * (shift - 1) for at, part in enumerate(parts)}
+                bottom.set_yscale("log")
+                for part in distinct(some, "part"):
+                    known = values_of(of(some, part=part), "share")
+                    bottom.plot([where[part]] * 2, [known.min(), known.max()], color=COLOURS[start], lw=4, alpha=0.35)
+                    bottom.plot(where[part], known.mean(), MARKERS[start], color=COLOURS[start])
+            bottom.set_xticks(range(len(parts)), ["new\nhead" if part == "head" else part for part in parts])
             bottom.set(ylabel="share of the trace of K₀")
-        axes[0, 0].legend()
+        for start in STARTS:
+            axes[1, 0].plot([], [], f"{MARKERS[start]}-", color=COLOURS[start], label=NAMES[start])
+        figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         examples = max(row["index"] for row in values)
         title = f"Tangent kernels at the start, {examples} training examples (contrasts of the logits)\n{sizes(values)}"
         figure.suptitle(title, fontsize=8)
@@ -233,7 +242,7 @@ def _choices(table: Sequence[Row]) -> Figure:
             for i, name in enumerate(names):
                 values = values_of(of(table, task=task, choice=name), "accuracy_eval")
                 axis.plot(np.full(len(values), i), values, ".", color=plots.COLOURS["start"], ms=5)
-                axis.plot([i - 0.2, i + 0.2], [values.mean()] * 2, color=plots.COLOURS["full"], lw=2)
+                axis.plot([i - 0.2, i + 0.2], [values.mean()] * 2, color=COLOURS[STARTS[0]], lw=2)
             axis.set_xticks(range(len(names)), names, rotation=20)
             axis.set(title=name_of(task), ylabel="validation accuracy")
         title = "Layers tuned through the prompt; points: runs, bars: their means"

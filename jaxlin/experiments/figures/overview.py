@@ -7,8 +7,6 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from jaxlin import plots
 from jaxlin.experiments.figures import choose_layers_page as chosen
 from jaxlin.experiments.figures import condition_number_page as condition
@@ -21,7 +19,9 @@ from jaxlin.experiments.figures.summary import (
     distinct,
     lam_positions,
     name_of,
+    number,
     of,
+    poolable,
     values_of,
     with_interval,
 )
@@ -30,8 +30,6 @@ from jaxlin.training.compare import FULL, LINEARIZED
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_STYLES = ("o-", "s--", "^-.", "D:", "v-", "P--")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +49,7 @@ class Claim:
 
 def _over_tasks(values: Sequence[float]) -> str:
     """Writes the range of values."""
-    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
+    low, high = (number(end(values), ".2g") for end in (min, max))
     return low if low == high else f"{low} to {high}"
 
 
@@ -66,7 +64,7 @@ def _gaps(rows: Sequence[Row], share: float) -> list[float]:
 
 
 def _pull(tables: Tables) -> tuple[str, str]:
-    rows = of(tables["table"], pull="coupled", arm=FULL)
+    rows = poolable(of(tables["table"], pull="coupled", arm=FULL))
     tasks, shares = distinct(rows, "task"), sorted(distinct(rows, "lam_over_mu1"))
     gaps = {share: _gaps(rows, share) for share in shares}
     least = min(shares, key=lambda share: max(gaps[share]))
@@ -98,19 +96,19 @@ def _spectral_bounds(tables: Tables) -> tuple[str, str]:
 
 
 def _equivalence(tables: Tables) -> tuple[str, str]:
-    rows = tables["curves"]
+    rows = poolable(tables["curves"])
     off, gaps = dynamics.off_closed_form(rows), dynamics.curve_gaps(rows)
-    said = " and ".join(f"{gaps[share]:.2g} at λ/μ₁ = {share:g}" for share in (min(gaps), max(gaps)))
+    said = " and ".join(f"{number(gaps[share], '.2g')} at λ/μ₁ = {number(share)}" for share in (min(gaps), max(gaps)))
     measured = (
-        f"the linearized model, trained, is off the kernel’s closed form by {off:.1g} of the way; the training loss of "
-        f"the network is off it by at most {said} (of the loss at the start)"
+        f"the linearized model, trained, is off the kernel’s closed form by {number(off, '.1g')} of the way; the "
+        f"training loss of the network is off it by at most {said} (of the loss at the start)"
     )
     exact = "yes, to rounding" if off <= dynamics.ROUNDING else "not to rounding"
     return measured, f"of the linearized model: {exact}; of the network: as near as it is linear"
 
 
 def _directions(tables: Tables) -> tuple[str, str]:
-    rows, reached = tables["profile"], tables["reached"]
+    rows, reached = poolable(tables["profile"]), tables["reached"]
     shares = distinct(reached, "lam_over_mu1")
     ratios = [
         found[0]
@@ -140,7 +138,7 @@ def _condition(tables: Tables) -> tuple[str, str]:
 
 
 def _choice(tables: Tables) -> tuple[str, str]:
-    table = tables["table"]
+    table = poolable(tables["table"])
     over = {other: chosen.pooled(table, other, "score_eval") for other in (chosen.LAST, chosen.RANDOM)}
     said = "; ".join(f"minus {chosen.NAMES[other]} {with_interval(values)}" for other, values in over.items())
     better = [chosen.outcome(values, 1) for values in over.values()]
@@ -149,7 +147,7 @@ def _choice(tables: Tables) -> tuple[str, str]:
 
 
 def _prediction(tables: Tables) -> tuple[str, str]:
-    pairs = of(tables["pairs"], arm=regression.REGRESSION, other=regression.FULL)
+    pairs = poolable(of(tables["pairs"], arm=regression.REGRESSION, other=regression.FULL))
     over = regression.pooled(pairs, regression.REGRESSION, regression.FULL)
     told = [
         chosen.outcome(values_of(of(pairs, task=task), "accuracy_difference"), 1) for task in distinct(pairs, "task")
@@ -163,7 +161,7 @@ def _prediction(tables: Tables) -> tuple[str, str]:
 
 
 def _prompts(tables: Tables) -> tuple[str, str]:
-    rows = of(tables["table"], arm=FULL)
+    rows = poolable(of(tables["table"], arm=FULL))
     least = min(distinct(rows, "lam_over_mu1"))
     gaps = {start: _gaps(of(rows, start=start), least) for start in llm.STARTS}
     said = ", ".join(f"{_over_tasks(values)} with {llm.NAMES[start]}" for start, values in gaps.items())
@@ -228,19 +226,14 @@ def claims_table(studies: Mapping[str, Tables]) -> str:
 
 
 def _draw_pull(axis: Axes, tables: Tables) -> None:
-    import matplotlib.pyplot as plt
-
     rows = of(tables["table"], pull="coupled", arm=FULL)
-    tasks = distinct(rows, "task")
     axis.set_yscale("log")
     at = lam_positions(axis, rows)
-    shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(tasks)))
-    for task, style, shade in zip(tasks, _STYLES, shades, strict=False):
-        mine = of(rows, task=task)
-        band(axis, mine, "lam_over_mu1", "output_gap_relative_eval", at, style, color=shade, label=name_of(task))
+    for task in distinct(rows, "task"):
+        mine, (colour, style) = of(rows, task=task), plots.task_look(task)
+        band(axis, mine, "lam_over_mu1", "output_gap_relative_eval", at, style, color=colour, label=name_of(task))
     axis.set(title="Gap against the pull", xlabel="pull λ/μ₁", ylabel="‖f−f̄‖ / ‖f−f₀‖")
-    axis.tick_params(axis="x", labelsize=5.5)
-    axis.legend(fontsize=6)
+    axis.legend()
 
 
 def _draw_dynamics(axis: Axes, tables: Tables) -> None:
@@ -254,25 +247,30 @@ def _draw_dynamics(axis: Axes, tables: Tables) -> None:
     }
     for arm, look in looks.items():
         band(axis, of(mine, arm=arm), "step", "loss_train", color=plots.COLOURS[arm], label=plots.NAMES[arm], **look)
-    axis.set(title=f"{name_of(task)}, λ/μ₁ = {share:g}", xlabel="step", ylabel="training loss")
-    axis.legend(fontsize=6)
+    axis.set(title=f"{name_of(task)}, λ/μ₁ = {number(share)}", xlabel="step")
+    axis.set_ylabel("training loss ½‖f−y‖², mean")
+    axis.legend()
 
 
 def _draw_profile(axis: Axes, tables: Tables) -> None:
     task = distinct(tables["profile"], "task")[0]
     rows = of(tables["profile"], task=task, quantity=lipschitz.STACKED)
     lipschitz.panel(axis, rows, of(tables["reached"], task=task))
-    axis.set(title=f"{name_of(task)}: Jacobian", xlabel="radius r = ‖θ−θ₀‖", ylabel="‖J(θ)−J₀‖₂ / r")
-    axis.legend(fontsize=5, loc="center", bbox_to_anchor=(0.6, 0.42))
+    axis.set_title(f"{name_of(task)}: Jacobian", pad=32)
+    axis.set(xlabel="radius r = ‖θ−θ₀‖", ylabel="‖J(θ)−J₀‖₂ / r")
+    handles, labels = axis.get_legend_handles_labels()
+    short = [label.replace("random directions", "random").removeprefix("along a ") for label in labels]
+    axis.legend(handles, short, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, columnspacing=1.2)
 
 
 def _draw_bounds(axis: Axes, tables: Tables) -> None:
     rows = tables["bounds"]
     task, seed = distinct(rows, "task")[0], distinct(rows, "seed")[0]
-    mine = of(rows, task=task, seed=seed, step=max(distinct(rows, "step")))
+    mine = of(rows, task=task, seed=seed, step=min(distinct(rows, "step")))
     spectra_page.between(axis, mine)
-    axis.set(title=f"{name_of(task)}: layer {mine[0]['added']} added", xlabel="index i", ylabel="eigenvalue μᵢ")
-    axis.legend(fontsize=6)
+    axis.set(title=f"{name_of(task)}: layer {mine[0]['added']} added", xlabel="index i")
+    axis.set_ylabel("eigenvalue μᵢ, after / before")
+    axis.legend()
 
 
 def _draw_condition(axis: Axes, tables: Tables) -> None:
@@ -287,17 +285,19 @@ def _draw_condition(axis: Axes, tables: Tables) -> None:
     axis.plot([], [], "o-", color=plots.COLOURS["plain"], ms=4, label="plain")
     axis.plot([], [], "s-", color=plots.COLOURS["partial"], mfc="white", ms=4, label="size held constant")
     axis.set_yticks(range(len(rows)), ["all" if row["task"] == POOLED else name_of(row["task"]) for row in rows])
-    axis.set(title="κ and training loss", xlabel="rank correlation", xlim=(-1.05, 1.05))
-    axis.set_ylim(len(rows) + 0.9, -0.6)
-    axis.legend(fontsize=6, loc="lower right")
+    axis.set_title("κ and training loss", pad=20)
+    axis.set(xlabel="rank correlation", xlim=(-1.05, 1.05))
+    axis.set_ylim(len(rows) - 0.4, -0.6)
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
 
 
 def _draw_choice(axis: Axes, tables: Tables) -> None:
     for at, other in enumerate(chosen.OTHERS):
         chosen.points(axis, chosen.pooled(tables["table"], other, "score_eval"), at, plots.COLOURS[other])
     axis.axvline(0, color="#000000", lw=0.7)
-    axis.set_yticks(range(len(chosen.OTHERS)), [chosen.NAMES[other] for other in chosen.OTHERS])
-    axis.set_ylim(len(chosen.OTHERS) - 0.5, -0.5)
+    names = [chosen.NAMES[other].replace(" (", "\n(") for other in chosen.OTHERS]
+    axis.set_yticks(range(len(chosen.OTHERS)), names)
+    axis.set_ylim(len(chosen.OTHERS) - 0.4, -0.5)
     axis.locator_params(axis="x", nbins=5)
     axis.set(title="Chosen layers against others", xlabel="score: chosen − other")
 
@@ -311,7 +311,7 @@ def _draw_prediction(axis: Axes, tables: Tables) -> None:
     chosen.points(axis, regression.pooled(pairs, regression.REGRESSION, regression.FULL), len(tasks), "#000000")
     axis.axvline(0, color="#000000", lw=0.7)
     axis.set_yticks(range(len(tasks) + 1), [*map(name_of, tasks), "tasks"])
-    axis.set_ylim(len(tasks) + 0.5, -0.5)
+    axis.set_ylim(len(tasks) + 0.6, -0.5)
     axis.set(title="Kernel against fine-tuning", xlabel="accuracy: kernel − fine-tuning")
 
 
@@ -321,11 +321,11 @@ def _draw_prompts(axis: Axes, tables: Tables) -> None:
     mine = of(rows, task=task)
     axis.set_yscale("log")
     at = lam_positions(axis, mine)
-    for start, style in zip(llm.STARTS, _STYLES, strict=False):
-        look = {"color": llm.COLOURS[start], "label": llm.NAMES[start]}
-        band(axis, of(mine, start=start), "lam_over_mu1", "output_gap_relative_eval", at, style, **look)
+    for start in llm.STARTS:
+        look = {"fmt": f"{llm.MARKERS[start]}-", "color": llm.COLOURS[start], "label": llm.NAMES[start]}
+        band(axis, of(mine, start=start), "lam_over_mu1", "output_gap_relative_eval", at, **look)
     axis.set(title=f"A decoder, {name_of(task)}", xlabel="pull λ/μ₁", ylabel="‖f−f̄‖ / ‖f−f₀‖")
-    axis.legend(fontsize=6)
+    axis.legend()
 
 
 _PANELS: Mapping[str, Callable[[Axes, Tables], None]] = {
@@ -341,7 +341,7 @@ _PANELS: Mapping[str, Callable[[Axes, Tables], None]] = {
 
 
 def draw(studies: Mapping[str, Tables]) -> Figure:
-    """Draws one panel a study.
+    """Draws one panel a study, two in a line.
 
     Args:
         studies: Name to tables.
@@ -350,14 +350,14 @@ def draw(studies: Mapping[str, Tables]) -> Figure:
         The figure.
     """
     shown = [name for name in _PANELS if name in studies]
-    columns = min(len(shown), 4)
+    columns = min(len(shown), 2)
     lines = -(-len(shown) // columns)
-    figure, axes = plots.canvas(lines, columns, 2.55 * columns, 2.35 * lines)
+    figure, axes = plots.canvas(lines, columns, 3.5 * columns, 2.3 * lines)
     with plots.drawing():
         for axis, name, letter in zip(axes.flat, shown, string.ascii_lowercase, strict=False):
             _PANELS[name](axis, studies[name])
-            axis.set_title(f"({letter}) {axis.get_title()}", fontsize=8)
-            axis.tick_params(labelsize=6)
+            axis.title.set_text(f"({letter}) {axis.get_title()}")
+            axis.tick_params(labelsize=7.5)
         for unused in axes.flat[len(shown) :]:
             unused.set_axis_off()
     return figure

@@ -16,9 +16,12 @@ from jaxlin.experiments.figures.summary import (
     against_the_pull,
     band,
     distinct,
+    far_below,
     lam_positions,
     learnt,
+    metric_of,
     name_of,
+    number,
     of,
     sizes,
     values_of,
@@ -148,8 +151,9 @@ _ROWS = (
 )
 """Rows of the main figure: column, what it is, scale."""
 _ARMS = ((FULL, "o-"), (LINEARIZED, "s--"))
+_BASELINES = (("start", "-."), ("majority_class", "-."))
 _GAP = "#000000"
-_PARTS = (("A", "v:"), ("B", "s--"), ("head", "x-."))
+_PARTS = (("A", "v-"), ("B", "s--"), ("head", "x-."))
 """Parts of theta that the parameter gap is split into."""
 
 
@@ -179,36 +183,41 @@ def _main(table: Sequence[Row]) -> Figure:
                         look = {"color": _GAP, "alpha": 0.5, "lw": 0.8, "ms": 2.5, "label": f"in {part}"}
                         band(axis, of(mine, arm=FULL), "lam_over_mu1", f"{key}_{part}", at, style, **look)
                 if key == "agreement_eval":
-                    grey = {"fmt": "d:", "color": plots.COLOURS["start"], "label": "full with start f₀"}
+                    grey = {"fmt": "d--", "color": plots.COLOURS["start"], "label": "full with start f₀"}
                     band(axis, of(mine, arm=FULL), "lam_over_mu1", "agreement_f0_eval", at, **grey)
                 if key == "score_eval":
                     _baselines(axis, mine)
                 if key in plots.SCALINGS or key == "output_gap_eval":
                     _guide(axis, of(mine, arm=FULL), key, at)
                 axis.set_xlabel("pull λ/μ₁" if line == len(_ROWS) - 1 else "")
-                axis.tick_params(labelsize=6.5)
-                axis.tick_params(axis="x", labelsize=5.5)
+                axis.tick_params(labelsize=7)
                 if not column:
                     axis.set_ylabel(name)
             axes[0, column].set_title(name_of(task))
-            axes[-1, column].set_xlabel(f"pull λ/μ₁\n(score: {mine[0]['metric']})")
-        axes[0, 0].legend()
-        axes[1, 0].legend(fontsize=6)
+            axes[-1, column].set_xlabel(f"pull λ/μ₁\n(score: {metric_of(mine)})")
+        axes[1, 0].legend()
         axes[-2, 0].lines[0].set_label("full with linearized")
         axes[-2, 0].legend()
-        axes[-1, min(1, len(tasks) - 1)].legend(fontsize=6)
+        for arm, style in (*_ARMS, *_BASELINES):
+            axes[-1, 0].plot([], [], style, color=plots.COLOURS[arm], label=plots.NAMES[arm])
+        figure.legend(handles=axes[-1, 0].lines[-4:], loc="outside lower center", ncols=4)
         figure.suptitle(
-            "Full (θ, f) against linearized (θ̄, f̄), validation outputs; dotted: slopes of theory 5\n" + sizes(rows),
+            "Full (θ, f) against linearized (θ̄, f̄), validation outputs; black dots: slopes of theory 5\n" + sizes(rows),
             fontsize=8,
         )
     return figure
 
 
 def _baselines(axis: Axes, rows: Sequence[Row]) -> None:
-    for arm in ("start", "majority_class"):
+    """Draws scores without fine-tuning; one far below all others is written at the lower end."""
+    others = values_of([row for row in rows if row["arm"] in (FULL, LINEARIZED, "start")], "score_eval")
+    for arm, style in _BASELINES:
         values = values_of(of(rows, arm=arm), "score_eval")
-        if len(values):
-            axis.axhline(values.mean(), color=plots.COLOURS[arm], lw=0.9, ls="-.", label=plots.NAMES[arm])
+        if len(values) and far_below(values.mean(), others):
+            text = f"{plots.NAMES[arm]} {number(values.mean(), '.2f')} ↓"
+            axis.text(0.03, 0.03, text, transform=axis.transAxes, fontsize=7)
+        elif len(values):
+            axis.axhline(values.mean(), color=plots.COLOURS[arm], lw=0.9, ls=style)
 
 
 def _guide(axis: Axes, rows: Sequence[Row], column: str, at: Mapping[float, float]) -> None:
@@ -297,9 +306,9 @@ def findings(tables: Tables) -> dict[str, str]:
         agree = [values_of(of(mine, lam_over_mu1=s), "agreement_eval") for s in (shares[0], shares[-1])]
         good = good_from(mine, LIMIT)
         where = "at no λ of the grid" if good is None else f"from λ/μ₁ = {good:g} on"
-        slopes = [f"{_slope(mine, key):.2f}" for key in ("distance", "parameter_gap", "output_gap_eval")]
+        slopes = [number(_slope(mine, key), ".2f") for key in ("distance", "parameter_gap", "output_gap_eval")]
         lines.append(" | ".join(["", name_of(task), *map(written, [*ends, *agree]), where, *slopes, ""]).strip())
-    at = [f"{what}, λ/μ₁ = {share:g}" for what in ("gap", "agreement") for share in (shares[0], shares[-1])]
+    at = [f"{what}, λ/μ₁ = {number(share)}" for what in ("gap", "agreement") for share in (shares[0], shares[-1])]
     head = ["", "Task", *at, "good", "slope of ‖θ−θ₀‖", "of ‖θ−θ̄‖", "of ‖f−f̄‖", ""]
     gap = (
         "Relative output gap ‖f−f̄‖/‖f−f₀‖ and agreement of decisions on validation examples: mean over seeds, and "
@@ -314,14 +323,13 @@ def _scores(rows: Sequence[Row]) -> str:
     lines = []
     for task in distinct(rows, "task"):
         mine = of(rows, task=task)
-        metric = mine[0]["metric"]
         cells = [written(values_of(of(mine, arm="start"), "score_eval"))]
         for share in (0.0, 1e-3, 1e-1):
             for arm in (FULL, LINEARIZED):
                 values = values_of(of(mine, arm=arm, lam_over_mu1=share), "score_eval")
                 cells.append(written(values) if len(values) else "")
-        lines.append(f"| {name_of(task)} ({metric}) | " + " | ".join(cells) + " |")
-    head = " | ".join(f"{arm}, λ/μ₁ = {share:g}" for share in (0.0, 1e-3, 1e-1) for arm in ("full", "linearized"))
+        lines.append(f"| {name_of(task)} ({metric_of(mine)}) | " + " | ".join(cells) + " |")
+    head = " | ".join(f"{arm}, λ/μ₁ = {number(share)}" for share in (0.0, 1e-3, 1e-1) for arm in ("full", "linearized"))
     table = f"| Task | start | {head} |\n|---|---|---|---|---|---|---|---|\n" + "\n".join(lines)
     return f"{table}\n\n{learnt(rows, FULL, 'full fine-tuning without a pull', lam_over_mu1=0.0)}".strip()
 

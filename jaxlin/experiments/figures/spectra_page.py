@@ -11,7 +11,7 @@ import numpy as np
 from jaxlin import plots
 from jaxlin.experiments.figures.choices import HEAD, MODULES
 from jaxlin.experiments.figures.study import Row, Tables
-from jaxlin.experiments.figures.summary import band, distinct, name_of, of, values_of, written
+from jaxlin.experiments.figures.summary import band, distinct, name_of, number, of, values_of, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ def _grid(rows: Sequence[Row], lines: int, height: float, **options: Any) -> tup
 def _shades(count: int) -> Any:
     import matplotlib.pyplot as plt
 
-    return plt.get_cmap("viridis")(np.linspace(0, 0.9, count))
+    return plt.get_cmap(plots.LAYER_MAP)(np.linspace(0, 0.9, count))
 
 
 def _layer(name: str) -> int:
@@ -120,21 +120,22 @@ def _by_choice(rows: Sequence[Row]) -> Figure:
 
 
 def between(axis: Axes, rows: Sequence[Row]) -> None:
-    """Draws eigenvalues before and after a layer is added, between their bounds."""
-    index = [row["index"] for row in rows]
-    positive = [
-        [row[name] if row[name] is not None and row[name] > 0 else np.nan for row in rows]
-        for name in ("lower", "upper", "base", "eigenvalue")
-    ]
-    lower, upper, base, mu = positive
-    floor = min(value for value in mu if value == value)
-    axis.set(xscale="log", yscale="log")
-    axis.fill_between(
-        index, np.where(np.isnan(lower), floor / 3, lower), upper, color=plots.COLOURS["bound"], alpha=0.35, lw=0
+    """Draws by what factor each eigenvalue grows as a layer is added, between its bounds."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    known = [row for row in rows if row["base"] is not None and row["base"] > 0]
+    index, base = [row["index"] for row in known], np.array([row["base"] for row in known])
+    lower, upper, mu = (
+        np.array([np.nan if row[name] is None else row[name] for row in known]) / base
+        for name in ("lower", "upper", "eigenvalue")
     )
-    axis.plot([], [], color=plots.COLOURS["bound"], lw=5, alpha=0.35, label="between the bounds")
-    axis.plot(index, base, "--", color=plots.COLOURS["start"], label="before")
-    axis.plot(index, mu, ".", color="#000000", ms=3.5, label="after")
+    axis.set(xscale="log", yscale="log")
+    axis.yaxis.set_major_locator(FixedLocator((1, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.fill_between(index, lower, upper, color=plots.COLOURS["bound"], alpha=0.6, lw=0, label="between the bounds")
+    axis.axhline(1, ls="--", lw=0.9, color=plots.COLOURS["start"], label="before")
+    axis.plot(index, mu, ".", color="#000000", ms=4, label="after")
 
 
 def _bound_figure(rows: Sequence[Row], kappas: Sequence[Row]) -> Figure:
@@ -149,18 +150,18 @@ def _bound_figure(rows: Sequence[Row], kappas: Sequence[Row]) -> Figure:
                 between(axis, mine)
                 axis.set_xlabel("index i")
                 if not column:
-                    axis.set_ylabel(f"μᵢ, layer {mine[0]['added']} added")
+                    axis.set_ylabel(f"μᵢ after / before,\nlayer {mine[0]['added']} added")
             axis, mine = axes[-1, column], of(kappas, task=task)
             at = [row["step"] + 1 for row in mine]
             ends = [[row[name] if row[name] is not None else np.nan for row in mine] for name in ("lower", "upper")]
-            axis.fill_between(at, *ends, color=plots.COLOURS["bound"], alpha=0.35, lw=0)
+            axis.fill_between(at, *ends, color=plots.COLOURS["bound"], alpha=0.6, lw=0)
             axis.plot(at, [row["condition_number"] for row in mine], "o", color="#000000", ms=3.5)
             axis.set(yscale="log", xlabel="layers tuned, from the top")
             axis.set_xticks(at)
         axes[-1, 0].set_ylabel("κ")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.suptitle(
-            "Eigenvalues and κ between the bounds of theory 7, probe head;\n"
+            "Eigenvalues (over those before) and κ between the bounds of theory 7, probe head;\n"
             f"{rows[0]['train_examples']} training examples, first draw",
             fontsize=8,
         )
@@ -351,20 +352,20 @@ def _of_draws(rows: Sequence[Row]) -> str:
             pairs = itertools.combinations(log, 2)
             order = float(np.mean([spearmanr(a, b).statistic for a, b in pairs]))
             orders[head].append(order)
-            cells += [f"{over_draws:.3g}", f"{between:.3g}", f"{order:+.2f}".replace("-", "−")]
+            cells += [f"{over_draws:.3g}", f"{between:.3g}", number(order, "+.2f")]
         lines.append(f"| {name_of(task)} | " + " | ".join(cells) + " |")
     names = ("over draws, at most", "between layers", "order kept")
     head = " | ".join(f"{start} head: {name}" for start in orders for name in names)
     verdicts = [
         f"With a {start} head the order of the layers by κ is "
         + ("much the same" if min(found) > 0.8 else "not the same")
-        + f" in every draw (least rank correlation of a task {min(found):+.2f})."
+        + f" in every draw (least rank correlation of a task {number(min(found), '+.2f')})."
         for start, found in orders.items()
     ]
     return (
         "By what factor κ of a layer differs over draws (the layer where it differs most), by what factor the layers' "
         "geometric means differ, and the mean rank correlation of the layers' κ between two draws:\n\n"
-        f"| Task | {head} |\n{'|---' * 7}|\n" + "\n".join(lines) + "\n\n" + " ".join(verdicts).replace("-", "−")
+        f"| Task | {head} |\n{'|---' * 7}|\n" + "\n".join(lines) + "\n\n" + " ".join(verdicts)
     )
 
 

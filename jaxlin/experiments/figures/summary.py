@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,9 +23,13 @@ TASKS = {
     "qqp": "QQP",
     "rte": "RTE",
     "qnli": "QNLI",
+    "wnli": "WNLI",
     "mnli": "MNLI",
+    "mnli_mismatched": "MNLI mismatched",
     "stsb": "STS-B",
     "imdb": "IMDb",
+    "yelp": "Yelp",
+    "ag_news": "AG News",
     "uci_yelp": "UCI Yelp",
     "uci_amazon": "UCI Amazon",
     "uci_imdb": "UCI IMDb",
@@ -46,6 +49,12 @@ def name_of(task: str) -> str:
     return TASKS.get(task, task)
 
 
+def metric_of(rows: Sequence[Row]) -> str:
+    """Returns the metric that rows of one task are scored by, as it is written."""
+    metric = str(rows[0]["metric"])
+    return METRICS.get(metric, metric)
+
+
 def of(rows: Sequence[Row], **equal: Any) -> list[Row]:
     """Returns the rows with these values."""
     return [row for row in rows if all(row[key] == value for key, value in equal.items())]
@@ -61,6 +70,11 @@ def values_of(rows: Sequence[Row], column: str) -> np.ndarray:
     return np.array([row[column] for row in rows if row[column] is not None], float)
 
 
+def far_below(value: float, others: np.ndarray) -> bool:
+    """Whether a value lies so far below others that an axis which shows it would squeeze them."""
+    return bool(value < others.min() - 0.5 * np.ptp(others))
+
+
 def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
     """Returns the mean and its 95 % interval by Student's t; of one value the interval is infinite."""
     from scipy.stats import t
@@ -73,17 +87,23 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, f
     return mean, mean - half, mean + half
 
 
+def number(value: float, form: str = "g") -> str:
+    """Writes a number with a true minus sign."""
+    return f"{value:{form}}".replace("-", "−")
+
+
 def written(values: Sequence[float] | np.ndarray, form: str = ".3g") -> str:
     """Writes the mean of values and their range, such as `0.12 (0.11 to 0.14)`."""
     known = np.asarray(values, float)
-    return f"{known.mean():{form}} ({known.min():{form}} to {known.max():{form}})"
+    mean, low, high = (number(value, form) for value in (known.mean(), known.min(), known.max()))
+    return f"{mean} ({low} to {high})"
 
 
 def with_interval(values: Sequence[float] | np.ndarray, form: str = "+.3f") -> str:
     """Writes the mean of values and its 95 % interval, such as `+0.010 [−0.002, +0.022]`; of one value no interval."""
     mean, low, high = mean_interval(values)
-    interval = f" [{low:{form}}, {high:{form}}]" if math.isfinite(low) else ""
-    return f"{mean:{form}}{interval}".replace("-", "−")
+    interval = f" [{number(low, form)}, {number(high, form)}]" if math.isfinite(low) else ""
+    return f"{number(mean, form)}{interval}"
 
 
 def learnt(table: Sequence[Row], arm: str, what: str, **at: Any) -> str:
@@ -122,6 +142,11 @@ def learnt(table: Sequence[Row], arm: str, what: str, **at: Any) -> str:
 
 NEVER_POOLED = ("stsb", "wnli")
 """Tasks that no claim over tasks counts: of scores, or of too few examples."""
+
+
+def poolable(rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows of tasks that a claim over tasks counts."""
+    return [row for row in rows if row["task"] not in NEVER_POOLED]
 
 
 def sizes(rows: Sequence[Row], banded: bool = True) -> str:
@@ -184,21 +209,13 @@ def lam_positions(axis: Axes, rows: Sequence[Row]) -> dict[float, float]:
     return dict(zip(shares, plots.lam_axis(axis, shares, "λ/μ₁").tolist(), strict=True))
 
 
-def lam_looks(shares: Sequence[float]) -> dict[float, tuple[Any, str]]:
-    """Returns colour and marker for each λ/μ₁, darker where it is smaller."""
-    import matplotlib.pyplot as plt
-
-    shades = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(shares)))
-    return dict(zip(sorted(shares), zip(shades, itertools.cycle("os^Dv"), strict=False), strict=True))
-
-
 def against_the_pull(
     table: Sequence[Row],
     panels: Sequence[tuple[str, str, str]],
     lines: Sequence[tuple[Mapping[str, str], str, str, str]],
     title: str,
 ) -> Figure:
-    """Draws several quantities against λ/μ₁, a row a task and a column a quantity.
+    """Draws several quantities against λ/μ₁, a row a task and a column a quantity, the legend below.
 
     Args:
         table: Rows with `task` and `lam_over_mu1`.
@@ -210,7 +227,7 @@ def against_the_pull(
         The figure.
     """
     tasks = distinct(table, "task")
-    figure, axes = plots.canvas(len(tasks), len(panels), 7.0, 2.1 * len(tasks) + 0.4, sharex=True)
+    figure, axes = plots.canvas(len(tasks), len(panels), 7.0, 2.1 * len(tasks) + 0.6, sharex=True)
     with plots.drawing():
         for line, task in enumerate(tasks):
             mine = of(table, task=task)
@@ -220,9 +237,11 @@ def against_the_pull(
                 at = lam_positions(axis, mine)
                 for values, label, colour, style in lines:
                     band(axis, of(mine, **values), "lam_over_mu1", key, at, style, color=colour, label=label)
-                name = mine[0]["metric"] if key == "score_eval" else name
+                name = metric_of(mine) if key == "score_eval" else name
                 axis.set(ylabel=name, xlabel="pull λ/μ₁", title=name_of(task) if column == len(panels) // 2 else "")
-                axis.tick_params(labelsize=6.5)
-        axes[0, 0].legend()
+                axis.tick_params(labelsize=7)
+        drawn = {line.get_label(): line for axis in axes[0] for line in axis.lines}
+        shown = [drawn[label] for _, label, *_ in lines if label in drawn]
+        figure.legend(handles=shown, loc="outside lower center", ncols=3)
         figure.suptitle(title, fontsize=8)
     return figure
