@@ -149,11 +149,11 @@ def drawing() -> AbstractContextManager[None]:
     return plt.rc_context(_STYLE)
 
 
-def save(figure: Figure, path: Path) -> list[Path]:
+def save(figure: Figure, path: Path, suffixes: Sequence[str] = (".png", ".svg")) -> list[Path]:
     """Writes `<path>.png` and `<path>.svg`, the same bytes for the same figure, and closes it."""
     import matplotlib.pyplot as plt
 
-    files = [path.with_suffix(suffix) for suffix in (".png", ".svg")]
+    files = [path.with_suffix(suffix) for suffix in suffixes]
     with drawing():
         for file in files:
             figure.savefig(file, dpi=200, metadata={"Date": None} if file.suffix == ".svg" else None)

@@ -22,6 +22,7 @@ from jaxlin.experiments.figures.summary import (
     number,
     of,
     poolable,
+    spread,
     values_of,
     with_interval,
 )
@@ -40,11 +41,22 @@ class Claim:
         study: Name of the study.
         words: The claim, the paper's if not said otherwise.
         answer: Says of the study's tables what was measured, and whether the claim holds.
+        table: Name of the table that it is measured in.
     """
 
     study: str
     words: str
     answer: Callable[[Tables], tuple[str, str]]
+    table: str = "table"
+
+    def sample(self, tables: Tables) -> str:
+        """Says how many tasks, draws and training examples that table is of."""
+        rows = poolable(tables[self.table])
+        draws = len(distinct(rows, "seed" if "seed" in rows[0] else "draw"))
+        return (
+            f"{_counted(distinct(rows, 'task'))}, {draws} draw{'s' * (draws > 1)}, "
+            f"n = {spread(distinct(rows, 'train_examples'))}"
+        )
 
 
 def _over_tasks(values: Sequence[float]) -> str:
@@ -70,7 +82,7 @@ def _pull(tables: Tables) -> tuple[str, str]:
     least = min(shares, key=lambda share: max(gaps[share]))
     measured = (
         f"‖f−f̄‖/‖f−f₀‖ on validation examples is {_over_tasks(gaps[shares[0]])} at λ/μ₁ = {shares[0]:g} and "
-        f"{_over_tasks(gaps[least])} at {least:g} ({_counted(tasks)})"
+        f"{_over_tasks(gaps[least])} at {least:g}"
     )
     good = [regularization.good_from(of(rows, task=task), regularization.LIMIT) for task in tasks]
     known = [share for share in good if share is not None]
@@ -88,7 +100,8 @@ def _held(rows: Sequence[Row], what: str) -> tuple[str, str]:
 
 
 def _distance_bounds(tables: Tables) -> tuple[str, str]:
-    return _held(tables["bounds"], "bounds of theory 4 and 5 on runs of descent")
+    measured, holds = _held(tables["bounds"], "bounds of theory 4 and 5 on runs of descent")
+    return measured, f"{holds} (H is sampled: no proof)" if holds == "yes" else holds
 
 
 def _spectral_bounds(tables: Tables) -> tuple[str, str]:
@@ -143,7 +156,7 @@ def _choice(tables: Tables) -> tuple[str, str]:
     said = "; ".join(f"minus {chosen.NAMES[other]} {with_interval(values)}" for other, values in over.items())
     better = [chosen.outcome(values, 1) for values in over.values()]
     holds = {1: "yes", 0: "not shown", -1: "no"}[min(better)]
-    return f"score of the choice, same budget: {said} ({_counted(distinct(table, 'task'))})", holds
+    return f"score of the choice, same budget: {said}", holds
 
 
 def _prediction(tables: Tables) -> tuple[str, str]:
@@ -153,8 +166,8 @@ def _prediction(tables: Tables) -> tuple[str, str]:
         chosen.outcome(values_of(of(pairs, task=task), "accuracy_difference"), 1) for task in distinct(pairs, "task")
     ]
     measured = (
-        f"accuracy of kernel regression minus that of fine-tuning without a pull {with_interval(over)} ({len(over)} "
-        f"tasks); by itself fine-tuning is better on {told.count(-1)}, the kernel on {told.count(1)} of them"
+        f"accuracy of kernel regression minus that of fine-tuning without a pull {with_interval(over)}; by "
+        f"itself fine-tuning is better on {told.count(-1)}, the kernel on {told.count(1)} of them"
     )
     words = {0: "over tasks not told apart", 1: "no: the kernel does better", -1: "no: fine-tuning does better"}
     return measured, words[chosen.outcome(over, 1)]
@@ -169,7 +182,7 @@ def _prompts(tables: Tables) -> tuple[str, str]:
     count = firsts.count(llm.STARTS[0])
     holds = "yes" if count == len(firsts) else "no" if not count else f"on {count} of {len(firsts)} tasks"
     best = values_of(of(rows, lam_over_mu1=least), "accuracy_eval").max()
-    about = f"a decoder of 260,000 parameters, which gets {best:.0%} of the examples right at best"
+    about = f"a very small decoder, which gets {best:.0%} of the examples right at best"
     return f"‖f−f̄‖/‖f−f₀‖ without a pull: {said} ({about})", holds
 
 
@@ -183,21 +196,27 @@ CLAIMS = (
         "02_regularization_and_linearity",
         "How far fine-tuning moves, and how far the two can be apart, is bounded (bounds derived here)",
         _distance_bounds,
+        "bounds",
     ),
-    Claim("03_dynamics", "Fine-tuning’s dynamics become those of learning with the tangent kernel", _equivalence),
+    Claim(
+        "03_dynamics", "Fine-tuning’s dynamics become those of learning with the tangent kernel", _equivalence, "curves"
+    ),
     Claim(
         "04_lipschitz_profile",
         "Sampling random directions (Algorithm 1) says how fast the network leaves its linearization",
         _directions,
+        "reached",
     ),
-    Claim("05_spectra_and_layers", "The spectrum for a choice of layers lies between bounds", _spectral_bounds),
+    Claim(
+        "05_spectra_and_layers", "The spectrum for a choice of layers lies between bounds", _spectral_bounds, "holds"
+    ),
     Claim(
         "06_condition_number_predicts",
         "The condition number of K₀ predicts training loss and accuracy over choices of layers",
         _condition,
     ),
     Claim("07_choose_layers", "So the kernel tells which layers to adapt (here: by leave-one-out loss)", _choice),
-    Claim("08_kernel_regression", "The kernel predicts how well fine-tuning does", _prediction),
+    Claim("08_kernel_regression", "The kernel predicts how well fine-tuning does", _prediction, "pairs"),
     Claim(
         "09_llm",
         "With a prompt in place of a new head, fine-tuning is nearest to linear (Malladi et al. 2023)",
@@ -205,6 +224,24 @@ CLAIMS = (
     ),
 )
 """In the order of the notebooks."""
+
+
+def caption(setting: Mapping[str, Any]) -> str:
+    """Writes what stands below the figure.
+
+    Args:
+        setting: Of a study, as in its record.
+
+    Returns:
+        Markdown.
+    """
+    *tasks, last = map(name_of, setting["tasks"])
+    return (
+        f"*{setting['model_name_or_path']} with LoRA of rank {setting['lora_rank']} on {', '.join(tasks)} and {last}: "
+        f"{setting['num_train']} training examples, {setting['seeds']} draws of training examples, A and data order, "
+        "where table and notebook do not say otherwise; bands and intervals are over draws, or over tasks. One panel a "
+        "notebook, in their order.*"
+    )
 
 
 def claims_table(studies: Mapping[str, Tables]) -> str:
@@ -216,12 +253,13 @@ def claims_table(studies: Mapping[str, Tables]) -> str:
     Returns:
         A Markdown table.
     """
-    lines = ["| Claim | What we measured | Does it hold here? | Notebook |", "|---|---|---|---|"]
+    lines = ["| Claim | What we measured | Of | Does it hold here? | Notebook |", "|---|---|---|---|---|"]
     for claim in CLAIMS:
         if claim.study in studies:
-            measured, holds = claim.answer(studies[claim.study])
+            tables = studies[claim.study]
+            measured, holds = claim.answer(tables)
             link = f"[{claim.study[:2]}](notebooks/{claim.study}.ipynb)"
-            lines.append(f"| {claim.words} | {measured} | {holds} | {link} |")
+            lines.append(f"| {claim.words} | {measured} | {claim.sample(tables)} | {holds} | {link} |")
     return "\n".join(lines)
 
 

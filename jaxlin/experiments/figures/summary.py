@@ -149,6 +149,11 @@ def poolable(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["task"] not in NEVER_POOLED]
 
 
+def spread(found: Sequence[int]) -> str:
+    """Writes the range of whole numbers, or the one that they all are."""
+    return f"{min(found)}" if min(found) == max(found) else f"{min(found)} to {max(found)}"
+
+
 def sizes(rows: Sequence[Row], banded: bool = True) -> str:
     """Writes sample sizes and seeds for a caption, such as `1000 training, 872 validation examples, 3 seeds`.
 
@@ -160,9 +165,6 @@ def sizes(rows: Sequence[Row], banded: bool = True) -> str:
         The words.
     """
     train, evaluation = distinct(rows, "train_examples"), distinct(rows, "eval_examples")
-
-    def spread(found: Sequence[int]) -> str:
-        return f"{min(found)}" if min(found) == max(found) else f"{min(found)} to {max(found)}"
 
     seeds = len(distinct(rows, "seed"))
     shown = f"{seeds} seeds" if seeds > 1 else "1 seed"
