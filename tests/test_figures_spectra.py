@@ -48,6 +48,15 @@ def test_a_text_that_is_drawn_twice_counts_once(ran):
     assert study.without_repetitions(found) is found
 
 
+def test_no_order_is_made_of_singular_kernels(ran):
+    tables = ran[2]
+    sets = [row | ({"condition_number": 1e9} if row["seed"] == 0 else {}) for row in tables["sets"]]
+    said = page.findings({**tables, "sets": sets})["draws"]
+    assert "nan" not in said
+    assert "| – |" in said
+    assert said.count("gives the layers no order in some draw") == 2
+
+
 def test_tables_are_what_their_parts_give(setting, ran):
     _, work, tables = ran
     problem = work.problem("sst2", 1)

@@ -352,20 +352,27 @@ def _of_draws(rows: Sequence[Row]) -> str:
             pairs = itertools.combinations(log, 2)
             order = float(np.mean([spearmanr(a, b).statistic for a, b in pairs]))
             orders[head].append(order)
-            cells += [f"{over_draws:.3g}", f"{between:.3g}", number(order, "+.2f")]
+            cells += [f"{over_draws:.3g}", f"{between:.3g}", "–" if np.isnan(order) else number(order, "+.2f")]
         lines.append(f"| {name_of(task)} | " + " | ".join(cells) + " |")
     names = ("over draws, at most", "between layers", "order kept")
     head = " | ".join(f"{start} head: {name}" for start in orders for name in names)
-    verdicts = [
-        f"With a {start} head the order of the layers by κ is "
-        + ("much the same" if min(found) > 0.8 else "not the same")
-        + f" in every draw (least rank correlation of a task {number(min(found), '+.2f')})."
-        for start, found in orders.items()
-    ]
+    verdicts = [_order_kept(start, found) for start, found in orders.items()]
     return (
         "By what factor κ of a layer differs over draws (the layer where it differs most), by what factor the layers' "
         "geometric means differ, and the mean rank correlation of the layers' κ between two draws:\n\n"
         f"| Task | {head} |\n{'|---' * 7}|\n" + "\n".join(lines) + "\n\n" + " ".join(verdicts)
+    )
+
+
+def _order_kept(start: str, correlations: Sequence[float]) -> str:
+    """Says whether the layers have one order by κ in every draw, of the correlations of every task."""
+    if np.isnan(correlations).any():
+        return f"With a {start} head κ gives the layers no order in some draw, all of whose kernels are singular."
+    same = "much the same" if min(correlations) > 0.8 else "not the same"
+    least = number(min(correlations), "+.2f")
+    return (
+        f"With a {start} head the order of the layers by κ is {same} in every draw (least rank correlation of a task "
+        f"{least})."
     )
 
 
