@@ -39,7 +39,7 @@ COLOURS = {
     "from_top": "#332288",
     "from_bottom": "#999933",
     "probe_head": "#E69F00",
-    "random_head": "#999933",
+    "random_head": "#44AA99",
     "prompt_head": "#332288",
     "coupled": "#332288",
     "selective": "#999933",

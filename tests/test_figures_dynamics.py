@@ -172,7 +172,7 @@ def test_what_is_said_follows_from_the_numbers():
     tables = made_up()
     found = dynamics.findings(tables)
     assert "does **not** hold to rounding" in found["closed_form"]
-    assert "by at most 2e-06 on any example; in norm, by at most 0.003" in found["closed_form"]
+    assert "by at most 2e−06 on any example; in norm, by at most 0.003" in found["closed_form"]
     assert "0.2 at λ/μ₁ = 0.01, 0 at λ/μ₁ = 1" in found["ends"]
     assert "The difference falls as the pull grows" in found["ends"]
     assert "1 of 2 cases" in found["late"]

@@ -19,6 +19,7 @@ from jaxlin.experiments.figures.summary import (
     name_of,
     number,
     of,
+    poolable,
     sizes,
     values_of,
     with_interval,
@@ -194,10 +195,12 @@ def _verdict(table: Sequence[Row]) -> str:
     words = {1: "is better than that of", -1: "is worse than that of", 0: "cannot be told from that of"}
     ends = " and ".join(f"{words[sign]} {NAMES[other]}" for other, sign in equal.items())
     pays = "pays" if min(equal.values()) == 1 else "does not show that it pays"
+    count = len(distinct(poolable(table), "task"))
     used = values_of(of(table, arm=BY_LOSS), "num_params").mean() / values_of(of(table, arm=LAST), "num_params").mean()
     return (
-        f"**Choosing layers by leave-one-out loss {pays} here**: over {many} its score {ends}. It used "
-        f"{100 * used:.3g} % of the parameters that it might tune; those two use all.\n\n" + "\n".join(lines)
+        f"**Choosing layers by leave-one-out loss {pays} here**: over {count} task{'s' * (count != 1)} its score "
+        f"{ends}. It used {100 * used:.3g} % of the parameters that it might tune; those two use all.\n\n"
+        + "\n".join(lines)
     )
 
 

@@ -167,7 +167,7 @@ def _times(times: Sequence[Row]) -> Figure:
                 places = np.arange(len(tasks)) + 0.27 * (line - 1)
                 bars = axis.barh(places, found, height=0.25, color=plots.COLOURS[colour], label=name)
                 shown = [f"{value:.2g}" if value < 10 else f"{value:.0f}" for value in found]
-                axis.bar_label(bars, shown, padding=2, fontsize=6.5)
+                axis.bar_label(bars, shown, padding=2, fontsize=7)
             axis.set(xlabel="seconds of processor time", title="(b) Predicting" if predicting else "(a) Fitting")
             axis.margins(x=0.12)
         axes[0, 0].set_yticks(range(len(tasks)), [name_of(task) for task in tasks])

@@ -286,7 +286,7 @@ def _draw_dynamics(axis: Axes, tables: Tables) -> None:
     for arm, look in looks.items():
         band(axis, of(mine, arm=arm), "step", "loss_train", color=plots.COLOURS[arm], label=plots.NAMES[arm], **look)
     axis.set(title=f"{name_of(task)}, λ/μ₁ = {number(share)}", xlabel="step")
-    axis.set_ylabel("training loss ½‖f−y‖², mean")
+    axis.set_ylabel("training loss ½‖f−y‖²")
     axis.legend()
 
 
@@ -395,7 +395,7 @@ def draw(studies: Mapping[str, Tables]) -> Figure:
         for axis, name, letter in zip(axes.flat, shown, string.ascii_lowercase, strict=False):
             _PANELS[name](axis, studies[name])
             axis.title.set_text(f"({letter}) {axis.get_title()}")
-            axis.tick_params(labelsize=7.5)
+            axis.tick_params(labelsize=8)
         for unused in axes.flat[len(shown) :]:
             unused.set_axis_off()
     return figure

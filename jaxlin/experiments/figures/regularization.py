@@ -161,7 +161,7 @@ def _main(table: Sequence[Row]) -> Figure:
     """Everything against λ under the coupled pull, a column a task."""
     rows = of(table, pull="coupled")
     tasks = distinct(rows, "task")
-    figure, axes = plots.canvas(len(_ROWS), len(tasks), max(1.9 * len(tasks), 5.0), 10.2, sharex=True)
+    figure, axes = plots.canvas(len(_ROWS), len(tasks), max(1.75 * len(tasks), 5.0), 9.8, sharex=True)
     for line in axes[:-1]:  # scores are of other kinds from task to task
         for axis in line[1:]:
             axis.sharey(line[0])
@@ -240,7 +240,8 @@ _PULL_PANELS = (
 def _pulls(table: Sequence[Row]) -> Figure:
     tasks = _pull_tasks(table)
     rows = [row for row in table if row["task"] in tasks]
-    lines = [({"arm": FULL, "pull": pull}, pull, plots.COLOURS[pull], "o-") for pull in PULLS]
+    styles = zip(PULLS, ("o-", "s--", "^-."), strict=True)
+    lines = [({"arm": FULL, "pull": pull}, pull, plots.COLOURS[pull], style) for pull, style in styles]
     return against_the_pull(rows, _PULL_PANELS, lines, f"Three ways to pull, full fine-tuning; {sizes(rows)}")
 
 
