@@ -18,7 +18,7 @@ marginal likelihood and alignment there are of labels that the head has seen.
 There are two parts. The *wide* one (tables `table`, `correlations`) has many choices and few examples, in both ways:
 1,200 runs in the full setting. The *larger* one (`large`, `large_correlations`) is a check
 of it with fewer choices, as many examples as other studies have and whole validation sets, in the paper's way alone at
-one rate, on those of the tasks that have the rows for it: 96 runs. The kept record says what both took. `jaxlin figures
+one rate, on those of the tasks that have the rows for it: 144 runs. The kept record says what both took. `jaxlin figures
 06 --full` runs both, the larger one first, and with `--seeds 0` that alone. The fast setting is both, on few embedded
 examples.
 """
@@ -107,7 +107,7 @@ class ConditionNumberSetting(Setting):
     stable_factors: tuple[float, ...] = (0.1, 0.3, 1.0)
     lam_rel: float = 1e-3
     resamples: int = 1000
-    large_draws: int = 2
+    large_draws: int = 3
     large_layer_sets: tuple[str, ...] = ("0,1", "2,3", "4,5", "0,1,2,3,4,5")
     large_module_sets: tuple[str, ...] = ("q", "v", "qkv")
     large_num_train: int = 1000
