@@ -34,8 +34,8 @@ study.found("in_short")
 # %% [markdown]
 # ## The profiles
 #
-# A column a task. Blue are random directions; the other lines run through points of real fine-tuning, one line a seed;
-# the shaded strips are the largest distance that these runs reach. (Their pull is in units of μ₁, the largest
+# A column a task. The olive lines are random directions; the others run through points of real fine-tuning, one line a
+# seed; the shaded strips are the largest distance that these runs reach. (Their pull is in units of μ₁, the largest
 # eigenvalue of the tangent kernel, estimated on part of the training examples.) A ratio that does not depend on the
 # radius is a horizontal line.
 #

@@ -21,7 +21,8 @@
 # one pass over some examples tells the eigenvalues of *every* choice of layers, before any training.
 #
 # Here LoRA may sit on the query, key and value of each layer. The kernels are of the differences between logits, which
-# are all that a decision depends on.
+# are all that a decision depends on. A text that is drawn twice counts once: with two equal rows every kernel is
+# singular, whatever is tuned.
 
 # %%
 from jaxlin.experiments.figures.run import open_study
@@ -58,8 +59,9 @@ study.found("choice")
 # %% [markdown]
 # ## Between bounds
 #
-# What a further layer can do to the eigenvalues is bounded by its own (Weyl's inequalities, and two others). Grey is
-# before a layer is added, black after it, blue what the bounds allow. The bottom row is κ with its bounds.
+# What a further layer can do to the eigenvalues is bounded by its own (Weyl's inequalities, and two others). Black
+# dots are eigenvalues after a layer is added, as multiples of those before; light blue is what the bounds allow. The
+# bottom row is κ with its bounds.
 
 # %%
 study.show("bounds")

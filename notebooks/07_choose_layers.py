@@ -43,8 +43,8 @@ study.found("verdict")
 # %% [markdown]
 # ## Paired differences
 #
-# Each dot is one seed: the chosen layers minus the other arm, on the same examples, from the same start. Left of zero
-# is worse in the first column, better in the other two. An interval that holds zero tells nothing.
+# Each circle is one seed: the chosen layers minus the other arm, on the same examples, from the same start. Left of
+# zero is worse in the first column, better in the other two. An interval that holds zero tells nothing.
 
 # %%
 study.show("differences")

@@ -47,8 +47,9 @@ study.show("against_the_pull")
 # %% [markdown]
 # ## The kernels
 #
-# Above, the eigenvalues of the tangent kernel at the start; below, which layers it comes from. A new head has a kernel
-# of its own, and where it is large, fine-tuning is mostly that of the head. With a prompt there is no head to tune.
+# Above, the eigenvalues of the tangent kernel at the start; below, which layers it comes from (shares of its trace, on
+# a log axis). A new head has a kernel of its own, and where it is large, fine-tuning is mostly that of the head. With
+# a prompt there is no head to tune.
 
 # %%
 study.show("kernels")

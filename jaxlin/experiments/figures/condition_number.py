@@ -16,11 +16,10 @@ Under (ii) the probe is fitted on the training examples, as what is then trained
 marginal likelihood and alignment there are of labels that the head has seen.
 
 There are two parts. The *wide* one (tables `table`, `correlations`) has many choices and few examples, in both ways:
-1,200 runs in the full setting. The *larger* one (`large`, `large_correlations`) is a check
-of it with fewer choices, as many examples as other studies have and whole validation sets, in the paper's way alone at
-one rate, on those of the tasks that have the rows for it: 144 runs. The kept record says what both took. `jaxlin figures
-06 --full` runs both, the larger one first, and with `--seeds 0` that alone. The fast setting is both, on few embedded
-examples.
+1,200 runs in the full setting. The *larger* one (`large`, `large_correlations`) is a check of it with fewer choices, as
+many examples as other studies have and whole validation sets, in the paper's way alone at one rate, on those of the
+tasks that have the rows for it: 144 runs. The kept record says what both took. `jaxlin figures 06 --full` runs both,
+the larger one first, and with `--seeds 0` that alone. The fast setting is both, on few embedded examples.
 """
 
 from __future__ import annotations

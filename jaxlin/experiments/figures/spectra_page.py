@@ -11,7 +11,7 @@ import numpy as np
 from jaxlin import plots
 from jaxlin.experiments.figures.choices import HEAD, MODULES
 from jaxlin.experiments.figures.study import Row, Tables
-from jaxlin.experiments.figures.summary import band, distinct, name_of, number, of, values_of, written
+from jaxlin.experiments.figures.summary import band, distinct, name_of, number, of, spread, values_of, written
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,9 +26,7 @@ CELL, LAYER, MODULE, TOP, BOTTOM, ALL = "cell", "layer", "module", "top", "botto
 
 def _sizes(rows: Sequence[Row]) -> str:
     draws = len(distinct(rows, "seed"))
-    examples = distinct(rows, "train_examples")
-    count = f"{examples[0]}" if len(examples) == 1 else f"{min(examples)} to {max(examples)}"
-    return f"{count} training examples, {draws} draws of examples, A and head"
+    return f"{spread(distinct(rows, 'train_examples'))} training examples, {draws} draws of examples, A and head"
 
 
 def _grid(rows: Sequence[Row], lines: int, height: float, **options: Any) -> tuple[Figure, Any, list[str]]:
@@ -162,7 +160,7 @@ def _bound_figure(rows: Sequence[Row], kappas: Sequence[Row]) -> Figure:
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         figure.suptitle(
             "Eigenvalues (over those before) and κ between the bounds of theory 7, probe head;\n"
-            f"{rows[0]['train_examples']} training examples, first draw",
+            f"{spread(distinct(rows, 'train_examples'))} training examples, first draw",
             fontsize=8,
         )
     return figure
