@@ -87,4 +87,7 @@ study.show("large_scatter")
 study.found("agreement")
 
 # %%
+study.show("large_correlations")
+
+# %%
 study.found("large_table")

@@ -165,7 +165,7 @@ def test_the_setting_is_told():
         "λ/μ₁ 0, 0.001",
     ]
     assert said[6].startswith("optimizer: Adam, ")
-    assert said[7:] == ["texts longer than they are cut at: CoLA none; SST-2 25.0 % of training, 33.3 % of validation"]
+    assert said[7:] == ["texts that are shortened: CoLA none; SST-2 25.0 % of training, 33.3 % of validation"]
     assert "training examples 1000, all validation examples" in about({**wide, "large_draws": 2})
     assert about({"num_train": WHOLE, "steps": 24}, name="03")[:2] == ["training examples all", "steps 24"]
     assert "heavy ball (momentum 0.9)" in about({}, name="03")[-1]

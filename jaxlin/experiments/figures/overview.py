@@ -145,8 +145,11 @@ def _condition(tables: Tables) -> tuple[str, str]:
     )
     if "large" in tables:
         sizes = " to ".join(str(size) for size in sorted(distinct(tables["large"], "train_examples")))
-        larger = condition.one(tables["large_correlations"], condition.KAPPA, "train_loss")
-        measured += f"; with {sizes} examples against training loss {condition.cell(larger, 'spearman')}"
+        on_loss, on_metric = (
+            condition.cell(condition.one(tables["large_correlations"], condition.KAPPA, outcome), "spearman")
+            for outcome in ("train_loss", "metric")
+        )
+        measured += f"; with {sizes} examples against training loss {on_loss}, against the metric {on_metric}"
     return measured, condition.verdict(correlations)
 
 

@@ -271,7 +271,7 @@ def _in_words(setting: Mapping[str, Any], optimizer: str, cut: Mapping[str, Mapp
     if optimizer:
         found.append(f"optimizer: {optimizer}")
     if cut:
-        found.append("texts longer than they are cut at: " + "; ".join(_cut(*one) for one in cut.items()))
+        found.append("texts that are shortened: " + "; ".join(_cut(*one) for one in cut.items()))
     return found
 
 
