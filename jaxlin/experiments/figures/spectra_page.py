@@ -128,7 +128,8 @@ def between(axis: Axes, rows: Sequence[Row]) -> None:
         for name in ("lower", "upper", "eigenvalue")
     )
     axis.set(xscale="log", yscale="log")
-    axis.yaxis.set_major_locator(FixedLocator((1, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000)))
+    wide = np.nanmax(upper, initial=1.0) > 20  # where ticks that are closer would run into each other
+    axis.yaxis.set_major_locator(FixedLocator((1, 3, 10, 30, 100, 300, 1000) if wide else (1, 1.5, 2, 3, 5, 10, 20)))
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_locator(NullLocator())
     axis.fill_between(index, lower, upper, color=plots.COLOURS["bound"], alpha=0.6, lw=0, label="between the bounds")
