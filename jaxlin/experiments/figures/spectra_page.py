@@ -349,7 +349,8 @@ def _of_draws(rows: Sequence[Row]) -> str:
             over_draws = float(np.exp(np.ptp(log, axis=0).max()))
             between = float(np.exp(np.ptp(log.mean(axis=0))))
             pairs = itertools.combinations(log, 2)
-            order = float(np.mean([spearmanr(a, b).statistic for a, b in pairs]))
+            singular = (np.ptp(log, axis=1) == 0).any()  # all κ of a draw are the largest that can be known
+            order = np.nan if singular else float(np.mean([spearmanr(a, b).statistic for a, b in pairs]))
             orders[head].append(order)
             cells += [f"{over_draws:.3g}", f"{between:.3g}", "–" if np.isnan(order) else number(order, "+.2f")]
         lines.append(f"| {name_of(task)} | " + " | ".join(cells) + " |")
