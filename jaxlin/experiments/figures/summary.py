@@ -126,8 +126,7 @@ def learnt(table: Sequence[Row], arm: str, what: str, **at: Any) -> str:
             majority = {row["seed"]: row["score_eval"] for row in baseline}
             gained = [row["score_eval"] - majority[row["seed"]] for row in rows]
             score, of_majority = (values_of(part, "score_eval").mean() for part in (rows, baseline))
-            metric = METRICS.get(rows[0]["metric"], rows[0]["metric"])
-            words = f"{name_of(task)} ({metric} {score:.3g} against {of_majority:.3g})"
+            words = f"{name_of(task)} ({metric_of(rows)} {score:.3g} against {of_majority:.3g})"
             (above if mean_interval(gained)[1] > 0 else others).append(words)
     said = []
     if above:
