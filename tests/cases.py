@@ -258,6 +258,11 @@ def rows(file):
         return list(csv.DictReader(stream))
 
 
+def number(text):
+    """The number that a text begins with, as findings write it: with a true minus sign."""
+    return float(text.split()[0].replace("−", "-"))
+
+
 def flags(arguments, command="compare"):
     """Words of a command line; True is a bare flag, False leaves the option out."""
     listed = []

@@ -293,7 +293,7 @@ def test_intervals_are_students(n):
     expected = scipy.stats.t.interval(0.95, n - 1, values.mean(), scipy.stats.sem(values))
     np.testing.assert_allclose((mean, low, high), (values.mean(), *expected), rtol=1e-12)
     said = summary.with_interval(values)
-    numbers = [float(text.replace("−", "-")) for text in re.findall(r"[+−][\d.]+", said)]
+    numbers = [cases.number(text) for text in re.findall(r"[+−][\d.]+", said)]
     np.testing.assert_allclose(numbers, (mean, low, high), atol=5.1e-4)
 
 
@@ -458,12 +458,12 @@ def test_findings_are_of_the_table(small):
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     ends = [(share, c) for c in ("output_gap_relative_eval", "agreement_eval") for share in (0.0, 1.0)]
     for cell, (share, column) in zip(cells[1:5], ends, strict=True):
-        assert float(cell.split()[0]) == pytest.approx(float(at[share][column]), rel=5e-3)
+        assert cases.number(cell) == pytest.approx(float(at[share][column]), rel=5e-3)
     good = [s for s in sorted(at) if all(float(at[t]["output_gap_relative_eval"]) < 0.1 for t in at if t >= s)]
     assert cells[5] == (f"from λ/μ₁ = {good[0]:g} on" if good else "at no λ of the grid")
     for cell, column in zip(cells[6:], ("distance", "parameter_gap", "output_gap_eval"), strict=True):
         slope = np.log(float(at[1.0][column]) / float(at[1e-2][column])) / np.log(100)
-        assert float(cell) == pytest.approx(slope, abs=6e-3)
+        assert cases.number(cell) == pytest.approx(slope, abs=6e-3)
     bounds = cases.rows(folder / "02" / "bounds.csv")
     applying = [row for row in bounds if row["applies"] == "True"]
     holding = sum(row["holds"] == "True" for row in applying)

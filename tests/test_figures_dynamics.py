@@ -110,7 +110,7 @@ def test_findings_are_of_the_tables(study):
     found = dynamics.findings(tables)
     late = [row for row in found["late"].splitlines() if row.startswith("| SST-2")]
     for share, line in zip(SHARES, late, strict=True):
-        numbers = [float(cell.split()[0]) for cell in line.split("|")[2:5]]
+        numbers = [cases.number(cell) for cell in line.split("|")[2:5]]
         mine = [of(tables["late"], lam_over_mu1=share, linearize_at=k) for k in (0, 2)]
         means = [np.mean([row["output_gap_relative_eval"] for row in rows]) for rows in mine]
         assert numbers == pytest.approx([share, *means], rel=5e-3)
@@ -122,7 +122,7 @@ def test_findings_are_of_the_tables(study):
         )
         differences.append((np.abs(loss - other) / loss[:, :1]).max())
     said = re.search(r"at the start: (.*)\. The", found["ends"]).group(1)
-    assert [float(part.split()[0]) for part in said.split(", ")] == pytest.approx(differences, rel=6e-2)
+    assert [cases.number(part) for part in said.split(", ")] == pytest.approx(differences, rel=6e-2)
 
 
 @pytest.mark.slow

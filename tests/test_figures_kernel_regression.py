@@ -238,11 +238,11 @@ def test_findings_are_of_the_tables(small):
     curve = [r for r in cases.rows(folder / "curve.csv") if (r["task"], r["arm"]) == ("cola", "kernel_alone")]
     best = min(curve, key=lambda r: float(r["loss_leave_one_out"]))
     cells = cells_of(said["leave_one_out"], "CoLA")
-    assert float(cells[1].split()[0]) == pytest.approx(
+    assert cases.number(cells[1]) == pytest.approx(
         float(best["loss_leave_one_out"]) / float(best["loss_eval"]), abs=6e-3
     )
     cost = float(best["loss_eval"]) / min(float(r["loss_eval"]) for r in curve) - 1
-    assert float(cells[3].split()[0]) == pytest.approx(100 * cost, abs=0.06)
+    assert cases.number(cells[3]) == pytest.approx(100 * cost, abs=0.06)
 
 
 def test_verdicts_follow_the_interval():

@@ -86,7 +86,7 @@ def test_findings_are_of_the_tables(study):
         ratios.append(last["L_upper"] / random)
         moved = last["radius"] / last["sigma"]
         expected = [share, end["radius"], ratios[-1], last["L_upper"] * moved, random * moved]
-        assert [float(cell.split()[0]) for cell in line.split("|")[2:7]] == pytest.approx(expected, rel=5e-3)
+        assert [cases.number(cell) for cell in line.split("|")[2:7]] == pytest.approx(expected, rel=5e-3)
     assert f"{min(ratios):.2g} to {max(ratios):.2g} at equal" in lipschitz.findings(tables)["reach"]
     short = lipschitz.findings(tables)["in_short"]
     assert f"{min(ratios):.2g} to {max(ratios):.2g} times as much" in short
