@@ -170,9 +170,11 @@ def lam_look(share: float) -> tuple[tuple[float, ...], str]:
     """Returns colour and marker of a λ/μ₁, the same in every figure: dark is 0, and from 1e-4 to 10 it gets lighter."""
     import matplotlib.pyplot as plt
 
-    decade = float(np.clip(np.log10(share), -4, 1)) + 4 if share > 0 else 0.0
-    at = 0.28 + 0.13 * decade if share > 0 else 0.0
-    return plt.get_cmap("viridis")(at), "s^DvPX"[round(decade)] if share > 0 else "o"
+    shades = plt.get_cmap("viridis")
+    if not share:
+        return shades(0.0), "o"
+    decade = float(np.clip(np.log10(share), -4, 1)) + 4
+    return shades(0.28 + 0.13 * decade), "s^DvPX"[round(decade)]
 
 
 def _lam_looks(table: Sequence[Mapping[str, Any]]) -> dict[float, tuple[Any, str]]:
@@ -180,9 +182,7 @@ def _lam_looks(table: Sequence[Mapping[str, Any]]) -> dict[float, tuple[Any, str
     import matplotlib.pyplot as plt
 
     column, _ = strength(table)
-    found = {
-        row["lam"]: row[column] for row in sorted(table, key=lambda row: row["lam"] or 0) if row["lam"] is not None
-    }
+    found = {row["lam"]: row[column] for row in table if row["lam"] is not None}
     if column == "lam":
         shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(found)))
         return dict(zip(sorted(found), zip(shades, itertools.cycle("os^Dv"), strict=False), strict=True))

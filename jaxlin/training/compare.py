@@ -37,7 +37,7 @@ from jaxlin.tunable import Tunable, leaf_paths
 AUTO_LAMS = (0.0, 1e-3, 1e-2, 1e-1, 1.0)
 """Default grid of λ, in units of μ₁."""
 
-FULL, LINEARIZED, REGRESSION = "full", "linearized", "kernel_regression"
+FULL, LINEARIZED, REGRESSION, MAJORITY = "full", "linearized", "kernel_regression", "majority_class"
 LATE = "linearized_at_step_"
 """Prefix of the arms that are linearized later; the step follows."""
 HOW = {"cached": "Jacobians computed once", "streaming": "jvp at every step"}
@@ -86,7 +86,7 @@ def _constant(data: Mapping[str, Dataset], num_outputs: int, loss: str) -> dict[
     if loss == "cross_entropy":
         mean = np.log(np.maximum(mean, np.finfo(float).tiny))
     outputs = {split: np.tile(mean, (len(part), 1)) for split, part in data.items()}
-    return {"mean_score" if scores else "majority_class": outputs}
+    return {"mean_score" if scores else MAJORITY: outputs}
 
 
 Lams = Sequence[float] | np.ndarray | str

@@ -20,13 +20,14 @@ from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
 from jaxlin.experiments.figures import choose_layers_page as page
 from jaxlin.experiments.figures.choices import MODULES, Choice, depth_of, num_params, tunable
-from jaxlin.experiments.figures.choose_layers_page import BY_KAPPA, BY_LOSS, EVERYTHING, LAST, MAJORITY, RANDOM, START
+from jaxlin.experiments.figures.choose_layers_page import BY_KAPPA, BY_LOSS, EVERYTHING, LAST, RANDOM, START
 from jaxlin.experiments.figures.study import FAST, PAPER_ADAM, AdamSetting, Problem, Row, Study, Tables, Work
 from jaxlin.experiments.figures.summary import METRICS
 from jaxlin.models.probe import probe_head
 from jaxlin.peft.lora import lora
 from jaxlin.peft.part import only
 from jaxlin.selection import select_layers
+from jaxlin.training.compare import MAJORITY
 from jaxlin.training.losses import evaluate, targets
 from jaxlin.training.trainer import predict, train
 from jaxlin.tunable import Tunable

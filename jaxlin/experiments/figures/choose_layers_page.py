@@ -12,6 +12,7 @@ from jaxlin.experiments.figures.choices import MODULES, Choice
 from jaxlin.experiments.figures.study import Row, Tables
 from jaxlin.experiments.figures.summary import (
     NEVER_POOLED,
+    counted,
     distinct,
     learnt,
     mean_interval,
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 BY_LOSS, BY_KAPPA = "leave_one_out_error", "condition_number"
 """Criteria that layers are chosen by here: the first is the one that is asked whether choosing pays."""
 EVERYTHING, LAST, RANDOM, START = "everything", "last_layers", "random_choice", "start"
-MAJORITY = "majority_class"
 NAMES = {
     BY_LOSS: "chosen by leave-one-out loss",
     BY_KAPPA: "chosen by κ",
@@ -175,7 +175,7 @@ def outcome(values: np.ndarray, better: int) -> int:
 
 def _verdict(table: Sequence[Row]) -> str:
     tasks = distinct(table, "task")
-    many = f"{len(tasks)} task{'s' * (len(tasks) > 1)}"
+    many = counted(len(tasks), "task")
     lines = []
     for other in OTHERS:
         found = {
@@ -195,10 +195,10 @@ def _verdict(table: Sequence[Row]) -> str:
     words = {1: "is better than that of", -1: "is worse than that of", 0: "cannot be told from that of"}
     ends = " and ".join(f"{words[sign]} {NAMES[other]}" for other, sign in equal.items())
     pays = "pays" if min(equal.values()) == 1 else "does not show that it pays"
-    count = len(distinct(poolable(table), "task"))
+    of_mean = counted(len(distinct(poolable(table), "task")), "task")
     used = values_of(of(table, arm=BY_LOSS), "num_params").mean() / values_of(of(table, arm=LAST), "num_params").mean()
     return (
-        f"**Choosing layers by leave-one-out loss {pays} here**: over {count} task{'s' * (count != 1)} its score "
+        f"**Choosing layers by leave-one-out loss {pays} here**: over {of_mean} its score "
         f"{ends}. It used {100 * used:.3g} % of the parameters that it might tune; those two use all.\n\n"
         + "\n".join(lines)
     )

@@ -11,7 +11,7 @@ from jaxlin import plots
 from jaxlin.data.known import CLASS_METRICS, KNOWN_TASKS
 from jaxlin.experiments.figures.correlations import ALONE, EQUAL_SIZE, PAPER, POOLED, PRIMARY, STABLE
 from jaxlin.experiments.figures.study import Row, Tables
-from jaxlin.experiments.figures.summary import METRICS, distinct, name_of, number, of, poolable
+from jaxlin.experiments.figures.summary import METRICS, counted, distinct, name_of, number, of, poolable
 from jaxlin.theory.criteria import CRITERIA
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ def name_of_predictor(predictor: str) -> str:
 
 
 def _counted(rows: Sequence[Row], column: str) -> str:
-    count = len(distinct(rows, column))
-    return f"{count} {column}{'s' * (count > 1)}"
+    return counted(len(distinct(rows, column)), column)
 
 
 def _sizes(rows: Sequence[Row]) -> str:

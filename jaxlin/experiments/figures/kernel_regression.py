@@ -16,7 +16,6 @@ from jaxlin.experiments.figures.kernel_regression_figures import (
     ALONE,
     FULL,
     LOGISTIC,
-    MAJORITY,
     PROBE,
     PULLED,
     REGRESSION,
@@ -30,6 +29,7 @@ from jaxlin.ntk.jacobian import jacobian
 from jaxlin.theory.calibration import calibration
 from jaxlin.theory.logistic import kernel_logistic_regression
 from jaxlin.theory.regression import KernelRegression, kernel_regression
+from jaxlin.training.compare import MAJORITY
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.losses import evaluate, targets
 from jaxlin.training.metrics import predicted

@@ -21,6 +21,7 @@ from jaxlin.experiments.figures.summary import (
     sizes,
     values_of,
 )
+from jaxlin.training.compare import MAJORITY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 FULL, PULLED = "full", "full_pulled"
 PROBE, ALONE, REGRESSION, LOGISTIC = "linear_probe", "kernel_alone", "kernel_regression", "kernel_logistic"
-MAJORITY = "majority_class"
 ARMS = (FULL, PULLED, REGRESSION, ALONE, LOGISTIC, PROBE, MAJORITY)
 """In the order in which they are shown."""
 NAMES = {

@@ -25,8 +25,8 @@ from jaxlin.experiments.figures.summary import (
     mean_interval,
     metric_of,
     name_of,
-    number,
     of,
+    spread,
     values_of,
     with_interval,
     written,
@@ -55,14 +55,9 @@ def _of_scores(table: Sequence[Row]) -> str:
         lines.append([f"{name_of(task)} ({metric_of(mine)})", *(written(v) if len(v) else "" for v in cells)])
     chosen = values_of(of(table, arm=PULLED), "lam_over_mu1")
     return (
-        f"Validation scores, mean over seeds and range. λ is {_between(chosen)} of μ₁: what leave-one-out on the "
+        f"Validation scores, mean over seeds and range. λ is {spread(chosen, 'g')} of μ₁: what leave-one-out on the "
         f"training examples chose for the kernel alone.\n\n{_table(['Task', *(NAMES[arm] for arm in arms)], lines)}"
     )
-
-
-def _between(values: np.ndarray) -> str:
-    low, high = number(values.min()), number(values.max())
-    return low if low == high else f"{low} to {high}"
 
 
 def pooled(pairs: Sequence[Row], arm: str, other: str) -> np.ndarray:
@@ -132,7 +127,7 @@ def _of_leave_one_out(curve: Sequence[Row]) -> str:
                 shares.append(chosen["lam_over_mu1"])
             ratios[arm] += ratio
             worse[arm] += cost
-            cells += [written(ratio, ".2f"), _between(np.array(shares)), written(100 * np.array(cost), ".1f")]
+            cells += [written(ratio, ".2f"), spread(np.array(shares), "g"), written(100 * np.array(cost), ".1f")]
         lines.append(cells)
     head = ["Task"]
     for arm in (ALONE, REGRESSION):

@@ -12,7 +12,7 @@ import numpy as np
 from jaxlin import plots
 from jaxlin.data.dataset import Dataset
 from jaxlin.experiments.figures.study import FAST, PAPER_ADAM, AdamSetting, Problem, Row, Study, Tables, Work
-from jaxlin.experiments.figures.summary import band, distinct, name_of, number, of, sizes, values_of, written
+from jaxlin.experiments.figures.summary import band, counted, distinct, name_of, number, of, sizes, values_of, written
 from jaxlin.ntk.change import PER_EXAMPLE, PER_PAIR, STACKED
 from jaxlin.ntk.engine import ntk
 from jaxlin.ntk.jacobian import evenly_spread
@@ -245,7 +245,7 @@ def findings(tables: Tables) -> dict[str, str]:
     return {
         "in_short": (
             f"**Along the way that fine-tuning takes, the Jacobian changes {word}**: {min(ratios):.2g} to "
-            f"{max(ratios):.2g} times as much at equal distance ({len(tasks)} task{'s' * (len(tasks) > 1)}, "
+            f"{max(ratios):.2g} times as much at equal distance ({counted(len(tasks), 'task')}, "
             f"λ/μ₁ = {' and '.join(f'{share:g}' for share in shares)}, every seed). At λ/μ₁ = {least:g} it has "
             f"changed by {moved.min():.2g} to {moved.max():.2g} of its norm at θ₀ in the end. In random directions "
             f"the ratio stays within a factor {FLAT:g} at all distances on {flat} of {len(tasks)} tasks."

@@ -16,6 +16,7 @@ from jaxlin.experiments.figures.correlations import POOLED
 from jaxlin.experiments.figures.study import Row, Tables
 from jaxlin.experiments.figures.summary import (
     band,
+    counted,
     distinct,
     lam_positions,
     name_of,
@@ -54,19 +55,9 @@ class Claim:
         rows = poolable(tables[self.table])
         draws = len(distinct(rows, "seed" if "seed" in rows[0] else "draw"))
         return (
-            f"{_counted(distinct(rows, 'task'))}, {draws} draw{'s' * (draws > 1)}, "
+            f"{counted(len(distinct(rows, 'task')), 'task')}, {counted(draws, 'draw')}, "
             f"n = {spread(distinct(rows, 'train_examples'))}"
         )
-
-
-def _over_tasks(values: Sequence[float]) -> str:
-    """Writes the range of values."""
-    low, high = (number(end(values), ".2g") for end in (min, max))
-    return low if low == high else f"{low} to {high}"
-
-
-def _counted(tasks: Sequence[str]) -> str:
-    return f"{len(tasks)} task{'s' * (len(tasks) > 1)}"
 
 
 def _gaps(rows: Sequence[Row], share: float) -> list[float]:
@@ -81,13 +72,13 @@ def _pull(tables: Tables) -> tuple[str, str]:
     gaps = {share: _gaps(rows, share) for share in shares}
     least = min(shares, key=lambda share: max(gaps[share]))
     measured = (
-        f"‖f−f̄‖/‖f−f₀‖ on validation examples is {_over_tasks(gaps[shares[0]])} at λ/μ₁ = {shares[0]:g} and "
-        f"{_over_tasks(gaps[least])} at {least:g}"
+        f"‖f−f̄‖/‖f−f₀‖ on validation examples is {spread(gaps[shares[0]], '.2g')} at λ/μ₁ = {shares[0]:g} and "
+        f"{spread(gaps[least], '.2g')} at {least:g}"
     )
     good = [regularization.good_from(of(rows, task=task), regularization.LIMIT) for task in tasks]
     known = [share for share in good if share is not None]
     if len(known) < len(tasks):
-        return measured, f"in part: below {regularization.LIMIT:g} on {len(known)} of {_counted(tasks)}"
+        return measured, f"in part: below {regularization.LIMIT:g} on {len(known)} of {counted(len(tasks), 'task')}"
     return measured, f"yes, with a pull: below {regularization.LIMIT:g} from λ/μ₁ = {max(known):g} on"
 
 
@@ -130,8 +121,8 @@ def _directions(tables: Tables) -> tuple[str, str]:
         for found in lipschitz.changes(rows, reached, task, share)
     ]
     measured = (
-        f"on its way, fine-tuning changes the Jacobian {_over_tasks(ratios)} times as much as random directions do at "
-        "the same distance"
+        f"on its way, fine-tuning changes the Jacobian {spread(ratios, '.2g')} times as much as random directions do "
+        "at the same distance"
     )
     return measured, "no: they tell too little" if min(ratios) > 1 else "in part"
 
@@ -180,7 +171,7 @@ def _prompts(tables: Tables) -> tuple[str, str]:
     rows = poolable(of(tables["table"], arm=FULL))
     least = min(distinct(rows, "lam_over_mu1"))
     gaps = {start: _gaps(of(rows, start=start), least) for start in llm.STARTS}
-    said = ", ".join(f"{_over_tasks(values)} with {llm.NAMES[start]}" for start, values in gaps.items())
+    said = ", ".join(f"{spread(values, '.2g')} with {llm.NAMES[start]}" for start, values in gaps.items())
     firsts = [min(gaps, key=lambda start: gaps[start][i]) for i in range(len(gaps[llm.STARTS[0]]))]
     count = firsts.count(llm.STARTS[0])
     holds = "yes" if count == len(firsts) else "no" if not count else f"on {count} of {len(firsts)} tasks"

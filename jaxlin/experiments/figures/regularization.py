@@ -30,7 +30,7 @@ from jaxlin.experiments.figures.summary import (
 from jaxlin.experiments.tuned_arguments import FROZEN_A
 from jaxlin.peft.lora import lora
 from jaxlin.training.bound_sweep import bound_sweep
-from jaxlin.training.compare import FULL, LINEARIZED, compare
+from jaxlin.training.compare import FULL, LINEARIZED, MAJORITY, compare
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -151,7 +151,7 @@ _ROWS = (
 )
 """Rows of the main figure: column, what it is, scale."""
 _ARMS = ((FULL, "o-"), (LINEARIZED, "s--"))
-_BASELINES = (("start", "-."), ("majority_class", "-."))
+_BASELINES = (("start", "-."), (MAJORITY, "-."))
 _GAP = "#000000"
 _PARTS = (("A", "v-"), ("B", "s--"), ("head", "x-."))
 """Parts of theta that the parameter gap is split into."""

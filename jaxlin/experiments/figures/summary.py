@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxlin import plots
+from jaxlin.training.compare import MAJORITY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,7 +122,7 @@ def learnt(table: Sequence[Row], arm: str, what: str, **at: Any) -> str:
     above: list[str] = []
     others: list[str] = []
     for task in distinct(table, "task"):
-        rows, baseline = of(table, task=task, arm=arm, **at), of(table, task=task, arm="majority_class")
+        rows, baseline = of(table, task=task, arm=arm, **at), of(table, task=task, arm=MAJORITY)
         if rows and baseline:
             majority = {row["seed"]: row["score_eval"] for row in baseline}
             gained = [row["score_eval"] - majority[row["seed"]] for row in rows]
@@ -148,9 +149,15 @@ def poolable(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["task"] not in NEVER_POOLED]
 
 
-def spread(found: Sequence[int]) -> str:
-    """Writes the range of whole numbers, or the one that they all are."""
-    return f"{min(found)}" if min(found) == max(found) else f"{min(found)} to {max(found)}"
+def spread(values: Sequence[float] | np.ndarray, form: str = "d") -> str:
+    """Writes the range of values, by default whole numbers; or one of its ends where they are written the same."""
+    low, high = number(min(values), form), number(max(values), form)
+    return low if low == high else f"{low} to {high}"
+
+
+def counted(count: int, what: str) -> str:
+    """Writes a count of something, such as `1 task` or `4 tasks`."""
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def sizes(rows: Sequence[Row], banded: bool = True) -> str:
