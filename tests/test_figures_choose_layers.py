@@ -11,6 +11,7 @@ from jaxlin.experiments.figures import choose_layers_page as page
 from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.choices import MODULES, Choice
 from jaxlin.experiments.figures.study import Work, read_tables, write_tables
+from jaxlin.training.compare import MAJORITY
 from tests import cases
 
 
@@ -79,7 +80,7 @@ def test_rows_are_what_their_parts_give(setting, ran):
     assert rows[page.LAST]["score_eval"] == pytest.approx(hits)
     assert rows[page.START]["distance"] == 0
     most = np.bincount(problem.train["labels"]).argmax()
-    assert rows[page.MAJORITY]["score_eval"] == pytest.approx(np.mean(problem.eval["labels"] == most))
+    assert rows[MAJORITY]["score_eval"] == pytest.approx(np.mean(problem.eval["labels"] == most))
     assert rows[page.EVERYTHING]["num_params"] == alone.num_params
 
 
