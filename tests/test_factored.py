@@ -8,8 +8,8 @@ from flax import linen as nn
 
 import jaxlin as jl
 from jaxlin.data.dataset import as_dataset
-from jaxlin.ntk import work
-from jaxlin.ntk.factored import find_sites
+from jaxlin.ntk import jacobian, work
+from jaxlin.ntk.factored import derivatives_and_factors, find_sites
 from jaxlin.tunable import leaf_paths
 from tests import cases
 
@@ -89,6 +89,27 @@ def test_invariance_to_chunks_tiles_and_slabs(model, batch, memory_budget):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("peft", ["lora", "full"])
+def test_a_few_examples_at_a_time(model, monkeypatch, peft):
+    """However many go through the network together, with fillers or without, J is the same to rounding."""
+    tun, batch = cases.PEFT[peft](model), cases.text_batch(11, longest=24)
+    whole = jl.ntk(tun, batch, engine="factored", check_examples=0).array
+    for tokens in (1, 48):
+        monkeypatch.setattr(jacobian, "_CPU_TOKENS", tokens)
+        found = jl.ntk(tun, batch, engine="factored", check_examples=0).array
+        assert cases.relative_error(found, whole) < 1e-6
+
+
+def test_only_examples_that_are_wanted_go_through_the_network(model):
+    tun, data = jl.lora(model, rank=2), as_dataset(cases.text_batch(8, longest=8))
+    sites, given = find_sites(tun, data, tun.theta0, 3), (tun.apply, tun.theta0, data.batch(np.arange(8)), np.eye(3))
+    all_of_them = derivatives_and_factors(*given, sites, 8, 8)
+    five = derivatives_and_factors(*given, sites, 5, 2)
+    for name, value in all_of_them.items():
+        assert cases.relative_error(np.asarray(five[name])[:5], np.asarray(value)[:5]) < 1e-6
+        assert not np.any(np.asarray(five[name])[6:])
+
+
 def test_half_precision_is_summed_in_float32(batch):
     model = cases.tiny_model(dtype=jnp.bfloat16)
     for pattern in ("layer_1/mlp/up", "word"):

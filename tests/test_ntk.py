@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import jaxlin as jl
 from jaxlin.data.dataset import Dataset
+from jaxlin.ntk import jacobian as jacobians
 from jaxlin.ntk.jacobian import jacobian
 from jaxlin.ntk.neural_tangents import IMPLEMENTATIONS, load_neural_tangents
 from jaxlin.tunable import leaf_paths
@@ -240,12 +241,22 @@ def test_a_tunable_is_an_apply_fn_of_neural_tangents(model, batch):
     np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
-def test_frozen_weights_are_not_compiled_in(model, batch):
-    from jaxlin.ntk.jacobian import outputs_and_jacobian
+@pytest.mark.parametrize("tokens", [1, 48])
+def test_a_few_examples_at_a_time(model, monkeypatch, tokens):
+    """However many go through the network together, J is the same to rounding."""
+    tun, batch = jl.lora(model, rank=3), cases.text_batch(11, longest=24)
+    columns, theta = {k: jnp.asarray(v) for k, v in batch.items()}, cases.moved(tun)
+    whole = jax.tree.leaves(jacobians.outputs_and_jacobian(tun.apply, theta, columns))
+    monkeypatch.setattr(jacobians, "_CPU_TOKENS", tokens)
+    found = jacobians.outputs_and_jacobian.__wrapped__(tun.apply, theta, columns)
+    for ours, expected in zip(jax.tree.leaves(found), whole, strict=True):
+        assert cases.relative_error(np.asarray(ours), np.asarray(expected)) < 1e-5
 
+
+def test_frozen_weights_are_not_compiled_in(model, batch):
     tun = jl.lora(model, rank=3)
     columns = {k: jnp.asarray(v) for k, v in batch.items()}
-    closed = jax.make_jaxpr(outputs_and_jacobian)(tun.apply, tun.theta0, columns)
+    closed = jax.make_jaxpr(jacobians.outputs_and_jacobian)(tun.apply, tun.theta0, columns)
     assert all(np.size(const) < 200 for const in closed.consts)
 
 

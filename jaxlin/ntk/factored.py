@@ -231,11 +231,20 @@ def find_sites(tun: Tunable, data: Dataset, theta: PyTree, k: int) -> tuple[Site
     return tuple(sites)
 
 
-@functools.partial(jax.jit, static_argnames=("sites",))
+@functools.partial(jax.jit, static_argnames=("sites", "at_a_time"))
 def derivatives_and_factors(
-    apply: PeftFunction, theta: PyTree, batch: Batch, seeds: Float[Array, "k C"], sites: tuple[Site, ...]
+    apply: PeftFunction,
+    theta: PyTree,
+    batch: Batch,
+    seeds: Float[Array, "k C"],
+    sites: tuple[Site, ...],
+    wanted: int | np.integer | Array,
+    at_a_time: int,
 ) -> dict[str, Array]:
     """Returns what one pass gives, with the example on every leading axis.
+
+    The examples go through the network a few at a time, within one program: its temporary memory, which XLA asks the
+    system for anew at each call, is then used again.
 
     Args:
         apply: The model.
@@ -243,11 +252,35 @@ def derivatives_and_factors(
         batch: The examples.
         seeds: Output cotangents that are pulled back.
         sites: As `find_sites` found them.
+        wanted: How many of the examples; what comes of the others is not defined.
+        at_a_time: Examples that the network works on together; it divides the batch's size, or is not less.
 
     Returns:
         Small derivatives `[B, k, size]` by the path of their leaf; of sites with a large one, what the module read
         `[B, …]` and the cotangents at it `[B, k, …]`, by `Site.names`.
     """
+    size = next(iter(batch.values())).shape[0]
+    if at_a_time >= size:
+        return _together(apply, theta, batch, seeds, sites)
+
+    def part(start: int | Array) -> dict[str, Array]:
+        some = {name: jax.lax.dynamic_slice_in_dim(value, start, at_a_time) for name, value in batch.items()}
+        return _together(apply, theta, some, seeds, sites)
+
+    def add(i: int | Array, found: dict[str, Array]) -> dict[str, Array]:
+        start = i * at_a_time
+        new = part(start)
+        return {name: jax.lax.dynamic_update_slice_in_dim(found[name], new[name], start, 0) for name in found}
+
+    shapes = jax.eval_shape(part, 0)
+    found = {name: jnp.zeros((size, *shape.shape[1:]), shape.dtype) for name, shape in shapes.items()}
+    return jax.lax.fori_loop(0, (wanted + at_a_time - 1) // at_a_time, add, found)
+
+
+def _together(
+    apply: PeftFunction, theta: PyTree, batch: Batch, seeds: Float[Array, "k C"], sites: tuple[Site, ...]
+) -> dict[str, Array]:
+    """What one forward and k backward passes give for all examples of a batch at once."""
     size = next(iter(batch.values())).shape[0]
     network = _without_adapters(_kept(apply), theta, {site.path for site in sites if site.idle})
 

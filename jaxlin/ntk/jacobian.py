@@ -32,6 +32,27 @@ _SMALLEST_PRODUCT = 1 << 22
 """Multiplications that a thread of its own is worth."""
 
 
+_CPU_TOKENS = 512
+"""Tokens that a network works on together on a CPU, whose caches hold no more; measured by benchmarks/ntk.py."""
+
+
+def power_of_two(most: int) -> int:
+    """Returns the greatest that is not above a number; 1 for 0."""
+    return 1 << max(most.bit_length() - 1, 0)
+
+
+def at_a_time(batch: Batch) -> int:
+    """Returns how many examples of a batch the network works on together within a program.
+
+    On a CPU a few, again and again in the same temporary memory, which XLA asks the system for anew at each call.
+    """
+    size = len(next(iter(batch.values())))
+    if jax.default_backend() != "cpu":
+        return size
+    tokens = max((value.shape[1] for value in batch.values() if value.ndim > 1), default=1)
+    return min(size, power_of_two(_CPU_TOKENS // tokens))
+
+
 @jax.jit
 def outputs_and_jacobian(
     apply: Callable[[PyTree, Batch], Array],
@@ -48,7 +69,8 @@ def outputs_and_jacobian(
         (rows,) = jax.vmap(pullback)(along.astype(outputs.dtype))
         return outputs, rows
 
-    return jax.vmap(one)(batch)
+    size, together = len(next(iter(batch.values()))), at_a_time(batch)
+    return jax.vmap(one)(batch) if together == size else jax.lax.map(one, batch, batch_size=together)
 
 
 def to_float64(tree: PyTree) -> PyTree:

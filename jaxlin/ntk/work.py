@@ -25,9 +25,11 @@ from jaxlin.ntk.factored import Site, derivatives_and_factors, find_sites
 from jaxlin.ntk.jacobian import (
     MAX_CHUNK,
     EpsilonCheck,
+    at_a_time,
     gram_columns,
     num_outputs,
     outputs_and_jacobian,
+    power_of_two,
     to_float64,
 )
 from jaxlin.ntk.kinds import Kind, signs, thresholds, without_sign
@@ -48,8 +50,8 @@ _SLAB_BYTES = 1 << 28
 
 _SMALLEST_SLAB = 1 << 20
 
-_CPU_CHUNK = 4
-"""Examples of a pass that keeps factors on a CPU, whose caches hold no more; measured by benchmarks/ntk.py."""
+_CPU_CHUNK = 32
+"""Examples of a pass that keeps factors on a CPU, a few of which are in the network at a time."""
 
 _TILES_ON_THEIR_WAY = 4
 """Tiles that are fetched from a device while the next is computed, where none is to survive the process."""
@@ -66,7 +68,8 @@ class Plan:
         chunk: Examples of a pass.
         row_block: Examples of a side of a tile.
         slab_bytes: Size of the derivatives with respect to a large leaf that are formed at a time.
-        spilled: Whether what the passes give is kept in files though the kernel is not stored.
+        spilled: Whether what the passes give is kept in files though the kernel is not stored; over a mesh, whether
+            it is computed anew.
         events: What was changed on the way, and why.
     """
 
@@ -166,10 +169,24 @@ class Work:
         """Rows of J an example."""
         return len(self.kind.seeds(self.c))
 
+    @property
+    def several_processes(self) -> bool:
+        """Whether other processes take part."""
+        return False
+
     @functools.cached_property
     def on_device(self) -> bool:
         """Whether what the passes give stays on the device and is multiplied there; signs are of the host."""
         return multiplies_on_device() and not self.kind.of_signs
+
+    @functools.cached_property
+    def _in_parts(self) -> bool:
+        """Whether a pass takes its examples a few at a time; their number is a power of two then."""
+        return self.engine == "factored" and jax.default_backend() == "cpu" and not self.on_device
+
+    def _together(self, batch: Batch) -> int:
+        """Examples of a pass that are in the network at a time."""
+        return at_a_time(batch) if self._in_parts else len(batch["weight"])
 
     @functools.cached_property
     def _function(self) -> tuple[Callable[..., Any], PyTree]:
@@ -213,8 +230,8 @@ class Work:
             # No more than are of one length: the rest would be padding.
             largest = max(len(group) for data in self._both() for group in data.groups())
             return max(1, min(_GPU_TOKENS // tokens, _GPU_CHUNK, largest))
-        most = _CPU_CHUNK if self.engine == "factored" and jax.default_backend() == "cpu" else MAX_CHUNK
-        return min(most, max(map(len, self._both())))
+        longest = max(map(len, self._both()))
+        return min(_CPU_CHUNK, power_of_two(2 * longest - 1)) if self._in_parts else min(MAX_CHUNK, longest)
 
     def _tile_bytes(self, block: int, slab: int, spilled: bool) -> int:
         """Held while a tile of `block` examples a side is computed."""
@@ -244,6 +261,7 @@ class Work:
         """
         budget, one, longest = self.memory_budget, self._example_bytes(), max(map(len, self._both()))
         chunk = int(np.clip(budget // 16 // max(one, 1), 1, self._most_examples()))
+        chunk = power_of_two(chunk) if self._in_parts else chunk
         given = self._given_bytes(chunk if self.on_device else 1)
         slab = budget // 32 if self.on_device else int(np.clip(budget // 8, 1, _SLAB_BYTES))
         # In memory if all of it, or half of the budget, is enough for what the passes give.
@@ -298,13 +316,14 @@ class Work:
         ):
             yield
 
-    def _pass(self, batch: Batch) -> dict[str, Any]:
-        """What one pass gives for a batch, on its way on the device if it stays there, else on the host."""
+    def _pass(self, batch: Batch, wanted: int) -> dict[str, Any]:
+        """What one pass gives for the first examples of a batch, on its way on the device if it stays there."""
         fetch = (lambda found: found) if self.on_device else jax.device_get
         seeds = self.kind.seeds(self.c).astype(np.float64 if self._dtype == np.float64 else np.float32)
         with self._precisely():
             if self.engine == "factored":
-                return fetch(derivatives_and_factors(*self._function, batch, seeds, self.sites))
+                given = *self._function, batch, seeds, self.sites, np.int32(wanted), self._together(batch)
+                return fetch(derivatives_and_factors(*given))
             _, rows = fetch(outputs_and_jacobian(*self._function, batch, seeds))
         leaves = zip(leaf_paths(self.theta), jax.tree.leaves(rows), strict=True)
         return {path: leaf.reshape(*leaf.shape[:2], -1) for path, leaf in leaves}
@@ -330,7 +349,7 @@ class Work:
                     done = rows.done(base + start) if start < len(group) else 0
                     if start < len(group) and not done:
                         examples = group[start : start + plan.chunk]
-                        running.append((start, examples, self._pass(data.batch(examples, plan.chunk))))
+                        running.append((start, examples, self._pass(data.batch(examples, plan.chunk), len(examples))))
                         start += len(examples)
                     ahead = 1 if self.on_device else 0  # there a pass runs while the next is prepared
                     if running and (len(running) > ahead or done or start == len(group)):
@@ -356,7 +375,9 @@ class Work:
         if self.on_device and rows.folder is None:  # as it is: slices would be copies of other sizes
             rows.put(position, examples, jax.block_until_ready(found))
             return
-        own = {name: value[: len(examples)] for name, value in jax.device_get(found).items()}
+        whole = jax.device_get(found)
+        # Of a pass that was filled up a copy: a view would hold what filled it.
+        own = {n: v if len(v) == len(examples) else v[: len(examples)].copy() for n, v in whole.items()}
         # LoRA's A where B = 0: its zeros are neither kept nor multiplied.
         rows.put(position, examples, {n: v for n, v in own.items() if n not in self._sizes or v.any()})
 
@@ -539,10 +560,12 @@ class Work:
             if len(group):
                 examples = group[: plan.chunk]
                 batch = data.batch(examples, plan.chunk)
-                jax.block_until_ready(self._pass(batch))  # compiles
+                jax.block_until_ready(self._pass(batch, len(examples)))  # compiles
                 begin = time.perf_counter()
-                self._keep(rows, 0, examples, self._pass(batch))
-                seconds += (time.perf_counter() - begin) * math.ceil(len(group) / plan.chunk)
+                self._keep(rows, 0, examples, self._pass(batch, len(examples)))
+                together = self._together(batch)
+                rounds = math.ceil(len(group) / together) / math.ceil(len(examples) / together)
+                seconds += (time.perf_counter() - begin) * rounds
         return seconds
 
 
