@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -84,6 +85,33 @@ def fetch(array: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
+def from_first(find: Callable[[], Any]) -> Any:
+    """Calls a function in process 0, and returns what it found in every process.
+
+    Args:
+        find: Returns what JSON can hold.
+
+    Returns:
+        That; no process returns before process 0 has found it.
+
+    Raises:
+        InputError: In every process, where `find` raises it.
+    """
+    found: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            found = {"value": find()}
+        except InputError as error:
+            found = {"error": str(error)}
+    text = np.frombuffer(json.dumps(found).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    text = np.resize(text, size)  # where it is not that of process 0, of any content
+    found = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))))
+    if "error" in found:
+        raise InputError(found["error"])
+    return found["value"]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Share:
     """Which examples of a data set go to which device.
@@ -100,15 +128,20 @@ class Share:
     examples: np.ndarray
 
     @classmethod
-    def of(cls, data: Dataset, devices: int, largest_chunk: int) -> Share:
+    def of(cls, data: Dataset, devices: int, chunk: int) -> Share:
         """Splits every length bucket over the devices, so that short examples are computed at their length."""
-        even = -(-len(data) // (max(len(data.buckets), 1) * devices))  # larger chunks would hold fillers
-        chunk, slots = min(largest_chunk, even), []
-        for indices, _ in data.chunks(devices * chunk):
-            rows = np.full(devices * chunk, -1)
-            rows[: len(indices)] = indices
-            slots.append(rows.reshape(devices, chunk))
+        size, slots = devices * chunk, []
+        for group in data.groups():
+            for start in range(0, len(group), size):
+                rows = np.full(size, -1)
+                rows[: len(group) - start] = group[start : start + size]
+                slots.append(rows.reshape(devices, chunk))
         return cls(data, chunk, np.concatenate(slots, axis=1))
+
+    def filled(self, rows: int) -> Share:
+        """Returns the same split with fillers up to a number of rows of every device."""
+        more = rows - self.examples.shape[1]
+        return dataclasses.replace(self, examples=np.pad(self.examples, ((0, 0), (0, more)), constant_values=-1))
 
     def on(self, device: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns which rows of a device hold an example, and which example that is."""

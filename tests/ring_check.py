@@ -3,17 +3,19 @@
 Run by `tests/test_mesh.py`, which says how many devices a process has; the cases are shared with it.
 """
 
+import contextlib
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 import jaxlin as jl
-from jaxlin.data.dataset import as_dataset
 from jaxlin.mesh import make_mesh
-from jaxlin.ntk.ring import ring_parts
+from jaxlin.ntk.work import TILES
 from tests import cases
 
 
@@ -39,6 +41,10 @@ def problems(pace):
     }
 
 
+MORE = ("split weights, ", "stored, ")
+"""Beginnings of the names of what is computed in other ways, too."""
+
+
 def as_matrix(part):
     return part.transpose(0, 2, 1, 3).reshape(part.shape[0] * part.shape[2], -1)
 
@@ -47,9 +53,8 @@ def kernels(mesh, pace):
     """Problem and block to the kernel that a mesh computes, as a matrix."""
     found = {}
     for name, (tun, theta, x1, x2, options) in problems(pace).items():
-        data1, data2, blocks = as_dataset(x1), None if x2 is None else as_dataset(x2), tun.grouped("layer")
-        parts = ring_parts(tun, data1, data2, theta, blocks, mesh=mesh, seeds=np.eye(3), **options)
-        found |= {f"{name}: {block}": as_matrix(part) for block, part in parts.items()}
+        kernel = jl.ntk(tun, x1, x2, theta=theta, blocks="layer", mesh=mesh, check_examples=0, **options)
+        found |= {f"{name}: {block}": as_matrix(part) for block, part in kernel.parts.items()}
     return found
 
 
@@ -63,9 +68,28 @@ def split_weights_kernels():
         sharding = NamedSharding(mesh, spec)
         return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.asarray(leaf)[index])
 
-    theta, blocks = jax.tree.map(split, tun.theta0, specs), tun.grouped("layer")
-    parts = ring_parts(tun, as_dataset(x1), None, theta, blocks, mesh=mesh, seeds=np.eye(3))
-    return {f"vectors: {block}": as_matrix(part) for block, part in parts.items()}
+    theta = jax.tree.map(split, tun.theta0, specs)
+    kernel = jl.ntk(tun, x1, theta=theta, blocks="layer", mesh=mesh, check_examples=0)
+    return {f"vectors: {block}": as_matrix(part) for block, part in kernel.parts.items()}
+
+
+def stored_kernels(mesh, path):
+    """The kernels of "vectors", from a store that is written in two goes."""
+    tun, _, x1, _, _ = problems("quick")["vectors"]
+    budget = 3_000 if jax.process_count() == 1 else 5_000  # of several each fetches all tiles
+    options = {"blocks": "layer", "mesh": mesh, "check_examples": 0, "memory_budget": budget, "store": path}
+    assert 1 < jl.ntk_plan(tun, x1, mesh=mesh, memory_budget=budget).row_block < 13
+
+    def stop(phase, done, total):
+        if phase == TILES and done > total // 2:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        jl.ntk(tun, x1, **options, progress=stop)
+    with pytest.raises(jl.InputError, match="is there already"):  # in every process
+        jl.ntk(tun, x1, **options)
+    kernel = jl.ntk(tun, x1, **options, resume=True)
+    return {f"stored, vectors: {block}": as_matrix(part) for block, part in kernel.parts.items()}
 
 
 if __name__ == "__main__":
@@ -78,5 +102,6 @@ if __name__ == "__main__":
     assert len(jax.devices()) == 8
     found = kernels(make_mesh(), pace)
     if pace == "quick":
+        found |= stored_kernels(make_mesh(), Path(out).with_name("store"))
         found |= {f"split weights, {name}": part for name, part in split_weights_kernels().items()}
     np.savez(out, **found)

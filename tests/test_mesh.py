@@ -12,12 +12,12 @@ import pytest
 from jax.sharding import AxisType
 
 import jaxlin as jl
-from jaxlin.data.dataset import Dataset, as_dataset
+from jaxlin.data.dataset import Dataset
 from jaxlin.mesh import Share, fetch, make_mesh, place
 from jaxlin.ntk import ring
-from jaxlin.ntk.ring import ring_parts
+from jaxlin.ntk.kinds import KINDS
+from jaxlin.ntk.store import transposed
 from jaxlin.ntk.work import PASSES, TILES
-from jaxlin.tunable import leaf_paths
 from tests import cases, ring_check
 
 ROOT = Path(__file__).parents[1]
@@ -85,11 +85,11 @@ def run_processes(folder, count, pace, module="tests.ring_check"):
 def test_many_devices_are_one(tmp_path, expected, count):
     pace, alone, reference = expected
     first, *others = run_processes(tmp_path, count, pace)
-    split = {name: first[name] for name in first if name.startswith("split weights, ")}
-    assert first.keys() - split.keys() == alone.keys() == reference.keys()
-    assert len(split) == (2 if pace == "quick" else 0)
+    more = {name for name in first if name.startswith(ring_check.MORE)}
+    assert first.keys() - more == alone.keys() == reference.keys()
+    assert len(more) == (4 if pace == "quick" else 0)
     for name, part in first.items():
-        plain = name.removeprefix("split weights, ")
+        plain = next((name.removeprefix(more) for more in ring_check.MORE if name.startswith(more)), name)
         double = plain.startswith("float64")
         assert part.dtype == np.float64
         assert cases.relative_error(part, reference[plain]) < (1e-12 if double else 5e-6)
@@ -107,29 +107,22 @@ def test_one_device(expected):
 
 
 def kernel(mesh, tun, x1, x2=None, **options):
-    data1, data2 = as_dataset(x1), None if x2 is None else as_dataset(x2)
-    blocks = {"all": leaf_paths(tun.theta0)}
-    (part,) = ring_parts(tun, data1, data2, None, blocks, mesh=mesh, **options).values()
-    return part
+    return jl.ntk(tun, x1, x2, mesh=mesh, **{"check_examples": 0, **options}).array
 
 
 @pytest.mark.parametrize("x2", [None, cases.vectors(3, seed=1)], ids=["itself", "others"])
-def test_seeds_and_diagonal(mesh, x2):
+@pytest.mark.parametrize("kind", ["full", "trace", "diagonal", "logit_difference", "pseudo"])
+def test_kinds(mesh, kind, x2):
     tun, x1 = cases.mlp(2), cases.vectors(7)
     jac1, jac2 = (
         cases.reference_jacobian(tun, x)[0].reshape(-1, 2, tun.num_params) for x in (x1, x1 if x2 is None else x2)
     )
-    for seeds in (np.eye(2), np.array([[-1.0, 1.0]]), np.array([[1.0, 2.0], [0.5, 0.0], [0.0, -1.0]])):
-        rows1, rows2 = seeds @ jac1, seeds @ jac2
-        full = kernel(mesh, tun, x1, x2, seeds=seeds, dtype="float64")
-        assert full.shape == (7, len(rows2), len(seeds), len(seeds))
-        assert cases.relative_error(full, np.einsum("iap,jbp->ijab", rows1, rows2)) < 1e-14
-        equal = kernel(mesh, tun, x1, x2, seeds=seeds, dtype="float64", diagonal=True)
-        assert equal.shape == (7, len(rows2), len(seeds))
-        assert cases.relative_error(equal, np.einsum("iap,jap->ija", rows1, rows2)) < 1e-14
-        if x2 is None:
-            np.testing.assert_array_equal(full, full.transpose(1, 0, 3, 2))
-            np.testing.assert_array_equal(equal, equal.transpose(1, 0, 2))
+    expected = KINDS[kind].of_full(np.einsum("iap,jbp->ijab", jac1, jac2))
+    found = kernel(mesh, tun, x1, x2, kind=kind, dtype="float64")
+    assert found.shape == expected.shape
+    assert cases.relative_error(found, expected) < 1e-14
+    if x2 is None:
+        np.testing.assert_array_equal(found, transposed(found))
 
 
 def linear(theta, batch):
@@ -140,9 +133,8 @@ def test_products_of_float32_rows_are_summed_in_float64(mesh):
     x = np.random.default_rng(0).normal(size=(5, 9001)).astype(np.float32)  # more than two parts of the columns
     tun = jl.Tunable(linear, {"w": jnp.zeros(9001)})
     exact = x.astype(np.float64) @ x.astype(np.float64).T
-    for options in ({}, {"diagonal": True}):
-        found = kernel(mesh, tun, {"x": x}, seeds=np.eye(1), **options).reshape(5, 5)
-        assert cases.relative_error(found, exact) < 1e-14
+    for kind in ("full", "diagonal"):
+        assert cases.relative_error(kernel(mesh, tun, {"x": x}, kind=kind).reshape(5, 5), exact) < 1e-14
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
@@ -166,17 +158,66 @@ def test_frozen_weights_are_not_compiled_in(mesh, model, batch):
 
 def test_chunks_and_progress(mesh, monkeypatch):
     tun, x1, x2 = cases.mlp(2), cases.vectors(7), cases.vectors(3, seed=1)
-    whole, seen = kernel(mesh, tun, x1, x2, seeds=np.eye(2)), []
+    whole, seen = kernel(mesh, tun, x1, x2), []
     monkeypatch.setattr(ring, "MAX_CHUNK", 2)
-    found = kernel(mesh, tun, x1, x2, seeds=np.eye(2), progress=lambda *now: seen.append(now))
+    found = kernel(mesh, tun, x1, x2, progress=lambda *now: seen.append(now))
     assert cases.relative_error(found, whole) < 1e-6
     assert seen == [*((PASSES, done, 10) for done in (2, 4, 6, 7, 9, 10)), (TILES, 1, 1)]
 
 
+# Budget of a device to how many examples a side of a tile has, and whether rows of J are computed anew.
+PLANS = {
+    "itself": (None, {10_000: (8, False), 3_500: (4, False), 2_000: (2, True), 900: (1, True)}),
+    "others": (cases.vectors(7, seed=1), {10_000: (8, False), 5_000: (2, False), 3_000: (3, True), 900: (1, True)}),
+}
+
+
+@pytest.mark.parametrize("of", PLANS)
+def test_parts_of_the_examples(mesh, of):
+    tun, x1, (x2, plans) = cases.mlp(2), cases.vectors(8), PLANS[of]
+    whole = kernel(mesh, tun, x1, x2)
+    for budget, expected in plans.items():
+        plan = jl.ntk_plan(tun, x1, x2, mesh=mesh, memory_budget=budget)
+        assert (plan.row_block, plan.spilled) == expected
+        seen = []
+        found = kernel(mesh, tun, x1, x2, memory_budget=budget, progress=lambda *now, seen=seen: seen.append(now))
+        assert cases.relative_error(found, whole) < 1e-6
+        for phase in (PASSES, TILES):
+            done = [(count, total) for name, count, total in seen if name == phase]
+            assert done == sorted(set(done))
+            assert done[-1][0] == done[-1][1]
+        if x2 is None:
+            np.testing.assert_array_equal(found, transposed(found))
+
+
+def test_store(mesh, tmp_path):
+    tun, x1, path = jl.lora(cases.tiny_model(), rank=3, layers=[1]), cases.text_batch(9, longest=14), tmp_path / "K"
+    options = {"blocks": "layer", "mesh": mesh, "memory_budget": 60_000}
+    assert 1 < jl.ntk_plan(tun, x1, **options).row_block < 9
+    alone = jl.ntk(tun, x1, **options)
+    stored = jl.ntk(tun, x1, **options, store=path)
+    assert stored.info.epsilon_J == alone.info.epsilon_J < 1e-5
+    assert stored.info.note == alone.info.note == "chosen since the Jacobian is to be held; 1 devices in a ring"
+    for block, part in alone.parts.items():
+        np.testing.assert_array_equal(stored.parts[block], part)
+    with pytest.raises(jl.InputError, match="is there already"):
+        jl.ntk(tun, x1, **options, store=path)
+    with pytest.raises(jl.InputError, match=r"of other inputs .*over was a mesh, is None"):
+        jl.ntk(tun, x1, **{**options, "mesh": None}, engine="jacobian", store=path, resume=True)
+    tiles = sorted(file for file in (path / "blocks").rglob("*") if file.is_file() and file.name != "zarr.json")
+    tiles[0].write_bytes(tiles[0].read_bytes()[:-1])
+    seen, before = [], {tile: tile.stat().st_mtime_ns for tile in tiles[1:]}
+    again = jl.ntk(tun, x1, **options, store=path, resume=True, progress=lambda *now: seen.append(now))
+    assert [now for now in seen if now[0] == TILES] == [(TILES, 1, 1)]
+    assert before == {tile: tile.stat().st_mtime_ns for tile in tiles[1:]}
+    for block, part in alone.parts.items():
+        np.testing.assert_array_equal(again.parts[block], part)
+
+
 BAD = {
-    "axis": ({"axis": "model"}, "axis='model' is not one of the mesh's, which are {'data': 1}"),
-    "seeds": ({"seeds": np.eye(3)}, r"seeds have shape \(3, 3\); expected \[k, C\] with C = 2"),
-    "memory": ({"memory_budget": 1000}, "each of 1 devices has to hold 3"),
+    "memory": ({"memory_budget": 100}, "each of 1 devices has to hold"),
+    "engine": ({"engine": "factored"}, "mesh goes with engine"),
+    "kind": ({"kind": "signgd"}, "mesh goes with engine"),
 }
 
 
@@ -184,14 +225,14 @@ BAD = {
 def test_bad_arguments(mesh, case):
     options, message = BAD[case]
     with pytest.raises(jl.InputError, match=message):
-        kernel(mesh, cases.mlp(), cases.vectors(3), **{"seeds": np.eye(2), **options})
+        kernel(mesh, cases.mlp(), cases.vectors(3), **options)
 
 
 def test_the_budget_counts_rows_and_tiles(mesh):
-    rows, tiles = 3 * 2 * 4 * cases.mlp().num_params, 8 * (3 * 2) ** 2
-    kernel(mesh, cases.mlp(), cases.vectors(3), seeds=np.eye(2), memory_budget=rows + tiles)
-    with pytest.raises(jl.InputError, match="more than memory_budget"):
-        kernel(mesh, cases.mlp(), cases.vectors(3), seeds=np.eye(2), memory_budget=rows + tiles - 1)
+    tun, x1 = cases.mlp(), cases.vectors(3)
+    rows, tile = 3 * 2 * 4 * tun.num_params, 2 * 8 * (3 * 2) ** 2  # of two blocks
+    assert jl.ntk_plan(tun, x1, mesh=mesh, memory_budget=rows + tile).row_block == 3
+    assert jl.ntk_plan(tun, x1, mesh=mesh, memory_budget=rows + tile - 1).row_block < 3
 
 
 def test_make_mesh():

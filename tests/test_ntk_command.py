@@ -4,6 +4,7 @@ import functools
 import json
 import xml.etree.ElementTree as ET
 
+import jax
 import numpy as np
 import pytest
 
@@ -116,7 +117,25 @@ def test_an_estimate_writes_nothing(run, options, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("ignore:JAX was in use before")
+def test_a_mesh(run, options, tmp_path):
+    code, _, err = run(*words({**options, "mesh": "auto"}))
+    assert code == 0, err
+    assert "devices in a ring" in err
+    kernel = jl.load_kernel(tmp_path / "out" / "kernel.zarr")
+    assert run(*words({**options, "output_dir": tmp_path / "alone"}))[0] == 0
+    alone = jl.load_kernel(tmp_path / "alone" / "kernel.zarr")
+    assert kernel.parts.keys() == alone.parts.keys()
+    assert cases.relative_error(kernel.array, alone.array) < 5e-6
+    code, out, err = run(*words({**options, "mesh": "auto", "resume": True}))
+    assert code == 0, err
+    assert "written to" in out
+
+
 BAD = {
+    "parameters over devices": ({"mesh": f"data={len(jax.devices())},model=1"}, "expected data=N or auto"),
+    "estimate of a mesh": ({"mesh": "auto", "estimate": True}, "--estimate is of one device; leave --mesh out"),
+    "engine of a mesh": ({"mesh": "auto", "engine": "factored"}, 'mesh goes with engine="jacobian"'),
     "no samples": ({"num_samples": 0}, "--num_samples 0: expected at least 1"),
     "memory": ({"memory_budget": 0}, "--memory_budget 0.0: expected GiB above 0"),
     "compare's": ({"max_train_samples": 5}, "--max_train_samples and --max_eval_samples are of compare"),

@@ -14,24 +14,35 @@ from jaxlin.sharding import DATA, DECODER_RULES, ENCODER_RULES, Rules
 
 
 @dataclasses.dataclass(frozen=True)
-class DeviceArguments:
-    """Devices and their memory.
+class MeshArguments:
+    """Devices and processes.
 
     Attributes:
-        mesh: Devices to train on, such as data=4,model=2: examples over 4, parameters over 2; auto: data=all of
-            them, of all processes that the environment names (TPU pods, SLURM).
+        mesh: Devices that share the examples, such as data=8; auto: all of them, of all processes that the environment
+            names (TPU pods, SLURM).
         coordinator_address: host:port of process 0, where the environment does not say.
         num_processes: Number of processes, all with this command, likewise.
         process_id: Which of them this is, from 0, likewise.
-        gradient_accumulation_steps: Times that a device computes before each step, for less memory.
-        gradient_checkpointing: Compute the activations of each layer anew in derivatives: less memory, more time.
-        bf16: Compute with bfloat16 weights and activations; parameters, optimizer, loss and evaluation stay float32.
     """
 
     mesh: str | None = None
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceArguments(MeshArguments):
+    """Devices and their memory.
+
+    Attributes:
+        mesh: Devices to train on, such as data=4,model=2: examples over 4, parameters over 2; auto: data=all of
+            them, of all processes that the environment names (TPU pods, SLURM).
+        gradient_accumulation_steps: Times that a device computes before each step, for less memory.
+        gradient_checkpointing: Compute the activations of each layer anew in derivatives: less memory, more time.
+        bf16: Compute with bfloat16 weights and activations; parameters, optimizer, loss and evaluation stay float32.
+    """
+
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     bf16: bool = False
@@ -52,7 +63,7 @@ def mesh_axes(text: str) -> dict[str, int]:
     return {DATA: 1, **axes}
 
 
-def mesh_and_rules(arguments: DeviceArguments) -> tuple[Mesh | None, Rules]:
+def mesh_and_rules(arguments: MeshArguments) -> tuple[Mesh | None, Rules]:
     """Joins the processes and makes the mesh that was asked for.
 
     Args:

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich import box
 from rich.table import Table
 
@@ -18,11 +20,12 @@ from jaxlin import plots
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
 from jaxlin.experiments.data_arguments import DataArguments, check_numbers
+from jaxlin.experiments.device_arguments import MeshArguments, mesh_and_rules
 from jaxlin.experiments.model_arguments import ModelArguments, starts_as_probe
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
 from jaxlin.experiments.run_arguments import OutputArguments
-from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
+from jaxlin.experiments.run_folder import RunFolder, SilentFolder, write_csv, write_json
 from jaxlin.experiments.setting import Loaded, load
 from jaxlin.experiments.tables import make_console, spectrum_line
 from jaxlin.experiments.tuned_arguments import TunedArguments, tune
@@ -50,7 +53,7 @@ class KernelArguments:
         engine: How; auto says what it chose.
         dtype: Of the Jacobian; float64 tells condition numbers to 1e14.
         precision: Of matrix products on the device; highest is true float32.
-        memory_budget: GiB held at a time, beside the model.
+        memory_budget: GiB held at a time, beside the model; with a mesh, on each device.
         check_examples: Examples whose Jacobian is recomputed in float64, to measure its error.
         seed: Of head, A and subsets.
         estimate: Say what it takes in time, memory and disk, and stop.
@@ -81,6 +84,7 @@ class KernelConfig:
         model: The model.
         data: The data.
         tuned: What is tuned.
+        devices: On what.
         output: Where results go.
     """
 
@@ -88,6 +92,7 @@ class KernelConfig:
     model: ModelArguments = dataclasses.field(default_factory=ModelArguments)
     data: DataArguments = dataclasses.field(default_factory=DataArguments)
     tuned: TunedArguments = dataclasses.field(default_factory=TunedArguments)
+    devices: MeshArguments = dataclasses.field(default_factory=MeshArguments)
     output: OutputArguments = dataclasses.field(default_factory=OutputArguments)
 
 
@@ -150,8 +155,29 @@ def cost_lines(cost: Cost, num_blocks: int) -> list[str]:
     ]
 
 
-def _options(arguments: KernelArguments) -> dict[str, Any]:
+def _mesh(arguments: MeshArguments, estimate: bool, output_dir: Path | None) -> Mesh | None:
+    """Returns the mesh that was asked for; joins the processes.
+
+    Raises:
+        InputError: If it cannot be had, or the rest does not go with it.
+    """
+    mesh, rules = mesh_and_rules(arguments)
+    if mesh is None:
+        return None
+    if rules:
+        raise InputError(
+            f"--mesh {arguments.mesh}: a kernel's examples are split, not parameters; expected data=N or auto"
+        )
+    if estimate:
+        raise InputError("--estimate is of one device; leave --mesh out")
+    if jax.process_count() > 1 and output_dir is None:
+        raise InputError("several processes need one --output_dir, in a file system that all of them see")
+    return mesh
+
+
+def _options(arguments: KernelArguments, mesh: Mesh | None) -> dict[str, Any]:
     return {
+        "mesh": mesh,
         "kind": arguments.kind,
         "blocks": arguments.blocks,
         "engine": arguments.engine,
@@ -168,7 +194,7 @@ def run(config: KernelConfig) -> Kernel | None:
         config: What to run.
 
     Returns:
-        The kernel of the training examples; `None` where only an estimate was asked for.
+        The kernel of the training examples, in every process; `None` where only an estimate was asked for.
 
     Raises:
         InputError: If anything given cannot be used; nothing has been written then. If the disk is full; what was
@@ -179,15 +205,18 @@ def run(config: KernelConfig) -> Kernel | None:
     _check(config)
     default = Path("runs") / time.strftime("ntk-%Y%m%d-%H%M%S")
     path = config.output.output_dir or default
+    mesh = _mesh(config.devices, arguments.estimate, config.output.output_dir)
+    first = jax.process_index() == 0  # the one that writes and shows
     if not arguments.estimate:
-        folder = RunFolder(path, config.output.overwrite_output_dir, arguments.resume)
+        made = RunFolder if first else SilentFolder
+        folder = made(path, config.output.overwrite_output_dir, arguments.resume)
     sizes = {"train": arguments.num_samples, "eval": arguments.num_eval_samples}
     loaded = load(config.model, config.data, sizes, arguments.seed, "squared")
     tune(loaded.model, config.tuned, arguments.seed, False)  # for its errors, before the probe's pass
     if starts_as_probe(loaded.model, config.model):
         loaded = dataclasses.replace(loaded, model=loaded.probed())
     tun, _ = tune(loaded.model, config.tuned, arguments.seed, False)
-    options = _options(arguments)
+    options = _options(arguments, mesh)
     wanted = _wanted(loaded, arguments)
     if arguments.estimate:
         for name, (what, data) in wanted.items():
@@ -195,19 +224,22 @@ def run(config: KernelConfig) -> Kernel | None:
             print(f"{name}: {what}", *cost_lines(cost, len(tun.grouped(arguments.blocks))), sep="\n  ")
         return None
     for name, (_, data) in wanted.items():  # for their errors, before anything is written
-        ntk_plan(tun, *data, **options, store=path / name, resume=arguments.resume)
+        ntk_plan(tun, *data, **options, store=path / name if first else None, resume=arguments.resume)
     folder.open(resolved("ntk", config, loaded), options_file(config, loaded))
     try:
-        with ProgressReporter(folder.line, config.output.quiet) as progress:
+        with ProgressReporter(folder.line, config.output.quiet or not first) as progress:
             for line in loaded.lines(config.tuned.peft, tun.num_params, config.model.head_init):
                 progress.say(line)
             kernel = _compute(wanted, tun, folder.path, arguments.check_examples, options, progress)
+        if not first:
+            return kernel
         results = _Results.of(kernel, arguments.nearest_psd)
         title = f"Spectrum of K₀ ({arguments.kind}), {len(loaded.data['train'])} examples"
         _write(results, title, folder.path, time.monotonic() - begin)
     except KeyboardInterrupt:
         folder.line("stopped: interrupted")
-        print(f"jaxlin: go on with --output_dir {folder.path} --resume", flush=True)
+        if first:
+            print(f"jaxlin: go on with --output_dir {folder.path} --resume", flush=True)
         raise
     finally:
         folder.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -16,21 +17,20 @@ from jaxtyping import PyTree
 from jaxlin.data.dataset import TRUNK, Dataset, as_dataset
 from jaxlin.errors import InputError
 from jaxlin.hashing import fingerprint
+from jaxlin.mesh import from_first
 from jaxlin.ntk.factored import find_sites
 from jaxlin.ntk.jacobian import (
     MEMORY_BUDGET,
     Jacobian,
-    evenly_spread,
     gram,
     jacobian,
     measure_epsilon,
-    num_outputs,
 )
 from jaxlin.ntk.kernel import Kernel, KernelInfo
 from jaxlin.ntk.kinds import Kind, kind_of, without_sign
 from jaxlin.ntk.neural_tangents import IMPLEMENTATIONS, neural_tangents_parts
-from jaxlin.ntk.ring import ring_parts
-from jaxlin.ntk.store import KernelStore, transposed, writing
+from jaxlin.ntk.ring import RingWork
+from jaxlin.ntk.store import ROWS, KernelStore, transposed, writing
 from jaxlin.ntk.work import PASSES, TILES, Cost, PhaseProgress, Plan, Work
 from jaxlin.tunable import Blocks, Tunable
 from jaxlin.versions import versions
@@ -94,7 +94,8 @@ def ntk(
             blocks from there. Passes and tiles already done survive whatever ends the process.
         resume: Go on with a store that is there, if it is of the same inputs; the result is the same to the bit.
         mesh: Devices to share the work (`jaxlin.make_mesh`): examples by its first axis, the Jacobian passed round
-            a ring, all of it held (engine jacobian).
+            a ring (engine jacobian), all of it held if the budget, of each device, allows. Of several processes each
+            calls this with the same arguments; process 0 writes the store, which all must see.
         progress: Called with a phase's name, and units done and in all.
 
     Returns:
@@ -147,11 +148,10 @@ def ntk(
         jac = jacobian(tun, data1, theta, **options, progress=report)
         epsilon = measure_epsilon(tun, data1, theta, jac, check_examples, precision, memory_budget)
         return kernel_from_jacobian(jac, jac, groups, precision, epsilon, True)
+    work = _work_of(mesh, tun, data1, data2, theta, groups, chosen_kind, engine=engine, **options)
     if mesh is not None:
-        return _on_mesh(
-            tun, data1, data2, theta, groups, chosen_kind, mesh, info, check_examples, **options, progress=progress
-        )
-    work = Work.of(tun, data1, data2, theta, groups, chosen_kind, engine=engine, **options)
+        note = "; ".join(filter(None, (note, f"{mesh.size} devices in a ring")))
+        info = dataclasses.replace(info, note=note)
     if store is None:
         return _in_memory(work, info, groups, symmetric, check_examples, progress)
     inputs = _inputs(tun, theta, work)
@@ -175,7 +175,7 @@ def ntk_plan(
         x2: Other examples, for a train-test kernel.
         store: Folder for the kernel.
         resume: Whether to go on with it.
-        **options: kind, blocks, engine (one of jaxlin's own), theta, dtype, precision, memory_budget.
+        **options: kind, blocks, engine (one of jaxlin's own), theta, dtype, precision, memory_budget, mesh.
 
     Returns:
         The plan: that of the store, where it goes on.
@@ -234,6 +234,7 @@ def _work(
     dtype: str | None = None,
     precision: str = "highest",
     memory_budget: int = MEMORY_BUDGET,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[Work, PyTree]:
     """Returns the work that a kernel is, and where the derivatives are taken.
 
@@ -242,11 +243,18 @@ def _work(
     """
     if engine not in ENGINES[:3]:
         raise InputError(f"engine={engine!r} makes no plan; expected one of {', '.join(ENGINES[:3])}")
+    _check_options(engine, kind, dtype, mesh=mesh)
     data1, data2 = _datasets(tun, x1, x2, dtype)
     groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
-    engine, _ = _choose(engine, tun, data1, theta, None)
+    engine, _ = _choose(engine, tun, data1, theta, mesh)
     options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
-    return Work.of(tun, data1, data2, theta, groups, kind_of(kind), engine=engine, **options), theta
+    return _work_of(mesh, tun, data1, data2, theta, groups, kind_of(kind), engine=engine, **options), theta
+
+
+def _work_of(mesh: jax.sharding.Mesh | None, *args: Any, **options: Any) -> Work:
+    """Returns `Work.of` the other arguments, for the devices of a mesh if one is given."""
+    work = Work.of(*args, **options)
+    return work if mesh is None else RingWork.over(mesh, work)
 
 
 def _inputs(tun: Tunable, theta: PyTree, work: Work) -> dict[str, Any]:
@@ -260,6 +268,7 @@ def _inputs(tun: Tunable, theta: PyTree, work: Work) -> dict[str, Any]:
         **fingerprint(tun, theta),
         "data_sha256": work.data1.sha256(),
         "other_data_sha256": work.data2 and work.data2.sha256(),
+        **({"over": "a mesh"} if isinstance(work, RingWork) else {}),
         "lengths": [list(data.buckets) for data in (work.data1, work.data2) if data is not None],
         "blocks": {block: list(paths) for block, paths in work.blocks.items()},
         "versions": versions(),
@@ -271,11 +280,11 @@ def _check_options(
     kind: str,
     dtype: str | None,
     *,
-    implementation: str | None,
-    keep_jacobian: bool,
-    store: str | Path | None,
-    resume: bool,
-    mesh: jax.sharding.Mesh | None,
+    implementation: str | None = None,
+    keep_jacobian: bool = False,
+    store: str | Path | None = None,
+    resume: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> None:
     """Refuses options that do not go together.
 
@@ -295,8 +304,8 @@ def _check_options(
             'keep_jacobian is an option of engine="jacobian" with kind="full", without store and mesh; nothing else '
             "holds the whole Jacobian"
         )
-    if mesh is not None and (engine == "factored" or kind_of(kind).of_signs or store):
-        raise InputError('mesh goes with engine="jacobian" and without store, and not with the kinds of signs')
+    if mesh is not None and (engine == "factored" or kind_of(kind).of_signs):
+        raise InputError('mesh goes with engine="jacobian", and not with the kinds of signs')
     if resume and store is None:
         raise InputError("resume=True needs the store to go on with")
 
@@ -386,71 +395,62 @@ def _in_store(
     check_examples: int,
     progress: PhaseProgress | None,
 ) -> Kernel:
-    with writing(path):
-        if resume and path.exists() and (path.is_file() or any(path.iterdir())):
-            store = KernelStore.open(path, "r+")
-            store.check_inputs(inputs)
-            if not store.is_finished():
-                work.check_disk(path, stored=True)
-        else:
-            plan = work.plan()
-            work.check_disk(path, stored=True)
-            record: dict[str, Any] = {"symmetric": symmetric, "of_two_sets": work.data2 is not None, "note": note}
-            store = KernelStore.create(path, inputs, work.blocks, work.shape(), plan, **record)
+    agreed = from_first if work.several_processes else lambda find: find()
+    store: KernelStore | None = None  # of the process that writes it
+
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> dict[str, Any]:
+            nonlocal store
+            stack.enter_context(writing(path))
+            store = _opened(work, path, resume, inputs, symmetric, note)
+            plan = store.plan
+            missing = [not store.has(*tile) for tile in work.tiles(plan)]
+            return {"plan": dataclasses.asdict(plan), "epsilon": store.about["epsilon_J"], "missing": missing}
+
+        def write(block: str, left: range, right: range, tile: np.ndarray) -> None:
+            if store is not None:
+                store.write(block, left, right, tile)
+
+        def changed(plan: Plan, epsilon: float | None) -> None:
+            if store is not None:
+                store.update(plan, epsilon)
+
+        begun = agreed(begin)
+        plan = Plan(**{**begun["plan"], "events": tuple(begun["plan"]["events"])})
+        missing = {tile for tile, absent in zip(work.tiles(plan), begun["missing"], strict=True) if absent}
         work.run(
-            store.plan,
-            store.write,
-            wanted=lambda *tile: not store.has(*tile),
-            folder=store.rows,
+            plan,
+            write,
+            wanted=lambda *tile: tile in missing,
+            folder=path / ROWS,
             check_examples=check_examples,
-            epsilon=store.about["epsilon_J"],
-            changed=store.update,
+            epsilon=begun["epsilon"],
+            changed=changed,
             progress=progress,
         )
-        store.finish()
-    return store.kernel()
+        if store is not None:
+            store.finish()
+    agreed(lambda: None)  # the store is complete
+    return (store or KernelStore.open(path)).kernel()
 
 
-def _on_mesh(
-    tun: Tunable,
-    data1: Dataset,
-    data2: Dataset | None,
-    theta: PyTree,
-    blocks: Blocks,
-    kind: Kind,
-    mesh: jax.sharding.Mesh,
-    info: KernelInfo,
-    check_examples: int,
-    *,
-    dtype: str | None,
-    precision: str,
-    memory_budget: int,
-    progress: PhaseProgress | None,
-) -> Kernel:
-    parts = ring_parts(
-        tun,
-        data1,
-        data2,
-        theta,
-        blocks,
-        mesh=mesh,
-        axis=mesh.axis_names[0],
-        seeds=kind.seeds(num_outputs(tun, data1)),
-        diagonal=kind.diagonal,
-        dtype=dtype,
-        precision=precision,
-        memory_budget=memory_budget,
-        progress=progress,
-    )
-    parts = {block: kind.finish(part) for block, part in parts.items()}
-    note = f"{mesh.size} devices in a ring"
-    epsilon = None
-    if check_examples:
-        some = data1.take(evenly_spread(len(data1), check_examples))
-        own = jacobian(tun, some, theta, dtype=dtype, precision=precision, memory_budget=memory_budget)
-        epsilon = measure_epsilon(tun, some, theta, own, len(some), precision, memory_budget)
-    info = dataclasses.replace(info, note=f"{info.note}; {note}" if info.note else note, epsilon_J=epsilon)
-    return Kernel(parts, data2 is None, info, dict(blocks), kind=kind.name, of_two_sets=data2 is not None)
+def _opened(work: Work, path: Path, resume: bool, inputs: Mapping[str, Any], symmetric: bool, note: str) -> KernelStore:
+    """Returns the store to go on with, or a new one.
+
+    Raises:
+        InputError: If there is one and it is not to be gone on with, or of other inputs, or the disk is too small.
+    """
+    if resume and path.exists() and (path.is_file() or any(path.iterdir())):
+        store = KernelStore.open(path, "r+")
+        store.check_inputs(inputs)
+        if not store.is_finished():
+            work.check_disk(path, stored=True)
+        return store
+    plan = work.plan()
+    work.check_disk(path, stored=True)
+    record: dict[str, Any] = {"symmetric": symmetric, "of_two_sets": work.data2 is not None, "note": note}
+    return KernelStore.create(path, inputs, work.blocks, work.shape(), plan, **record)
 
 
 def kernel_from_jacobian(

@@ -4,14 +4,18 @@ Every device computes and keeps the rows of J of its own examples. A copy of ano
 product of the two is a tile of the kernel, and the visitor goes on to the next device: after a round each device has
 met all of J, and held no more of it than its own rows and two visitors (one is here while the next arrives). A kernel
 of examples with themselves takes half a round: the tiles on one side of the diagonal are the others, transposed.
+Where that does not fit the devices, or the kernel is stored tile by tile, the examples are cut into parts, and a round
+is of one part's rows and another's.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,10 +27,14 @@ from jaxtyping import Array, Float, PyTree
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
 from jaxlin.mesh import Share, fetch, place
-from jaxlin.ntk.jacobian import MAX_CHUNK, MEMORY_BUDGET, num_outputs, outputs_and_jacobian, to_float64
+from jaxlin.ntk.jacobian import MAX_CHUNK, evenly_spread, jacobian, measure_epsilon, outputs_and_jacobian
 from jaxlin.ntk.on_device import summed_gram
-from jaxlin.ntk.work import PASSES, TILES, PhaseProgress
-from jaxlin.tunable import Batch, Blocks, Tunable, leaf_paths
+from jaxlin.ntk.store import transposed
+from jaxlin.ntk.work import PASSES, TILES, Cost, PhaseProgress, Plan, Work
+from jaxlin.tunable import Batch, leaf_paths
+
+_Part = tuple[int, range]
+"""Which of the data sets, and which of its examples."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,129 +107,220 @@ def _meet(
     return ring.map(local, (ring.split, ring.split), out_specs)(rows, visitor)
 
 
-def ring_parts(
-    tun: Tunable,
-    data1: Dataset,
-    data2: Dataset | None,
-    theta: PyTree | None,
-    blocks: Blocks,
-    *,
-    mesh: Mesh,
-    seeds: Float[np.ndarray, "k C"],
-    axis: str = "data",
-    diagonal: bool = False,
-    dtype: str | None = None,
-    precision: str = "highest",
-    memory_budget: int = MEMORY_BUDGET,
-    progress: PhaseProgress | None = None,
-) -> dict[str, Float[np.ndarray, "N1 N2 ..."]]:
-    """Computes block kernels `G1 G2ᵀ` of `G = seeds @ J` (theory 0), unnormalised, over the devices of a mesh.
+@dataclasses.dataclass(frozen=True, eq=False)
+class RingWork(Work):
+    """One kernel to be computed by the devices of a mesh, all of them together at every tile.
 
-    One forward and k backward passes an example, on the device that keeps its rows. Every process calls this with the
-    same arguments and gets the same result.
+    One forward and k backward passes an example, on the device that keeps its rows of J. Every process of the mesh
+    calls `run` with the same arguments and is given the same tiles. Weights that already lie on the mesh stay as they
+    lie; others are copied to every device.
 
-    Args:
-        tun: The model. Weights that already lie on `mesh` stay as they lie; others are copied to every device.
-        data1: Examples of the rows.
-        data2: Examples of the columns; `None`: `data1`, and the result is exactly symmetric.
-        theta: Where; default `tun.theta0`.
-        blocks: Block name to the paths of its leaves.
-        mesh: The devices (`jaxlin.mesh.make_mesh`).
-        seeds: Output cotangents that are pulled back; the identity for J itself.
-        axis: Axis of the mesh that the examples are split over.
-        diagonal: Only products of rows of equal index in `seeds`.
-        dtype: `"float64"` computes everything in float64; `None` keeps the parameters' dtypes for the network. Products
-            of rows of J are summed in float64 in either case.
-        precision: Of the network's matrix products.
-        memory_budget: Bytes on one device for rows of J and tiles of the kernel.
-        progress: Called with phase, units done and in all, after each chunk of examples (those of `data1` first) and
-            each step of the round.
-
-    Returns:
-        Block name to its kernel `[N1, N2, k, k]` (`[N1, N2, k]` with `diagonal`), float64, on the host.
-
-    Raises:
-        InputError: If the mesh has no such axis, the seeds do not fit the outputs, or the budget is too small.
+    Attributes:
+        mesh: The devices (`jaxlin.mesh.make_mesh`); examples are split over its first axis.
     """
-    if axis not in mesh.shape:
-        raise InputError(f"axis={axis!r} is not one of the mesh's, which are {dict(mesh.shape)}")
-    data = [data1] if data2 is None else [data1, data2]
-    for one in data:
-        tun.check_batch(one.columns)
-    k, c = len(seeds), num_outputs(tun, data1)
-    if seeds.shape != (k, c):
-        raise InputError(f"seeds have shape {seeds.shape}; expected [k, C] with C = {c} outputs")
-    apply, theta = tun.apply, tun.theta0 if theta is None else theta
-    if dtype == "float64":
-        apply, theta = to_float64((apply, theta))
-    paths, sizes = leaf_paths(theta), [math.prod(leaf.shape) for leaf in jax.tree.leaves(theta)]
-    members = [[paths.index(path) for path in block] for block in blocks.values()]
-    widths = tuple(sum(sizes[i] for i in block) for block in members)
-    ring = _Ring(mesh, axis, tuple(i for block in members for i in block), widths, diagonal)
-    with (
-        jax.enable_x64(dtype == "float64" or jax.config.read("jax_enable_x64")),
-        jax.default_matmul_precision(precision),
-    ):
-        row_dtype = jnp.result_type(*jax.tree.leaves(theta))
-        shares = _shares(ring, data, k, k * sum(widths) * row_dtype.itemsize, memory_budget)
-        weights, total, done, rows = place((apply, theta, seeds), mesh), sum(map(len, data)), 0, []
-        for share in shares:
-            shape = (share.examples.size, k, sum(widths))
-            rows.append(jnp.zeros(shape, row_dtype, device=NamedSharding(mesh, ring.split)))
-            for slot, (indices, batch) in enumerate(share.data.chunks(ring.size * share.chunk)):
-                start = place(np.int32(slot * share.chunk), mesh)
-                rows[-1] = _fill(rows[-1], start, place(batch, mesh, axis), weights, ring=ring)
-                done += len(indices)
-                if progress is not None:
-                    rows[-1].block_until_ready()  # what was only queued is not done
-                    progress(PASSES, done, total)
-    shape = (len(data[0]), len(data[-1]), *((k,) if diagonal else (k, k)))
-    parts = {name: np.zeros(shape) for name in blocks}
-    _round(ring, rows, shares, list(parts.values()), progress)
-    return parts
 
+    mesh: Mesh
 
-def _shares(ring: _Ring, data: list[Dataset], k: int, row_bytes: int, memory_budget: int) -> list[Share]:
-    """Splits the data sets over the devices, unless what one must hold is over the budget."""
-    chunk = max(min(memory_budget // 16 // row_bytes, MAX_CHUNK), 1)
-    shares = [Share.of(one, ring.size, chunk) for one in data]
-    n1, n2 = (share.examples.shape[1] for share in (shares[0], shares[-1]))
-    visitors = min(ring.size if len(data) > 1 else ring.size // 2, 2)
-    tiles = 8 * len(ring.widths) * n1 * n2 * k * (1 if ring.diagonal else k)
-    if ring.mesh.is_multi_process:
-        tiles *= 1 + ring.size  # every process fetches all of them, for which each of its devices holds them
-    needed = (n1 + visitors * n2) * row_bytes + tiles
-    if needed > memory_budget:
+    @classmethod
+    def over(cls, mesh: Mesh, work: Work) -> RingWork:
+        """Returns work of the Jacobian engine as that of a mesh; the budget is of each device."""
+        return cls(**{field.name: getattr(work, field.name) for field in dataclasses.fields(Work)}, mesh=mesh)
+
+    @property
+    def several_processes(self) -> bool:
+        """Whether other processes take part."""
+        return self.mesh.is_multi_process
+
+    @functools.cached_property
+    def _ring(self) -> _Ring:
+        paths, sizes = leaf_paths(self.theta), [math.prod(leaf.shape) for leaf in jax.tree.leaves(self.theta)]
+        members = [[paths.index(path) for path in block] for block in self.blocks.values()]
+        widths = tuple(sum(sizes[i] for i in block) for block in members)
+        order = tuple(i for block in members for i in block)
+        return _Ring(self.mesh, self.mesh.axis_names[0], order, widths, self.kind.diagonal)
+
+    def _given_bytes(self, chunk: int = 1) -> int:
+        """Of files: what the passes give is on the devices only."""
+        return 0
+
+    def estimate(self, stored: bool) -> Cost:
+        """Refuses.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError("an estimate is of one device; give no mesh (the passes and products are shared by all of it)")
+
+    def plan(self) -> Plan:
+        """Returns the largest tiles with which what a device holds fits the budget.
+
+        All rows of J stay on the devices if they fit; else those of a tile's columns are computed anew for each tile.
+
+        Raises:
+            InputError: If not even tiles of one example a device fit.
+        """
+        both, size = self._both(), self._ring.size
+        longest, lengths = max(map(len, both)), max(1, *(len(data.buckets) for data in both))
+        row_bytes = self.k * sum(self._ring.widths) * self._dtype.itemsize
+        most = max(min(self.memory_budget // 16 // row_bytes, MAX_CHUNK), 1)
+        needed = 0
+        for spilled in (False, True):
+            block, parts = longest, 1
+            while True:
+                chunk = min(most, math.ceil(block / (lengths * size)))  # larger ones would hold fillers
+                plan = Plan(chunk, block, 0, spilled)
+                needed = self._needed(plan, row_bytes)
+                if needed <= self.memory_budget:
+                    return plan
+                if block <= size:
+                    break
+                parts += max(1, parts // 8)
+                block = math.ceil(longest / parts)
         raise InputError(
-            f"each of {ring.size} devices has to hold {n1} + {visitors} × {n2} examples' rows of the Jacobian (of "
-            f"{sum(ring.widths):,} parameters) and tiles of the kernel, {needed / 2**30:.3g} GiB, more than "
-            f"memory_budget={memory_budget / 2**30:.3g} GiB; use fewer examples or more devices, tune less, or raise "
-            "the budget"
+            f"each of {size} devices has to hold rows of the Jacobian (of {sum(self._ring.widths):,} parameters) and a "
+            f"tile of the kernel, at least {needed / 2**30:.3g} GiB, more than "
+            f"memory_budget={self.memory_budget / 2**30:.3g} GiB; tune less, or raise the budget"
         )
-    return shares
 
+    def _needed(self, plan: Plan, row_bytes: int) -> int:
+        """Bytes on one device: rows of J, its own and visitors', and a tile."""
+        shares, size, two = self._shares(plan), self._ring.size, self.data2 is not None
+        rows = next(iter(shares.values())).examples.shape[1]  # of any part
+        if len(self._pairs(plan)) == 1:  # rows that go round are freed where they began
+            held = 1 + min(size if two else size // 2, 2)
+        else:
+            held = 1 + min(size, 2) if plan.spilled else len(shares) + min(size - 1, 2)
+        tile = 8 * len(self._ring.widths) * rows**2 * self.k * (1 if self.kind.diagonal else self.k)
+        # Every process fetches all of a tile, for which each of its devices holds that.
+        return held * rows * row_bytes + tile * (1 + size if self.several_processes else 1)
 
-def _round(
-    ring: _Ring, rows: list[Array], shares: list[Share], parts: list[np.ndarray], progress: PhaseProgress | None
-) -> None:
-    """Sends the last of `rows` round the ring and writes the tiles into `parts` as they come."""
-    symmetric, visitor = len(rows) == 1, rows.pop()
-    own = visitor if symmetric else rows.pop()  # popped, so that a visitor is freed when it has gone on
-    mirrored = (1, 0, 2) if ring.diagonal else (1, 0, 3, 2)
-    steps = ring.size // 2 + 1 if symmetric else ring.size
-    for step in range(steps):
-        with jax.enable_x64(True):
-            tiles, visitor = _meet(own, visitor, ring=ring, passes=step + 1 < steps)
-        met = fetch(tiles)
-        for device in range(ring.size):
-            rows1, examples1 = shares[0].on(device)
-            rows2, examples2 = shares[-1].on((device - step) % ring.size)
-            rows1 += device * shares[0].examples.shape[1]
-            for part, tile in zip(parts, met[:, rows1][:, :, rows2], strict=True):
-                if symmetric and step == 0:
-                    tile = (tile + tile.transpose(mirrored)) / 2
-                part[np.ix_(examples1, examples2)] = tile
-                if symmetric:
-                    part[np.ix_(examples2, examples1)] = tile.transpose(mirrored)
-        if progress is not None:
-            progress(TILES, (step + 1) * ring.size, steps * ring.size)
+    def _pairs(self, plan: Plan) -> list[tuple[range, range]]:
+        """Rows and columns of every tile; those of all blocks are computed at once."""
+        return list(dict.fromkeys((left, right) for _, left, right in self.tiles(plan)))
+
+    def _meeting(self, left: range, right: range) -> tuple[_Part, ...]:
+        """The parts whose rows of J meet in a tile: one where it meets itself."""
+        return tuple(dict.fromkeys(((0, left), (len(self._both()) - 1, right))))
+
+    def _shares(self, plan: Plan) -> dict[_Part, Share]:
+        """Splits every part over the devices, with as many rows for each part: programs are compiled once."""
+        shares = {}
+        for side, examples in dict.fromkeys(part for pair in self._pairs(plan) for part in self._meeting(*pair)):
+            data, some = self._both()[side], slice(examples.start, examples.stop)
+            columns = {name: value[some] for name, value in data.columns.items()}
+            lengths = None if data.lengths is None else data.lengths[some]
+            part = Dataset(columns, lengths, data.buckets)  # an example's length is that of the whole
+            shares[side, examples] = Share.of(part, self._ring.size, plan.chunk)
+        rows = max(share.examples.shape[1] for share in shares.values())
+        return {part: share.filled(rows) for part, share in shares.items()}
+
+    def run(
+        self,
+        plan: Plan,
+        write: Callable[[str, range, range, np.ndarray], None],
+        *,
+        wanted: Callable[[str, range, range], bool],
+        folder: Path | None,
+        check_examples: int,
+        epsilon: float | None,
+        changed: Callable[[Plan, float | None], None],
+        progress: PhaseProgress | None,
+    ) -> float | None:
+        """Computes the tiles that are wanted; arguments and result are those of `Work.run`, but no folder is used."""
+        if epsilon is None and check_examples:
+            epsilon = self._epsilon(check_examples)
+            changed(plan, epsilon)
+        shares = self._shares(plan)
+        todo = [pair for pair in self._pairs(plan) if any(wanted(block, *pair) for block in self.blocks)]
+        uses = collections.Counter(part for pair in todo for part in self._meeting(*pair))
+        computed = [*uses]
+        if plan.spilled:  # columns for every tile, unless they are its rows
+            computed = [*{(0, left) for left, _ in todo}, *(part for pair in todo for part in self._meeting(*pair)[1:])]
+        passes = sum(len(examples) for _, examples in computed)
+        steps = sum(self._steps(len(self._meeting(*pair))) for pair in todo)
+        done = {PASSES: 0, TILES: 0}
+
+        def report(phase: str, count: int) -> None:
+            done[phase] += count
+            if progress is not None:
+                progress(phase, done[phase], passes if phase == PASSES else steps)
+
+        with self._precisely():
+            weights = place((*self._function, self.kind.seeds(self.c)), self.mesh)
+        held: dict[_Part, Array] = {}
+
+        def rows_of(part: _Part, last: bool) -> Array:
+            rows = held[part] if part in held else self._rows(shares[part], weights, functools.partial(report, PASSES))
+            if last:
+                held.pop(part, None)
+            else:
+                held[part] = rows
+            return rows
+
+        if not plan.spilled:
+            for part in uses:
+                rows_of(part, last=False)
+        for pair in todo:
+            meeting = self._meeting(*pair)
+            uses.subtract(meeting)
+            if plan.spilled:
+                held = {part: rows for part, rows in held.items() if part == meeting[0]}
+            last = [uses[part] == 0 or (plan.spilled and part != meeting[0]) for part in meeting]
+            rows = [rows_of(*given) for given in zip(meeting, last, strict=True)]
+            found = self._round(rows, [shares[part] for part in meeting], functools.partial(report, TILES))
+            for block, tile in zip(self.blocks, found, strict=True):
+                if wanted(block, *pair):
+                    write(block, *pair, self.kind.finish(tile))
+        return epsilon
+
+    def _epsilon(self, examples: int) -> float | None:
+        """Measured ε_J of some examples, by one device."""
+        data, options = self.data1, {"precision": self.precision, "memory_budget": self.memory_budget}
+        some = data.take(evenly_spread(len(data), examples))
+        own = jacobian(self.tun, some, self.theta, dtype=self.dtype, **options)  # type: ignore[arg-type]
+        return measure_epsilon(self.tun, some, self.theta, own, len(some), **options)  # type: ignore[arg-type]
+
+    def _rows(
+        self, share: Share, weights: tuple[Callable, PyTree, Array], report: Callable[[int], None]
+    ) -> Float[Array, "N k P"]:
+        """Rows of J of a part of the examples, on the devices; `weights` as `_fill` takes them."""
+        ring = self._ring
+        shape = (share.examples.size, self.k, sum(ring.widths))
+        with self._precisely():
+            rows = jnp.zeros(shape, self._dtype, device=NamedSharding(self.mesh, ring.split))
+            for slot, (indices, batch) in enumerate(share.data.chunks(ring.size * share.chunk)):
+                start = place(np.int32(slot * share.chunk), self.mesh)
+                rows = _fill(rows, start, place(batch, self.mesh, ring.axis), weights, ring=ring)
+                rows.block_until_ready()  # what was only queued is not done
+                report(len(indices))
+        return rows
+
+    def _steps(self, parts: int) -> int:
+        """Of a round in which one part or two meet."""
+        return self._ring.size if parts > 1 else self._ring.size // 2 + 1
+
+    def _round(
+        self, rows: list[Array], shares: list[Share], report: Callable[[int], None]
+    ) -> list[Float[np.ndarray, "n1 n2 ..."]]:
+        """Sends the last of `rows` round the ring; returns a tile of every block."""
+        ring, symmetric, visitor = self._ring, len(rows) == 1, rows.pop()
+        own = visitor if symmetric else rows.pop()  # popped, so that a visitor may be freed when it has gone on
+        k = (self.k,) if ring.diagonal else (self.k, self.k)
+        tiles = [np.zeros((len(shares[0].data), len(shares[-1].data), *k)) for _ in ring.widths]
+        steps = self._steps(len(shares))
+        for step in range(steps):
+            with jax.enable_x64(True):
+                products, visitor = _meet(own, visitor, ring=ring, passes=step + 1 < steps)
+            met = fetch(products)
+            for device in range(ring.size):
+                rows1, examples1 = shares[0].on(device)
+                rows2, examples2 = shares[-1].on((device - step) % ring.size)
+                rows1 = rows1 + device * shares[0].examples.shape[1]
+                for tile, part in zip(tiles, met[:, rows1][:, :, rows2], strict=True):
+                    if symmetric and step == 0:
+                        part = (part + transposed(part)) / 2
+                    tile[np.ix_(examples1, examples2)] = part
+                    if symmetric:
+                        tile[np.ix_(examples2, examples1)] = transposed(part)
+            report(1)
+        return tiles

@@ -24,7 +24,10 @@ from jaxlin.ntk.work import Plan
 from jaxlin.tunable import Blocks
 
 _FORMAT = 1
-_ARRAY, _ROWS, _ATTRIBUTE = "blocks", "rows", "jaxlin"
+_ARRAY, _ATTRIBUTE = "blocks", "jaxlin"
+ROWS = "rows"
+"""Name of a store's folder of what the passes gave, until the kernel is complete."""
+
 _DIMENSIONS = ("block", "example_1", "example_2", "output_1", "output_2")
 
 
@@ -168,11 +171,6 @@ class KernelStore:
         return Plan(**{**self.about["plan"], "events": tuple(self.about["plan"]["events"])})
 
     @property
-    def rows(self) -> Path:
-        """Folder of what the passes gave, until the kernel is complete."""
-        return self.path / _ROWS
-
-    @property
     def array(self) -> Any:
         """The Zarr array `[block, N1, N2, …]`."""
         return self.group[_ARRAY]
@@ -238,7 +236,7 @@ class KernelStore:
 
     def finish(self) -> None:
         """Removes what only the computation needed."""
-        shutil.rmtree(self.rows, ignore_errors=True)
+        shutil.rmtree(self.path / ROWS, ignore_errors=True)
 
     def kernel(self) -> Kernel:
         """Returns the kernel, its blocks read when they are asked for."""
