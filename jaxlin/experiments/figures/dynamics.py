@@ -431,7 +431,7 @@ STUDY = Study(
         drift_examples=16,
         parts=2,
     ),
-    full=DynamicsSetting(tasks=("sst2",), seeds=2, max_seq_length=24),
+    full=DynamicsSetting(tasks=("sst2",), max_seq_length=24),
     paper=DynamicsSetting(**PAPER_MODEL, tasks=("sst2",)),  # the closed form needs the kernel of all training examples
     compute=compute,
     draw=draw,

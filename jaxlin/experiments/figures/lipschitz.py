@@ -268,7 +268,7 @@ STUDY = Study(
     fast=LipschitzSetting(
         **FAST, radii=(0.1, 1.0, 10.0), directions=2, profile_examples=8, points=3, num_train_epochs=2.0
     ),
-    full=LipschitzSetting(seeds=2),
+    full=LipschitzSetting(),
     paper=LipschitzSetting(**PAPER_ADAM),
     compute=compute,
     draw=draw,
