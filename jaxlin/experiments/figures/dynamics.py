@@ -37,6 +37,7 @@ from jaxlin.training.report import Tracker
 from jaxlin.training.trainer import TrainResult, predict, train
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CLOSED = "closed_form"
@@ -230,6 +231,23 @@ def _panels(table: Sequence[Row]) -> tuple[tuple[str, str], ...]:
     return (*losses, ("score_train", f"training {metric_of(table)}"), ("score_eval", f"validation {metric_of(table)}"))
 
 
+def panel(axis: Axes, rows: Sequence[Row], column: str) -> None:
+    """Draws a column against steps: full, linearized, and the closed form in the line that it is to lie on.
+
+    Args:
+        axis: Where.
+        rows: Of the curves, of one task and λ.
+        column: Of the ordinate.
+    """
+    for arm, width, alpha in ((LINEARIZED, 3.2, 0.45), (FULL, 1.4, 1.0)):
+        look: dict[str, Any] = {"color": plots.COLOURS[arm], "label": plots.NAMES[arm]}
+        band(axis, of(rows, arm=arm), "step", column, lw=width, alpha=alpha, **look)
+    closed = of(rows, arm=CLOSED)  # whose seeds spread as those of the linearized model
+    steps = sorted(distinct(closed, "step"))
+    means = [values_of(of(closed, step=step), column).mean() for step in steps]
+    axis.plot(steps, means, ":", color=plots.COLOURS[CLOSED], label=plots.NAMES[CLOSED])
+
+
 def _curves(rows: Sequence[Row]) -> Figure:
     """Loss and score against steps, a column a λ, for each task."""
     tasks, shares = distinct(rows, "task"), sorted(distinct(rows, "lam_over_mu1"))
@@ -240,14 +258,7 @@ def _curves(rows: Sequence[Row]) -> Figure:
                 mine = of(rows, task=task, lam_over_mu1=share)
                 for line, (key, name) in enumerate(_panels(mine)):
                     axis = axes[4 * block + line, column]
-                    for arm, width, alpha in ((LINEARIZED, 3.2, 0.45), (FULL, 1.4, 1.0)):
-                        look: dict[str, Any] = {"color": plots.COLOURS[arm], "label": plots.NAMES[arm]}
-                        band(axis, of(mine, arm=arm), "step", key, lw=width, alpha=alpha, **look)
-                    # Into the line that it is to lie on; its seeds spread as those do.
-                    closed = of(mine, arm=CLOSED)
-                    steps = sorted(distinct(closed, "step"))
-                    means = [values_of(of(closed, step=step), key).mean() for step in steps]
-                    axis.plot(steps, means, ":", color=plots.COLOURS[CLOSED], label=plots.NAMES[CLOSED])
+                    panel(axis, mine, key)
                     axis.set_ylabel("" if column else name)
                 axes[4 * block, column].set_title(f"{name_of(task)}, λ/μ₁ = {number(share)}")
         for axis in axes[-1]:

@@ -27,7 +27,7 @@ from jaxlin.experiments.figures.summary import (
     values_of,
     with_interval,
 )
-from jaxlin.training.compare import FULL, LINEARIZED
+from jaxlin.training.compare import FULL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -271,14 +271,7 @@ def _draw_pull(axis: Axes, tables: Tables) -> None:
 def _draw_dynamics(axis: Axes, tables: Tables) -> None:
     rows = tables["curves"]
     share, task = min(distinct(rows, "lam_over_mu1")), distinct(rows, "task")[0]
-    mine = of(rows, lam_over_mu1=share, task=task)
-    looks: dict[str, dict[str, Any]] = {
-        LINEARIZED: {"lw": 3.0, "alpha": 0.45},
-        FULL: {},
-        dynamics.CLOSED: {"fmt": ":"},
-    }
-    for arm, look in looks.items():
-        band(axis, of(mine, arm=arm), "step", "loss_train", color=plots.COLOURS[arm], label=plots.NAMES[arm], **look)
+    dynamics.panel(axis, of(rows, lam_over_mu1=share, task=task), "loss_train")
     axis.set(title=f"{name_of(task)}, λ/μ₁ = {number(share)}", xlabel="step")
     axis.set_ylabel("training loss ½‖f−y‖²")
     axis.legend()
