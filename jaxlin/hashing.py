@@ -33,7 +33,7 @@ def fingerprint(tun: Tunable, theta: PyTree) -> dict[str, str]:
     model, point = hashlib.sha256(without_addresses(str(jax.tree.structure(tun.apply))).encode()), hashlib.sha256()
     for digest, tree in ((model, tun.apply), (point, theta)):
         for path, leaf in zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True):
-            if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # no process holds all of it
+            if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
                 digest.update(f"{path}{leaf.dtype}{leaf.shape}".encode())
                 continue
             add_array(digest, path, leaf)

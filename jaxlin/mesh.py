@@ -95,18 +95,23 @@ def from_first(find: Callable[[], Any]) -> Any:
         That; no process returns before process 0 has found it.
 
     Raises:
-        InputError: In every process, where `find` raises it.
+        InputError: In the other processes, where `find` raises anything; in process 0 that is raised itself.
     """
+    if jax.process_count() == 1:
+        return find()
     found: dict[str, Any] = {}
+    failure: Exception | None = None
     if jax.process_index() == 0:
         try:
             found = {"value": find()}
-        except InputError as error:
-            found = {"error": str(error)}
+        except Exception as error:  # whatever it is, the others must not wait for ever
+            failure, found = error, {"error": str(error) if isinstance(error, InputError) else repr(error)}
     text = np.frombuffer(json.dumps(found).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     text = np.resize(text, size)  # where it is not that of process 0, of any content
     found = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))))
+    if failure is not None:
+        raise failure
     if "error" in found:
         raise InputError(found["error"])
     return found["value"]

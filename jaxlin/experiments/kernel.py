@@ -29,6 +29,7 @@ from jaxlin.experiments.run_folder import RunFolder, SilentFolder, write_csv, wr
 from jaxlin.experiments.setting import Loaded, load
 from jaxlin.experiments.tables import make_console, spectrum_line
 from jaxlin.experiments.tuned_arguments import TunedArguments, tune
+from jaxlin.mesh import from_first
 from jaxlin.ntk.engine import ntk, ntk_estimate, ntk_plan
 from jaxlin.ntk.kernel import Kernel
 from jaxlin.ntk.kinds import kind_of
@@ -208,8 +209,9 @@ def run(config: KernelConfig) -> Kernel | None:
     mesh = _mesh(config.devices, arguments.estimate, config.output.output_dir)
     first = jax.process_index() == 0  # the one that writes and shows
     if not arguments.estimate:
-        made = RunFolder if first else SilentFolder
-        folder = made(path, config.output.overwrite_output_dir, arguments.resume)
+        given = path, config.output.overwrite_output_dir, arguments.resume
+        from_first(lambda: RunFolder(*given) is not None)  # for its errors, in every process
+        folder = (RunFolder if first else SilentFolder)(*given)
     sizes = {"train": arguments.num_samples, "eval": arguments.num_eval_samples}
     loaded = load(config.model, config.data, sizes, arguments.seed, "squared")
     tune(loaded.model, config.tuned, arguments.seed, False)  # for its errors, before the probe's pass
@@ -223,8 +225,12 @@ def run(config: KernelConfig) -> Kernel | None:
             cost = ntk_estimate(tun, *data, **options, stored=True)
             print(f"{name}: {what}", *cost_lines(cost, len(tun.grouped(arguments.blocks))), sep="\n  ")
         return None
-    for name, (_, data) in wanted.items():  # for their errors, before anything is written
-        ntk_plan(tun, *data, **options, store=path / name if first else None, resume=arguments.resume)
+
+    def check() -> None:
+        for name, (_, data) in wanted.items():
+            ntk_plan(tun, *data, **options, store=path / name, resume=arguments.resume)
+
+    from_first(check)  # for its errors, before anything is written
     folder.open(resolved("ntk", config, loaded), options_file(config, loaded))
     try:
         with ProgressReporter(folder.line, config.output.quiet or not first) as progress:

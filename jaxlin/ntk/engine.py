@@ -91,11 +91,13 @@ def ntk(
         check_examples: Number of examples whose Jacobian rows are recomputed in float64 to measure ε_J
             (theory 6); 0 for none. neural-tangents' result is compared in entries of two examples always.
         store: Folder for the kernel, a Zarr group that can be read while it grows; the kernel returned reads its
-            blocks from there. Passes and tiles already done survive whatever ends the process.
-        resume: Go on with a store that is there, if it is of the same inputs; the result is the same to the bit.
+            blocks from there. Passes (not those of a mesh) and tiles already done survive whatever ends the process.
+        resume: Go on with a store that is there, if it is of the same inputs, and number of devices of a mesh; the
+            result is the same to the bit.
         mesh: Devices to share the work (`jaxlin.make_mesh`): examples by its first axis, the Jacobian passed round
             a ring (engine jacobian), all of it held if the budget, of each device, allows. Of several processes each
-            calls this with the same arguments; process 0 writes the store, which all must see.
+            calls this with the same arguments; process 0 writes the store, which all must see. Weights that are
+            split over several processes are taken as they lie; ε_J is not measured then.
         progress: Called with a phase's name, and units done and in all.
 
     Returns:
@@ -149,8 +151,8 @@ def ntk(
         epsilon = measure_epsilon(tun, data1, theta, jac, check_examples, precision, memory_budget)
         return kernel_from_jacobian(jac, jac, groups, precision, epsilon, True)
     work = _work_of(mesh, tun, data1, data2, theta, groups, chosen_kind, engine=engine, **options)
-    if mesh is not None:
-        note = "; ".join(filter(None, (note, f"{mesh.size} devices in a ring")))
+    if isinstance(work, RingWork):
+        note = "; ".join(filter(None, (note, f"{work.devices} device{'s' * (work.devices > 1)} in a ring")))
         info = dataclasses.replace(info, note=note)
     if store is None:
         return _in_memory(work, info, groups, symmetric, check_examples, progress)
@@ -268,7 +270,7 @@ def _inputs(tun: Tunable, theta: PyTree, work: Work) -> dict[str, Any]:
         **fingerprint(tun, theta),
         "data_sha256": work.data1.sha256(),
         "other_data_sha256": work.data2 and work.data2.sha256(),
-        **({"over": "a mesh"} if isinstance(work, RingWork) else {}),
+        **({"devices": work.devices} if isinstance(work, RingWork) else {}),
         "lengths": [list(data.buckets) for data in (work.data1, work.data2) if data is not None],
         "blocks": {block: list(paths) for block, paths in work.blocks.items()},
         "versions": versions(),
@@ -417,7 +419,7 @@ def _in_store(
                 store.update(plan, epsilon)
 
         begun = agreed(begin)
-        plan = Plan(**{**begun["plan"], "events": tuple(begun["plan"]["events"])})
+        plan = Plan.from_json(begun["plan"])
         missing = {tile for tile, absent in zip(work.tiles(plan), begun["missing"], strict=True) if absent}
         work.run(
             plan,

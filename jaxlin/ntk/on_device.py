@@ -22,6 +22,9 @@ from jaxlin.ntk.tiles import Derivatives
 COPIED_NUMBERS = 1 << 26
 """Of the rows of J of a side that are converted to float64 at a time: 512 MiB of them."""
 
+COPIED_COLUMNS = 1 << 12
+"""Of J at a time, where nothing else is said."""
+
 
 def multiplies_on_device() -> bool:
     """Returns whether kernels are multiplied where the network runs: on a GPU."""
@@ -35,7 +38,7 @@ def summed_gram(
     diagonal: bool = False,
     start: int = 0,
     width: int | None = None,
-    at_a_time: int = 1 << 12,
+    at_a_time: int = COPIED_COLUMNS,
 ) -> Float[Array, "n1 n2 ..."]:
     """Returns `J1 J2ᵀ`, converted to and summed in float64 part by part: J is never held in it; within a `jit`.
 
@@ -76,7 +79,7 @@ def _add_gram(total: Array, left: Held, right: Held | None, diagonal: bool) -> A
         for parts, where in ([left] if right is None else [left, right])
     )
     rows2 = others[0] if others else rows1
-    at_a_time = max(1 << 12, COPIED_NUMBERS // (max(len(rows1), len(rows2)) * rows1.shape[1]))
+    at_a_time = max(COPIED_COLUMNS, COPIED_NUMBERS // (max(len(rows1), len(rows2)) * rows1.shape[1]))
     return total + summed_gram(rows1, rows2, diagonal=diagonal, at_a_time=at_a_time)
 
 

@@ -27,11 +27,14 @@ from jaxtyping import Array, Float, PyTree
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
 from jaxlin.mesh import Share, fetch, place
-from jaxlin.ntk.jacobian import MAX_CHUNK, evenly_spread, jacobian, measure_epsilon, outputs_and_jacobian
-from jaxlin.ntk.on_device import summed_gram
+from jaxlin.ntk.jacobian import MAX_CHUNK, outputs_and_jacobian
+from jaxlin.ntk.on_device import COPIED_COLUMNS, summed_gram
 from jaxlin.ntk.store import transposed
 from jaxlin.ntk.work import PASSES, TILES, Cost, PhaseProgress, Plan, Work
 from jaxlin.tunable import Batch, leaf_paths
+
+_ENOUGH_ROWS = 16
+"""Examples of a part on each device with which rounds are worth their while."""
 
 _Part = tuple[int, range]
 """Which of the data sets, and which of its examples."""
@@ -123,8 +126,20 @@ class RingWork(Work):
 
     @classmethod
     def over(cls, mesh: Mesh, work: Work) -> RingWork:
-        """Returns work of the Jacobian engine as that of a mesh; the budget is of each device."""
-        return cls(**{field.name: getattr(work, field.name) for field in dataclasses.fields(Work)}, mesh=mesh)
+        """Returns work of the Jacobian engine as that of a mesh; the budget is of each device.
+
+        Raises:
+            InputError: If it is to be in float64, with weights of which no process has all.
+        """
+        made = cls(**{field.name: getattr(work, field.name) for field in dataclasses.fields(Work)}, mesh=mesh)
+        if made.dtype == "float64" and made._is_split:
+            raise InputError('dtype="float64" needs weights that every process has; these are split over several')
+        return made
+
+    @property
+    def devices(self) -> int:
+        """Number of them round the ring."""
+        return self._ring.size
 
     @property
     def several_processes(self) -> bool:
@@ -152,47 +167,77 @@ class RingWork(Work):
         raise InputError("an estimate is of one device; give no mesh (the passes and products are shared by all of it)")
 
     def plan(self) -> Plan:
-        """Returns the largest tiles with which what a device holds fits the budget.
+        """Returns the largest tiles with which what a device holds, and a tile on the host, fit the budget.
 
-        All rows of J stay on the devices if they fit; else those of a tile's columns are computed anew for each tile.
+        All rows of J stay on the devices if they fit beside tiles that are not too small; else those of a tile's
+        columns are computed anew for each tile.
 
         Raises:
-            InputError: If not even tiles of one example a device fit.
+            InputError: If not even tiles of one example fit.
         """
-        both, size = self._both(), self._ring.size
-        longest, lengths = max(map(len, both)), max(1, *(len(data.buckets) for data in both))
-        row_bytes = self.k * sum(self._ring.widths) * self._dtype.itemsize
-        most = max(min(self.memory_budget // 16 // row_bytes, MAX_CHUNK), 1)
-        needed = 0
-        for spilled in (False, True):
-            block, parts = longest, 1
-            while True:
-                chunk = min(most, math.ceil(block / (lengths * size)))  # larger ones would hold fillers
-                plan = Plan(chunk, block, 0, spilled)
-                needed = self._needed(plan, row_bytes)
-                if needed <= self.memory_budget:
-                    return plan
-                if block <= size:
-                    break
-                parts += max(1, parts // 8)
-                block = math.ceil(longest / parts)
+        longest, size = max(map(len, self._both())), self._ring.size
+        kept, anew = self._largest(spilled=False), self._largest(spilled=True)
+        if kept is not None and (anew is None or kept.row_block >= min(anew.row_block, _ENOUGH_ROWS * size, longest)):
+            return kept
+        if anew is not None:
+            return anew
+        needed = self._needed(self._cut(1, True))
         raise InputError(
             f"each of {size} devices has to hold rows of the Jacobian (of {sum(self._ring.widths):,} parameters) and a "
-            f"tile of the kernel, at least {needed / 2**30:.3g} GiB, more than "
-            f"memory_budget={self.memory_budget / 2**30:.3g} GiB; tune less, or raise the budget"
+            f"tile of the kernel, at least {needed:,} bytes, more than memory_budget={self.memory_budget:,}; tune "
+            "less, or raise the budget"
         )
 
-    def _needed(self, plan: Plan, row_bytes: int) -> int:
-        """Bytes on one device: rows of J, its own and visitors', and a tile."""
-        shares, size, two = self._shares(plan), self._ring.size, self.data2 is not None
-        rows = next(iter(shares.values())).examples.shape[1]  # of any part
-        if len(self._pairs(plan)) == 1:  # rows that go round are freed where they began
-            held = 1 + min(size if two else size // 2, 2)
+    def _largest(self, spilled: bool) -> Plan | None:
+        """The plan of the largest tiles that fit, if any do."""
+        longest, parts, block = max(map(len, self._both())), 1, 0
+        while block != 1:
+            block = math.ceil(longest / parts)
+            if self._needed(plan := self._cut(block, spilled)) <= self.memory_budget:
+                return plan
+            parts += max(1, parts // 8)
+        return None
+
+    def _cut(self, block: int, spilled: bool) -> Plan:
+        """The plan with tiles of so many examples a side."""
+        lengths = max(1, *(len(data.buckets) for data in self._both()))
+        most = max(min(self.memory_budget // 16 // self._row_bytes, MAX_CHUNK), 1)
+        # Larger chunks would hold fillers.
+        return Plan(min(most, math.ceil(block / (lengths * self._ring.size))), block, 0, spilled)
+
+    @functools.cached_property
+    def _row_bytes(self) -> int:
+        """Of the rows of J of an example."""
+        return self.k * sum(self._ring.widths) * self._dtype.itemsize
+
+    def _needed(self, plan: Plan) -> int:
+        """Bytes on one device: rows of J, its own and visitors', what computes them, a tile; or on the host, a tile."""
+        size, counts, rows = self._ring.size, [], 0
+        for data in self._both():
+            group = np.zeros(len(data), int)
+            for number, examples in enumerate(data.groups()):
+                group[examples] = number
+            starts = range(0, len(data), plan.row_block)
+            for start in starts:
+                lengths = np.bincount(group[start : start + plan.row_block])
+                rows = max(rows, plan.chunk * int(np.sum(-(-lengths // (size * plan.chunk)))))
+            counts.append(len(starts))
+        one_tile = all(count == 1 for count in counts)
+        if one_tile:  # rows that go round are freed where they began
+            held = 1 + min(size if self.data2 is not None else size // 2, 2)
         else:
-            held = 1 + min(size, 2) if plan.spilled else len(shares) + min(size - 1, 2)
-        tile = 8 * len(self._ring.widths) * rows**2 * self.k * (1 if self.kind.diagonal else self.k)
+            held = 1 + min(size, 2) if plan.spilled else sum(counts) + min(size - 1, 2)
+        one = 8 * self.k * (1 if self.kind.diagonal else self.k)  # of a pair of examples
+        tile, whole = len(self._ring.widths) * rows**2 * one, len(self._ring.widths) * plan.row_block**2 * one
         # Every process fetches all of a tile, for which each of its devices holds that.
-        return held * rows * row_bytes + tile * (1 + size if self.several_processes else 1)
+        tiles = tile * (1 + size if self.several_processes else 1)
+        # Of both sides; what is left of each block beyond whole parts lies there together.
+        columns = sum(width % COPIED_COLUMNS for width in self._ring.widths) + COPIED_COLUMNS
+        in_float64 = 16 * rows * self.k * min(columns, sum(self._ring.widths))
+        return max(
+            held * rows * self._row_bytes + tiles + max(in_float64, 2 * plan.chunk * self._row_bytes),
+            (whole + 2 * whole // size) // max(1, len(self.mesh.local_devices)),  # as a device's share of the host's
+        )
 
     def _pairs(self, plan: Plan) -> list[tuple[range, range]]:
         """Rows and columns of every tile; those of all blocks are computed at once."""
@@ -227,23 +272,26 @@ class RingWork(Work):
         progress: PhaseProgress | None,
     ) -> float | None:
         """Computes the tiles that are wanted; arguments and result are those of `Work.run`, but no folder is used."""
-        if epsilon is None and check_examples:
-            epsilon = self._epsilon(check_examples)
+        if epsilon is None and check_examples and not self._is_split:
+            epsilon, _ = self._measure(check_examples, plan, lambda *_: None)
             changed(plan, epsilon)
+        pairs = self._pairs(plan)
+        todo = [pair for pair in pairs if any(wanted(block, *pair) for block in self.blocks)]
+        if not todo:
+            return epsilon
         shares = self._shares(plan)
-        todo = [pair for pair in self._pairs(plan) if any(wanted(block, *pair) for block in self.blocks)]
         uses = collections.Counter(part for pair in todo for part in self._meeting(*pair))
         computed = [*uses]
         if plan.spilled:  # columns for every tile, unless they are its rows
             computed = [*{(0, left) for left, _ in todo}, *(part for pair in todo for part in self._meeting(*pair)[1:])]
-        passes = sum(len(examples) for _, examples in computed)
-        steps = sum(self._steps(len(self._meeting(*pair))) for pair in todo)
-        done = {PASSES: 0, TILES: 0}
+        steps = [sum(self._steps(len(self._meeting(*pair))) for pair in some) for some in (pairs, todo)]
+        totals = {PASSES: sum(len(examples) for _, examples in computed), TILES: steps[0]}
+        done = {PASSES: 0, TILES: steps[0] - steps[1]}
 
         def report(phase: str, count: int) -> None:
             done[phase] += count
             if progress is not None:
-                progress(phase, done[phase], passes if phase == PASSES else steps)
+                progress(phase, done[phase], totals[phase])
 
         with self._precisely():
             weights = place((*self._function, self.kind.seeds(self.c)), self.mesh)
@@ -273,12 +321,11 @@ class RingWork(Work):
                     write(block, *pair, self.kind.finish(tile))
         return epsilon
 
-    def _epsilon(self, examples: int) -> float | None:
-        """Measured ε_J of some examples, by one device."""
-        data, options = self.data1, {"precision": self.precision, "memory_budget": self.memory_budget}
-        some = data.take(evenly_spread(len(data), examples))
-        own = jacobian(self.tun, some, self.theta, dtype=self.dtype, **options)  # type: ignore[arg-type]
-        return measure_epsilon(self.tun, some, self.theta, own, len(some), **options)  # type: ignore[arg-type]
+    @property
+    def _is_split(self) -> bool:
+        """Whether no process has all of the weights."""
+        leaves = [leaf for leaf in jax.tree.leaves((self.tun.apply, self.theta)) if isinstance(leaf, jax.Array)]
+        return any(not leaf.is_fully_addressable and not leaf.is_fully_replicated for leaf in leaves)
 
     def _rows(
         self, share: Share, weights: tuple[Callable, PyTree, Array], report: Callable[[int], None]

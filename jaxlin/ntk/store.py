@@ -168,7 +168,7 @@ class KernelStore:
     @property
     def plan(self) -> Plan:
         """How it is computed."""
-        return Plan(**{**self.about["plan"], "events": tuple(self.about["plan"]["events"])})
+        return Plan.from_json(self.about["plan"])
 
     @property
     def array(self) -> Any:

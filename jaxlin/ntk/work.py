@@ -79,6 +79,11 @@ class Plan:
     spilled: bool
     events: tuple[str, ...] = ()
 
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Plan:
+        """Returns the plan that `dataclasses.asdict` made JSON of."""
+        return cls(**{**fields, "events": tuple(fields["events"])})
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
