@@ -30,7 +30,7 @@ from jaxlin.experiments.setting import Loaded, load
 from jaxlin.experiments.tables import make_console, spectrum_line
 from jaxlin.experiments.tuned_arguments import TunedArguments, tune
 from jaxlin.mesh import from_first
-from jaxlin.ntk.engine import ntk, ntk_estimate, ntk_plan
+from jaxlin.ntk.engine import check_options, ntk, ntk_estimate, ntk_plan
 from jaxlin.ntk.kernel import Kernel
 from jaxlin.ntk.kinds import kind_of
 from jaxlin.ntk.work import Cost
@@ -156,23 +156,25 @@ def cost_lines(cost: Cost, num_blocks: int) -> list[str]:
     ]
 
 
-def _mesh(arguments: MeshArguments, estimate: bool, output_dir: Path | None) -> Mesh | None:
+def _mesh(config: KernelConfig) -> Mesh | None:
     """Returns the mesh that was asked for; joins the processes.
 
     Raises:
         InputError: If it cannot be had, or the rest does not go with it.
     """
-    mesh, rules = mesh_and_rules(arguments)
+    mesh, rules = mesh_and_rules(config.devices)
     if mesh is None:
         return None
     if rules:
         raise InputError(
-            f"--mesh {arguments.mesh}: a kernel's examples are split, not parameters; expected data=N or auto"
+            f"--mesh {config.devices.mesh}: a kernel's examples are split, not parameters; expected data=N or auto"
         )
-    if estimate:
+    if config.kernel.estimate:
         raise InputError("--estimate is of one device; leave --mesh out")
-    if jax.process_count() > 1 and output_dir is None:
+    if jax.process_count() > 1 and config.output.output_dir is None:
         raise InputError("several processes need one --output_dir, in a file system that all of them see")
+    options = _options(config.kernel, mesh)  # before a model is loaded
+    check_options(**{name: options[name] for name in ("engine", "kind", "dtype", "mesh")})
     return mesh
 
 
@@ -206,7 +208,7 @@ def run(config: KernelConfig) -> Kernel | None:
     _check(config)
     default = Path("runs") / time.strftime("ntk-%Y%m%d-%H%M%S")
     path = config.output.output_dir or default
-    mesh = _mesh(config.devices, arguments.estimate, config.output.output_dir)
+    mesh = _mesh(config)
     first = jax.process_index() == 0  # the one that writes and shows
     if not arguments.estimate:
         given = path, config.output.overwrite_output_dir, arguments.resume

@@ -115,7 +115,7 @@ def ntk(
     if dtype not in (None, "float64"):
         raise InputError(f'dtype={dtype!r} is unknown; expected "float64", or None for that of the parameters')
     chosen_kind = kind_of(kind)
-    _check_options(
+    check_options(
         engine,
         kind,
         dtype,
@@ -245,7 +245,7 @@ def _work(
     """
     if engine not in ENGINES[:3]:
         raise InputError(f"engine={engine!r} makes no plan; expected one of {', '.join(ENGINES[:3])}")
-    _check_options(engine, kind, dtype, mesh=mesh)
+    check_options(engine, kind, dtype, mesh=mesh)
     data1, data2 = _datasets(tun, x1, x2, dtype)
     groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
     engine, _ = _choose(engine, tun, data1, theta, mesh)
@@ -277,7 +277,7 @@ def _inputs(tun: Tunable, theta: PyTree, work: Work) -> dict[str, Any]:
     }
 
 
-def _check_options(
+def check_options(
     engine: str,
     kind: str,
     dtype: str | None,

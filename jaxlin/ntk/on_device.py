@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 
 from jaxlin.ntk.factored import summed_in
@@ -25,10 +26,32 @@ COPIED_NUMBERS = 1 << 26
 COPIED_COLUMNS = 1 << 12
 """Of J at a time, where nothing else is said."""
 
+PINNED_BYTES = 1 << 32
+"""Of kernels at most that stay in the host memory which a GPU writes itself; the system cannot swap it out."""
+
 
 def multiplies_on_device() -> bool:
     """Returns whether kernels are multiplied where the network runs: on a GPU."""
     return jax.default_backend() == "gpu"
+
+
+def on_its_way(found: Array, pinned: bool) -> Array:
+    """Starts the way of a tile to the host, where `np.asarray` then finds it.
+
+    Args:
+        found: The tile.
+        pinned: Whether into memory that the device writes itself, and that a later tile can use again. Memory that the
+            system has yet to give takes thirty times as long (docs/benchmarks.md).
+
+    Returns:
+        The tile, in that memory or where it was.
+    """
+    if pinned:
+        (device,) = found.devices()
+        with jax.enable_x64(True):
+            return jax.device_put(found, SingleDeviceSharding(device, memory_kind="pinned_host"))
+    found.copy_to_host_async()
+    return found
 
 
 def summed_gram(
@@ -102,7 +125,7 @@ class DeviceDerivatives(Derivatives):
     """Derivatives, not of signs, that are formed and multiplied on the device, except for embeddings."""
 
     def tile(self, paths: Sequence[str], left: range, right: range, slab_bytes: int) -> Array | np.ndarray:
-        """Returns the kernel of some leaves and examples, in the shape of its kind, float64; its copy is on the way."""
+        """Returns the kernel of some leaves and examples, in the shape of its kind, float64."""
         words = [path for path in paths if path in self.sites and self.sites[path].factored == "embedding"]
         if len(words) == len(paths):
             return super().tile(paths, left, right, slab_bytes)
@@ -115,7 +138,6 @@ class DeviceDerivatives(Derivatives):
                     for parts in self._formed(path, [left] if mirrored else [left, right], slab_bytes):
                         total = _add_gram(total, parts[0], None if mirrored else parts[1], self.kind.diagonal)
             found = self.kind.finish(_symmetric(total) if mirrored else total)
-            found.copy_to_host_async()
         return np.asarray(found) + super().tile(words, left, right, slab_bytes) if words else found
 
     def _formed(self, path: str, sides: Sequence[range], slab_bytes: int) -> Iterator[list[Held]]:

@@ -212,21 +212,20 @@ class RingWork(Work):
 
     def _needed(self, plan: Plan) -> int:
         """Bytes on one device: rows of J, its own and visitors', what computes them, a tile; or on the host, a tile."""
-        size, counts, rows = self._ring.size, [], 0
-        for data in self._both():
+        size, sides, rows = self._ring.size, self.sides(plan), 0
+        for data, parts in zip(self._both(), sides, strict=True):
             group = np.zeros(len(data), int)
             for number, examples in enumerate(data.groups()):
                 group[examples] = number
-            starts = range(0, len(data), plan.row_block)
-            for start in starts:
-                lengths = np.bincount(group[start : start + plan.row_block])
+            for part in parts:
+                lengths = np.bincount(group[part.start : part.stop])
                 rows = max(rows, plan.chunk * int(np.sum(-(-lengths // (size * plan.chunk)))))
-            counts.append(len(starts))
-        one_tile = all(count == 1 for count in counts)
+        count = sum(map(len, sides))
+        one_tile = count == len(sides)
         if one_tile:  # rows that go round are freed where they began
             held = 1 + min(size if self.data2 is not None else size // 2, 2)
         else:
-            held = 1 + min(size, 2) if plan.spilled else sum(counts) + min(size - 1, 2)
+            held = 1 + min(size, 2) if plan.spilled else count + min(size - 1, 2)
         one = 8 * self.k * (1 if self.kind.diagonal else self.k)  # of a pair of examples
         tile, whole = len(self._ring.widths) * rows**2 * one, len(self._ring.widths) * plan.row_block**2 * one
         # Every process fetches all of a tile, for which each of its devices holds that.
@@ -239,10 +238,6 @@ class RingWork(Work):
             (whole + 2 * whole // size) // max(1, len(self.mesh.local_devices)),  # as a device's share of the host's
         )
 
-    def _pairs(self, plan: Plan) -> list[tuple[range, range]]:
-        """Rows and columns of every tile; those of all blocks are computed at once."""
-        return list(dict.fromkeys((left, right) for _, left, right in self.tiles(plan)))
-
     def _meeting(self, left: range, right: range) -> tuple[_Part, ...]:
         """The parts whose rows of J meet in a tile: one where it meets itself."""
         return tuple(dict.fromkeys(((0, left), (len(self._both()) - 1, right))))
@@ -250,12 +245,13 @@ class RingWork(Work):
     def _shares(self, plan: Plan) -> dict[_Part, Share]:
         """Splits every part over the devices, with as many rows for each part: programs are compiled once."""
         shares = {}
-        for side, examples in dict.fromkeys(part for pair in self._pairs(plan) for part in self._meeting(*pair)):
-            data, some = self._both()[side], slice(examples.start, examples.stop)
-            columns = {name: value[some] for name, value in data.columns.items()}
-            lengths = None if data.lengths is None else data.lengths[some]
-            part = Dataset(columns, lengths, data.buckets)  # an example's length is that of the whole
-            shares[side, examples] = Share.of(part, self._ring.size, plan.chunk)
+        for number, (data, sides) in enumerate(zip(self._both(), self.sides(plan), strict=True)):
+            for examples in sides:
+                some = slice(examples.start, examples.stop)
+                columns = {name: value[some] for name, value in data.columns.items()}
+                lengths = None if data.lengths is None else data.lengths[some]
+                part = Dataset(columns, lengths, data.buckets)  # an example's length is that of the whole
+                shares[number, examples] = Share.of(part, self._ring.size, plan.chunk)
         rows = max(share.examples.shape[1] for share in shares.values())
         return {part: share.filled(rows) for part, share in shares.items()}
 
@@ -275,7 +271,7 @@ class RingWork(Work):
         if epsilon is None and check_examples and not self._is_split:
             epsilon, _ = self._measure(check_examples, plan, lambda *_: None)
             changed(plan, epsilon)
-        pairs = self._pairs(plan)
+        pairs = self.pairs(plan)
         todo = [pair for pair in pairs if any(wanted(block, *pair) for block in self.blocks)]
         if not todo:
             return epsilon

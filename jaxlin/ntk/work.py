@@ -33,7 +33,7 @@ from jaxlin.ntk.jacobian import (
     to_float64,
 )
 from jaxlin.ntk.kinds import Kind, signs, thresholds, without_sign
-from jaxlin.ntk.on_device import COPIED_NUMBERS, DeviceDerivatives, multiplies_on_device
+from jaxlin.ntk.on_device import COPIED_NUMBERS, PINNED_BYTES, DeviceDerivatives, multiplies_on_device, on_its_way
 from jaxlin.ntk.rows import Rows
 from jaxlin.ntk.threads import num_threads
 from jaxlin.ntk.tiles import Derivatives
@@ -411,20 +411,23 @@ class Work:
         made = DeviceDerivatives if self.on_device else Derivatives
         return made(first, last, self._large, self.k, self.kind, self._dtype)
 
-    def tiles(self, plan: Plan) -> list[tuple[str, range, range]]:
-        """Returns block, rows and columns of every tile, block by block; above the diagonal only where symmetric."""
-        ranges = [
-            [range(i, min(i + plan.row_block, len(data))) for i in range(0, len(data), plan.row_block)]
+    def sides(self, plan: Plan) -> list[list[range]]:
+        """Returns the examples of the sides of tiles, by data set."""
+        return [
+            [range(start, min(start + plan.row_block, len(data))) for start in range(0, len(data), plan.row_block)]
             for data in self._both()
         ]
+
+    def pairs(self, plan: Plan) -> list[tuple[range, range]]:
+        """Returns rows and columns of the tiles of a block; above the diagonal only where symmetric."""
+        sides = self.sides(plan)
         half = self.data2 is None and self.kind.symmetric
-        return [
-            (block, left, right)
-            for block in self.blocks
-            for left in ranges[0]
-            for right in ranges[-1]
-            if not half or right.start >= left.start
-        ]
+        return [(left, right) for left in sides[0] for right in sides[-1] if not half or right.start >= left.start]
+
+    def tiles(self, plan: Plan) -> list[tuple[str, range, range]]:
+        """Returns block, rows and columns of every tile, block by block."""
+        pairs = self.pairs(plan)
+        return [(block, *pair) for block in self.blocks for pair in pairs]
 
     def shape(self) -> tuple[int, ...]:
         """Returns the shape of the kernel."""
@@ -486,6 +489,7 @@ class Work:
             derivatives = self._derivatives(rows[0], rows[-1])
             count = len(tiles) - len(todo)
             on_their_way: collections.deque[tuple[tuple[str, range, range], Any]] = collections.deque()
+            pinned = folder is not None or self._kernel_bytes() <= PINNED_BYTES
 
             def write_first() -> None:
                 nonlocal count
@@ -499,7 +503,7 @@ class Work:
                 before_it, (found, plan) = plan, self._tile(derivatives, *tile, plan)
                 if plan is not before_it:
                     changed(plan, epsilon)
-                on_their_way.append((tile, found))
+                on_their_way.append((tile, on_its_way(found, pinned) if isinstance(found, jax.Array) else found))
                 while len(on_their_way) > (_TILES_ON_THEIR_WAY if self.on_device and folder is None else 0):
                     write_first()
             while on_their_way:
@@ -592,7 +596,7 @@ def _seconds_a_fetched_byte() -> float:
     """Time of a byte of a tile's way to the host."""
     tile = jax.block_until_ready(jnp.zeros(1 << 23, jnp.float32))
     begin = time.perf_counter()
-    size = np.asarray(tile).nbytes
+    size = np.asarray(on_its_way(tile, pinned=True)).nbytes
     return (time.perf_counter() - begin) / size
 
 
