@@ -63,8 +63,6 @@ study.show("scatter")
 #
 # Hollow squares: with the kernel's trace and the number of parameters held constant, that is, among choices as if they
 # were of one size. That is the question for whoever chooses: that more parameters fit better is known without a kernel.
-# The right panel has another way to train, *descent at c/(μ₁+λ)*: plain descent under a pull λ, whose rate is set for
-# each choice by its own largest eigenvalue μ₁, c being the same for all. There theory does say that κ sets the speed.
 
 # %%
 study.show("correlations")
@@ -73,21 +71,18 @@ study.show("correlations")
 study.found("table")
 
 # %% [markdown]
-# ## The larger check
+# ## More choices, and another way to train
 #
-# The same question with more examples and whole validation sets, fewer choices, and the paper's way to train alone.
+# The same question of more choices, with few examples; a task that has too few for the part above is in this one alone.
+# Beside the paper's way to train there is another, *descent at c/(μ₁+λ)*: plain descent under a pull λ, whose rate is
+# set for each choice by its own largest eigenvalue μ₁, c being the same for all. There theory does say that κ sets the
+# speed.
 
 # %%
-study.found("large_verdict")
-
-# %%
-study.show("large_scatter")
+study.found("wide_verdict")
 
 # %%
 study.found("agreement")
 
 # %%
-study.show("large_correlations")
-
-# %%
-study.found("large_table")
+study.found("wide_table")

@@ -29,19 +29,23 @@ def setting(tmp_path):
         layer_sets=("0", "1", "0,1"),
         module_sets=("q", "v"),
         seeds=2,
-        num_train=16,
+        num_train=32,
         num_tune=8,
-        num_eval=10,
+        num_eval=None,
         num_kernel=8,
         lora_rank=2,
         batch_size=8,
         num_train_epochs=1.0,
         resamples=20,
-        large_draws=1,
-        large_layer_sets=("0", "1", "0,1"),
-        large_module_sets=("q",),
-        large_num_train=32,
-        large_num_train_epochs=1.0,
+        stable_factors=(0.3,),
+        wide_draws=1,
+        wide_layer_sets=("0", "1", "0,1"),
+        wide_module_sets=("q",),
+        wide_num_train=16,
+        wide_num_eval=10,
+        wide_num_train_epochs=1.0,
+        wide_learning_rates=(4e-3,),
+        wide_stable_factors=(),
     )
 
 
@@ -63,9 +67,10 @@ def test_a_run_and_going_on(setting, tmp_path, monkeypatch):
     assert np.isnan(
         [row["spearman"] for row in equal if row["predictor"] == "num_params" and row["way"] == "stable"]
     ).all()
-    large = tables["large"]
-    assert len(large) == 2 * 3
-    assert {(row["way"], row["train_examples"], row["eval_examples"]) for row in large} == {("paper", 32, 12)}
+    assert {(row["train_examples"], row["eval_examples"]) for row in table} == {(32, 12)}
+    wide = tables["wide"]
+    assert len(wide) == 2 * 3
+    assert {(row["way"], row["train_examples"], row["eval_examples"]) for row in wide} == {("paper", 16, 10)}
 
     cases.forbid(monkeypatch, experiment, "train", "ntk")
     again = experiment.compute(setting, work_of(setting, tmp_path))
@@ -75,8 +80,8 @@ def test_a_run_and_going_on(setting, tmp_path, monkeypatch):
         experiment.compute(changed, work_of(changed, tmp_path))
     write_tables(tmp_path, tables)
     read = read_tables(tmp_path)
-    assert set(page.draw(read)) == {"scatter", "correlations", "large_scatter", "large_correlations"}
-    assert set(page.findings(read)) == {"verdict", "table", "large_verdict", "large_table", "agreement"}
+    assert set(page.draw(read)) == {"scatter", "correlations"}
+    assert set(page.findings(read)) == {"verdict", "table", "wide_verdict", "wide_table", "agreement"}
 
 
 @pytest.mark.slow
@@ -99,9 +104,13 @@ def test_one_row_from_its_parts(setting, tmp_path):
         assert found["learning_rate"] == training.learning_rate
 
 
-def test_a_task_with_few_rows_has_no_larger_part(setting, tmp_path):
-    setting = dataclasses.replace(setting, large_num_train=33, seeds=0)
-    assert experiment.compute(setting, work_of(setting, tmp_path)) == {}
+def test_tasks_with_few_rows_are_left_out(setting, tmp_path):
+    short = {"sst2": 40, "cola": 30}
+    for task, rows in short.items():
+        cases.sentiments(tmp_path / "short", rows, 12, (task,))
+    setting = dataclasses.replace(setting, data_dir=tmp_path / "short", tasks=tuple(short), wide_draws=0, seeds=1)
+    setting = dataclasses.replace(setting, layer_sets=("0", "1"), module_sets=("q", "v"), stable_factors=())
+    assert {row["task"] for row in experiment.compute(setting, work_of(setting, tmp_path))["table"]} == {"sst2"}
 
 
 def tun_model(setting, drawn, way):
@@ -194,10 +203,11 @@ def test_the_verdict_follows_from_the_intervals(plain, partial, expected):
     [
         ({"module_sets": ("x",)}, "0:x is no choice"),
         ({"layer_sets": ("0", "0")}, "each once"),
-        ({"seeds": 0, "large_draws": 0}, "at least one draw"),
+        ({"seeds": 0}, "--seeds 0: expected at least 1"),
         ({"lam_rel": 0.0}, "--lam_rel"),
         ({"tasks": ("wnli",)}, "--tasks wnli: expected one with enough"),
-        ({"num_train": 60}, "40 training rows"),
+        ({"num_train": 60}, "none of the tasks sst2, cola has --num_train 60 and --num_tune 8 training rows"),
+        ({"wide_draws": 1, "wide_num_train": 60}, "sst2 has 40 training rows"),
         ({"layer_sets": ("0", "1", "7")}, "it has 2, from 0"),
     ],
 )
@@ -207,4 +217,4 @@ def test_bad_input(setting, tmp_path, change, message):
         experiment.compute(changed, work_of(changed, tmp_path))
 
     with pytest.raises(jl.InputError, match=message):
-        checked_and_computed(dataclasses.replace(setting, **{"large_draws": 0} | change))
+        checked_and_computed(dataclasses.replace(setting, **{"wide_draws": 0} | change))

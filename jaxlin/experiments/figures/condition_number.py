@@ -3,23 +3,20 @@
 For every task, draw of (A, head, data order) and choice of layers × {query, key, value} that get LoRA factors: what K₀
 says before training (`jaxlin.theory.criteria`), and what fine-tuning then gives, (i) in the paper's way: a random head
 that is tuned too, Adam at a fixed rate, cross-entropy, no pull; and (ii) in the theory's: a probe head, frozen, descent
-on squared loss at η = c/(μ₁ + λ), with a pull. The fixed rate and c are chosen on held-out rows of the training file,
-once a task.
+on squared loss at η = c/(μ₁ + λ), with a pull. Where several are given, the fixed rate and c are chosen on held-out
+rows of the training file, once a task.
 
-The primary predictor, named before the runs that are kept (a trial of 16 came first): log κ of the kernel of the LoRA
-factors at θ₀, which is what differs between choices (as in the paper's script), the outcome final training loss under
-(i), pooled over tasks. All else is secondary, and with this many correlations some of it will look significant by
-chance. Under (i) the kernel of all that is tuned is nearly that of the head alone: a new head's weights are small,
-LoRA's kernel of their square.
+The primary predictor, named before all runs but a trial of 16: log κ of the kernel of the LoRA factors at θ₀, which is
+what differs between choices (as in the paper's script), the outcome final training loss under (i), pooled over tasks.
+All else is secondary, and with this many correlations some of it will look significant by chance. Under (i) the kernel
+of all that is tuned is nearly that of the head alone: a new head's weights are small, LoRA's kernel of their square.
 
 Under (ii) the probe is fitted on the training examples, as what is then trained starts from it: leave-one-out error,
 marginal likelihood and alignment there are of labels that the head has seen.
 
-There are two parts. The *wide* one (tables `table`, `correlations`) has many choices and few examples, in both ways:
-1,200 runs in the full setting. The *larger* one (`large`, `large_correlations`) is a check of it with fewer choices, as
-many examples as other studies have and whole validation sets, in the paper's way alone at one rate, on those of the
-tasks that have the rows for it: 144 runs. The kept record says what both took. `jaxlin figures 06 --full` runs both,
-the larger one first, and with `--seeds 0` that alone. The fast setting is both, on few embedded examples.
+There are two parts. The *main* one (tables `table`, `correlations`) has as many examples as other studies have, whole
+validation sets and, in the full setting, (i) alone: 288 runs, on those of the tasks that have the rows for it. The
+*wide* one (`wide`, `wide_correlations`) asks the same of more choices and of both ways, with few examples: 1,200 runs.
 """
 
 from __future__ import annotations
@@ -79,12 +76,14 @@ class ConditionNumberSetting(Setting):
         stable_factors: c of η = c/(μ₁ + λ), of which one is chosen a task; none: only the paper's way.
         lam_rel: λ of (ii) in units of μ₁; criteria that need a λ use the same.
         resamples: Bootstrap resamples and permutations.
-        large_draws: Draws of the larger part.
-        large_layer_sets: Its sets of layers.
-        large_module_sets: Its sets of modules.
-        large_num_train: Its training examples; tasks with fewer are left out of it. Validation examples are all.
-        large_num_train_epochs: Its passes over them.
-        large_learning_rate: Its fixed rate of Adam.
+        wide_draws: Draws of the wide part; 0: none.
+        wide_layer_sets: Its sets of layers.
+        wide_module_sets: Its sets of modules.
+        wide_num_train: Its training examples.
+        wide_num_eval: Its validation examples; `None`: all.
+        wide_num_train_epochs: Its passes over them.
+        wide_learning_rates: Its fixed rates of Adam.
+        wide_stable_factors: Its c of (ii).
     """
 
     optimizer: ClassVar[str] = (
@@ -93,25 +92,25 @@ class ConditionNumberSetting(Setting):
     )
 
     tasks: tuple[str, ...] = ("cola", "sst2", "mrpc", "rte", "uci_yelp")
-    num_train: int = 128
-    num_eval: int | None = 200
     max_seq_length: int = 48
     layer_sets: tuple[str, ...] = ("0,1", "2,3", "4,5", "0,5", "0,1,2", "3,4,5", "0,2,4", "0,1,2,3,4,5")
-    module_sets: tuple[str, ...] = ("q", "k", "v", "qv", "qkv")
+    module_sets: tuple[str, ...] = ("q", "v", "qkv")
     num_tune: int = 96
     num_kernel: int = 64
     batch_size: int = 16
-    num_train_epochs: float = 3.0
-    paper_learning_rates: tuple[float, ...] = (4e-3, 4e-4)
-    stable_factors: tuple[float, ...] = (0.1, 0.3, 1.0)
+    num_train_epochs: float = 2.0
+    paper_learning_rates: tuple[float, ...] = (1e-3,)
+    stable_factors: tuple[float, ...] = ()
     lam_rel: float = 1e-3
     resamples: int = 1000
-    large_draws: int = 3
-    large_layer_sets: tuple[str, ...] = ("0,1", "2,3", "4,5", "0,1,2,3,4,5")
-    large_module_sets: tuple[str, ...] = ("q", "v", "qkv")
-    large_num_train: int = 1000
-    large_num_train_epochs: float = 2.0
-    large_learning_rate: float = 1e-3
+    wide_draws: int = 3
+    wide_layer_sets: tuple[str, ...] = ("0,1", "2,3", "4,5", "0,5", "0,1,2", "3,4,5", "0,2,4", "0,1,2,3,4,5")
+    wide_module_sets: tuple[str, ...] = ("q", "k", "v", "qv", "qkv")
+    wide_num_train: int = 128
+    wide_num_eval: int | None = 200
+    wide_num_train_epochs: float = 3.0
+    wide_learning_rates: tuple[float, ...] = (4e-3, 4e-4)
+    wide_stable_factors: tuple[float, ...] = (0.1, 0.3, 1.0)
 
     def model_arguments(self) -> ModelArguments:
         """Which model; its head is new, and starts at random."""
@@ -127,13 +126,10 @@ class ConditionNumberSetting(Setting):
         Raises:
             InputError: If something is.
         """
-        dataclasses.replace(self, seeds=max(self.seeds, 1))._check_shared()
-        if self.seeds < 0 or self.large_draws < 0 or not self.seeds + self.large_draws:
-            raise InputError(f"--seeds {self.seeds}, --large_draws {self.large_draws}: expected at least one draw")
-
-    def _check_shared(self) -> None:
         super().check()
-        self.require_positive("num_tune", "num_kernel", "batch_size", "resamples", "large_num_train")
+        if self.wide_draws:
+            self.wide().check()
+        self.require_positive("num_tune", "num_kernel", "batch_size", "resamples")
         if not set(self.tasks) - set(NEVER_POOLED):
             raise InputError(f"--tasks {' '.join(self.tasks)}: expected one with enough examples to conclude from")
         if not self.paper_learning_rates:
@@ -141,21 +137,20 @@ class ConditionNumberSetting(Setting):
         if not self.lam_rel > 0:
             raise InputError(f"--lam_rel {self.lam_rel}: expected above 0")
         choices_of(self.layer_sets, self.module_sets)
-        choices_of(self.large_layer_sets, self.large_module_sets)
 
-    def larger(self, tasks: Sequence[str]) -> ConditionNumberSetting:
-        """Returns the larger part as a setting of its own."""
+    def wide(self) -> ConditionNumberSetting:
+        """Returns the wide part as a setting of its own."""
         return dataclasses.replace(
             self,
-            tasks=tuple(tasks),
-            seeds=self.large_draws,
-            num_train=self.large_num_train,
-            num_eval=None,
-            layer_sets=self.large_layer_sets,
-            module_sets=self.large_module_sets,
-            num_train_epochs=self.large_num_train_epochs,
-            paper_learning_rates=(self.large_learning_rate,),
-            stable_factors=(),
+            seeds=self.wide_draws,
+            num_train=self.wide_num_train,
+            num_eval=self.wide_num_eval,
+            layer_sets=self.wide_layer_sets,
+            module_sets=self.wide_module_sets,
+            num_train_epochs=self.wide_num_train_epochs,
+            paper_learning_rates=self.wide_learning_rates,
+            stable_factors=self.wide_stable_factors,
+            wide_draws=0,
         )
 
 
@@ -301,7 +296,8 @@ class Runs:
         """A task's data, and the model."""
         if task not in self._loaded:
             self._loaded[task] = _load(self.setting, task)
-            self.work.note(task, 0, self._loaded[task])
+            if task not in self.work.cut:  # the record tells of the main part, which comes first
+                self.work.note(task, 0, self._loaded[task])
         return self._loaded[task]
 
     def drawn(self, task: str, draw: int) -> _Draw:
@@ -394,18 +390,20 @@ class Runs:
 
 
 def compute(setting: ConditionNumberSetting, work: Work) -> Tables:
-    """Runs the larger part, then the wide one, and correlates every criterion with every outcome in each."""
-    tables: dict[str, Sequence[Row]] = {}
-    if setting.large_draws:
-        large = Runs(setting.larger(setting.tasks), work)
-        enough = [task for task in setting.tasks if _has_rows(large.setting, large.loaded(task))]
-        large.setting = setting.larger(enough)
-        if set(enough) - set(NEVER_POOLED):
-            tables["large"] = list(large.rows("larger runs"))
-            tables["large_correlations"] = correlations(tables["large"], setting.resamples)
-    if setting.seeds:
-        tables["table"] = list(Runs(setting, work).rows("wide runs"))
-        tables["correlations"] = correlations(tables["table"], setting.resamples)
+    """Runs both parts, and correlates every criterion with every outcome in each."""
+    main = Runs(setting, work)
+    enough = tuple(task for task in setting.tasks if _has_rows(setting, main.loaded(task)))
+    if not set(enough) - set(NEVER_POOLED):
+        raise InputError(
+            f"none of the tasks {', '.join(setting.tasks)} has --num_train {setting.num_train} and --num_tune "
+            f"{setting.num_tune} training rows; give fewer examples"
+        )
+    main.setting = dataclasses.replace(setting, tasks=enough)
+    table = list(main.rows("runs"))
+    tables: dict[str, Sequence[Row]] = {"table": table, "correlations": correlations(table, setting.resamples)}
+    if setting.wide_draws:
+        wide = list(Runs(setting.wide(), work).rows("wide runs"))
+        tables |= {"wide": wide, "wide_correlations": correlations(wide, setting.resamples)}
     return tables
 
 
@@ -413,20 +411,21 @@ STUDY = Study(
     name="06_condition_number_predicts",
     title="Whether the condition number of the kernel before training predicts what fine-tuning gives",
     fast=ConditionNumberSetting(
-        **{**FAST, "seeds": 1, "num_train": 32, "num_eval": 32},
+        **{**FAST, "seeds": 1, "num_eval": 32},
         num_tune=16,
         num_kernel=16,
         layer_sets=("0,1", "4,5"),
         module_sets=("q", "v"),
         num_train_epochs=1.0,
-        paper_learning_rates=(4e-3,),
-        stable_factors=(0.3,),
         resamples=100,
-        large_draws=1,
-        large_layer_sets=("0,1", "4,5"),
-        large_module_sets=("q", "v"),
-        large_num_train=64,
-        large_num_train_epochs=1.0,
+        wide_draws=1,
+        wide_layer_sets=("0,1", "4,5"),
+        wide_module_sets=("q", "v"),
+        wide_num_train=32,
+        wide_num_eval=32,
+        wide_num_train_epochs=1.0,
+        wide_learning_rates=(4e-3,),
+        wide_stable_factors=(0.3,),
     ),
     full=ConditionNumberSetting(),
     paper=ConditionNumberSetting(
@@ -441,7 +440,10 @@ STUDY = Study(
             *("0,1,2,3", "4,5,6,7", "8,9,10,11", "0,11", "0,1,2,3,4,5", "6,7,8,9,10,11", "0,2,4,6,8,10"),
             "0,1,2,3,4,5,6,7,8,9,10,11",
         ),
-        large_draws=0,
+        module_sets=("q", "k", "v", "qv", "qkv"),
+        paper_learning_rates=(4e-3, 4e-4),
+        stable_factors=(0.1, 0.3, 1.0),
+        wide_draws=0,
     ),
     compute=compute,
     draw=page.draw,

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 KAPPA = PRIMARY[0]
-PARTS = {"": ("table", "correlations"), "large": ("large", "large_correlations")}
-"""Prefix of figures and findings of a part to its tables."""
+PARTS = {"": ("table", "correlations"), "wide_": ("wide", "wide_correlations")}
+"""Prefix of the findings of a part to its tables."""
 _OUTCOMES = {
     (PAPER, "train_loss"): "training cross-entropy, Adam at a fixed rate",
     (PAPER, "metric"): "validation metric, same runs",
@@ -131,14 +131,9 @@ def _forest(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
 
 
 def draw(tables: Tables) -> dict[str, Figure]:
-    """Draws κ against outcomes, and every predictor's correlations, of each part that there is."""
-    found: dict[str, Figure] = {}
-    for prefix, (table, correlations) in PARTS.items():
-        if table in tables:
-            parts = tables[table], tables[correlations]
-            before = f"{prefix}_" if prefix else ""
-            found |= {f"{before}scatter": _scatter(*parts), f"{before}correlations": _forest(*parts)}
-    return found
+    """Draws κ against outcomes, and every predictor's correlations, of the main part: the wide one has few examples."""
+    part = tables["table"], tables["correlations"]
+    return {"scatter": _scatter(*part), "correlations": _forest(*part)}
 
 
 def _signed(value: float) -> str:
@@ -174,6 +169,15 @@ def verdict(correlations: Sequence[Row]) -> str:
     return "does not hold: the relation is the other way round" if plain == -1 else "does not show"
 
 
+def _scores(table: Sequence[Row]) -> str:
+    """The range over choices of each task's validation score, means over draws."""
+    found = []
+    for task in distinct(poolable(table), "task"):
+        _, scores, _ = _points(of(table, way=PAPER, task=task), "metric")
+        found.append(f"{name_of(task)} {number(scores.min(), '.2f')} to {number(scores.max(), '.2f')}")
+    return ", ".join(found)
+
+
 def _verdict(table: Sequence[Row], correlations: Sequence[Row]) -> str:
     primary, metric = one(correlations, KAPPA, "train_loss"), one(correlations, KAPPA, "metric")
     directions = {1: "the smaller κ, the lower the loss", -1: "the *larger* κ, the lower the loss"}
@@ -193,6 +197,8 @@ def _verdict(table: Sequence[Row], correlations: Sequence[Row]) -> str:
         f"{_counted(poolable(table), 'task')}). log κ against final training loss (cross-entropy): "
         f"ρ = {cell(primary, 'spearman')} — " + (directions[plain] if plain else "the interval holds 0") + ".",
         f"For the validation metric κ {metrics[on_metric]}: ρ = {cell(metric, 'spearman')}.",
+        f"The scores themselves, from the worst choice to the best: {_scores(table)}; those that a constant answer "
+        "would have, too, say little.",
     ]
     if np.isfinite(primary["partial"]):
         held = cell(primary, "partial")
@@ -232,16 +238,16 @@ def _table(correlations: Sequence[Row]) -> str:
     return f"| At θ₀ | {' | '.join(heads)} |\n{'|---' * (len(heads) + 1)}|\n" + "\n".join(lines)
 
 
-def _agreement(wide: Sequence[Row], large: Sequence[Row]) -> str:
-    """Whether the larger part says the same of κ."""
+def _agreement(main: Sequence[Row], wide: Sequence[Row]) -> str:
+    """Whether the wide part says the same of κ."""
     same = []
     for outcome, name in (("train_loss", "plain"), ("train_loss", "partial"), ("metric", "metric")):
         key = "partial" if name == "partial" else "spearman"
-        signs = [_sign(one(part, KAPPA, outcome), key) for part in (wide, large)]
+        signs = [_sign(one(part, KAPPA, outcome), key) for part in (main, wide)]
         words = {1: "positive", -1: "negative", 0: "not told from zero"}
         said = "the same" if signs[0] == signs[1] else "not the same"
-        same.append(f"{name}: {said} ({words[signs[0]]} in the wide part, {words[signs[1]]} here)")
-    return "Against the wide part, the sign of κ’s correlation is — " + "; ".join(same) + "."
+        same.append(f"{name}: {said} ({words[signs[0]]} in the main part, {words[signs[1]]} here)")
+    return "Against the main part, the sign of κ’s correlation is — " + "; ".join(same) + "."
 
 
 def findings(tables: Tables) -> dict[str, str]:
@@ -249,11 +255,10 @@ def findings(tables: Tables) -> dict[str, str]:
     found = {}
     for prefix, (table, correlations) in PARTS.items():
         if table in tables:
-            before = f"{prefix}_" if prefix else ""
-            found[f"{before}verdict"] = _verdict(tables[table], tables[correlations])
-            found[f"{before}table"] = _table(tables[correlations])
-    if {"large", "table"} <= set(tables):
-        found["agreement"] = _agreement(tables["correlations"], tables["large_correlations"])
-    elif "large" not in tables:
-        found["large_verdict"] = found["large_table"] = found["agreement"] = "The larger part has not been run here."
+            found[f"{prefix}verdict"] = _verdict(tables[table], tables[correlations])
+            found[f"{prefix}table"] = _table(tables[correlations])
+    if "wide" in tables:
+        found["agreement"] = _agreement(tables["correlations"], tables["wide_correlations"])
+    else:
+        found["wide_verdict"] = found["wide_table"] = found["agreement"] = "The wide part has not been run here."
     return found

@@ -134,13 +134,13 @@ def _condition(tables: Tables) -> tuple[str, str]:
         f"log κ against training loss: ρ = {condition.cell(loss, 'spearman')}; with trace and size held constant "
         f"{condition.cell(loss, 'partial')}; against the validation metric {condition.cell(metric, 'spearman')}"
     )
-    if "large" in tables:
-        sizes = " to ".join(str(size) for size in sorted(distinct(tables["large"], "train_examples")))
-        on_loss, on_metric = (
-            condition.cell(condition.one(tables["large_correlations"], condition.KAPPA, outcome), "spearman")
-            for outcome in ("train_loss", "metric")
+    if of(tables.get("wide_correlations", ()), way=condition.STABLE):
+        stable = condition.one(tables["wide_correlations"], condition.KAPPA, "train_loss", condition.STABLE)
+        sizes = " to ".join(str(size) for size in sorted(distinct(tables["wide"], "train_examples")))
+        measured += (
+            f"; with {sizes} examples, under descent at c/(μ₁+λ), against training loss "
+            f"{condition.cell(stable, 'spearman')}"
         )
-        measured += f"; with {sizes} examples against training loss {on_loss}, against the metric {on_metric}"
     return measured, condition.verdict(correlations)
 
 

@@ -244,8 +244,8 @@ _WORDS = {
     "lora_rank": "LoRA of rank {}",
     "lam_rel": "λ/μ₁ {}",
     "learning_rate": "learning rate {}",
-    "paper_learning_rates": "learning rate of Adam {} (of several, one by task)",
-    "stable_factors": "c {} (of several, one by task)",
+    "paper_learning_rates": "learning rate of Adam {}",
+    "stable_factors": "c {}",
     "step_size": "c {}",
     "warmup_ratio": "warm-up {} of the steps",
     "num_train_epochs": "epochs {}",
@@ -254,20 +254,29 @@ _WORDS = {
     "num_kernel": "examples of a kernel {}",
     "profile_examples": "examples of a profile {}",
     "select_examples": "examples that layers are chosen on {}",
-    "large_draws": "in the larger check: draws {}",
-    "large_num_train": "training examples {}, all validation examples",
-    "large_num_train_epochs": "epochs {}",
-    "large_learning_rate": "learning rate {}",
+    "wide_draws": "in the wide part: draws {}",
+    "wide_num_train": "training examples {}",
+    "wide_num_eval": "validation examples {}",
+    "wide_num_train_epochs": "epochs {}",
+    "wide_learning_rates": "learning rate of Adam {}",
+    "wide_stable_factors": "c {}",
 }
 """What a notebook tells of a setting, in words."""
+
+_CHOSEN_FROM = ("paper_learning_rates", "stable_factors", "wide_learning_rates", "wide_stable_factors")
+"""Options of which a task chooses one value where there are several."""
 
 
 def _in_words(setting: Mapping[str, Any], optimizer: str, cut: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Writes what `_WORDS` knows of a setting, the optimizer, and the shares of texts that are cut."""
     names = [name for name in _WORDS if name in setting and setting[name] not in (0, [], ())]
-    if not setting.get("large_draws"):
-        names = [name for name in names if not name.startswith("large")]
-    found = [_WORDS[name].format(_value(setting[name])) for name in names]
+    if not setting.get("wide_draws"):
+        names = [name for name in names if not name.startswith("wide")]
+    found = [
+        _WORDS[name].format(_value(setting[name]))
+        + " (one of them by task)" * (name in _CHOSEN_FROM and len(setting[name]) > 1)
+        for name in names
+    ]
     if optimizer:
         found.append(f"optimizer: {optimizer}")
     if cut:
