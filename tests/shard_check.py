@@ -34,7 +34,10 @@ def problems(pace):
         found["MLP in parts"] = (mlp, MLP_RULES, vectors, in_parts)
         found["MLP, linearized"] = (jl.linearize(mlp), MLP_RULES, vectors, CONFIG)
         return found
-    for name, tun in {"LoRA": jl.lora(cases.tiny_model(), rank=4), "full": jl.full(cases.tiny_model())}.items():
+    at_once = dataclasses.replace(CONFIG, batch_size=22, group_by_length=True, gradient_accumulation_steps=3)
+    lora = jl.lora(cases.tiny_model(), rank=4)
+    found["LoRA, all at once"] = (lora, jl.ENCODER_RULES, cases.text_batch(22, longest=24), at_once)
+    for name, tun in {"LoRA": lora, "full": jl.full(cases.tiny_model())}.items():
         words = cases.text_batch(22, longest=8)
         found[name] = (tun, jl.ENCODER_RULES, words, CONFIG)
         found[f"{name}, linearized"] = (jl.linearize(tun), jl.ENCODER_RULES, words, CONFIG)

@@ -62,12 +62,28 @@ def test_the_shards_of_the_processes_are_the_batch(group, count):
         order = epoch_order(data, config, epoch)[4 * within : 4 * within + 4]
         rows = -(-4 // count) * count
         whole = data.batch(order, rows)
+        parts = [(indices, batch) for indices, (batch,) in parts]
         for indices, part in parts:
             np.testing.assert_array_equal(indices, order)
             assert {len(value) for value in part.values()} == {rows // count}
         for name, value in whole.items():
             np.testing.assert_array_equal(np.concatenate([part[name] for _, part in parts]), value)
         assert whole["weight"].sum() == len(order)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_all_examples_at_once_are_read_by_length(count):
+    data = Dataset.from_columns(cases.text_batch(11, longest=40))
+    config = jl.TrainConfig(batch_size=11, max_steps=2, group_by_length=True)
+    read = [StepSource(data, config, index, count)[1] for index in range(count)]
+    lengths = []
+    for k in range(len(data.buckets)):
+        rows = {name: np.concatenate([batches[k][name] for _, batches in read]) for name in read[0][1][k]}
+        lengths += [rows["input_ids"].shape[1]] * int(rows["weight"].sum())
+    assert len(lengths) == 11
+    for indices, _ in read:
+        assert sorted(indices) == list(range(11))
+        assert lengths == [data.buckets[b] for b in np.searchsorted(data.buckets, data.lengths[indices])]
 
 
 def test_the_input_goes_on_where_it_was():

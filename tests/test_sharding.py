@@ -179,6 +179,20 @@ def test_a_batch_in_parts_is_the_batch(float64, parts, linear):
     assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-13), split.theta, whole.theta))
 
 
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("linear", [False, True], ids=["full", "linearized"])
+def test_a_batch_of_all_in_groups_of_like_length_is_the_batch(float64, parts, linear):
+    tun = jl.lora(cases.tiny_model(dtype=jnp.float64), rank=2)
+    tun = jl.linearize(tun) if linear else tun
+    data = cases.text_batch(17, longest=40)
+    config = jl.TrainConfig(batch_size=17, max_steps=3, learning_rate=0.01, lam=0.5, seed=3)
+    whole = jl.train(tun, data, config=config)
+    config = dataclasses.replace(config, group_by_length=True, gradient_accumulation_steps=parts)
+    grouped = jl.train(tun, data, config=config)
+    np.testing.assert_allclose(history(grouped), history(whole), rtol=1e-11)
+    assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-11), grouped.theta, whole.theta))
+
+
 def test_parts_hold_less():
     from jaxlin.training.step import loss_and_gradient
 
@@ -231,6 +245,17 @@ def test_out_of_memory_says_what_to_lower(monkeypatch, model, mesh):
     ):
         assert words in text
     assert "more" not in text.rpartition("bytes.")[2]
+
+
+def test_out_of_memory_tells_the_groups(monkeypatch, model):
+    from jaxlin.training import trainer
+
+    compiled = trainer.step_of
+    monkeypatch.setattr(trainer, "step_of", lambda *given: (compiled(*given)[0], failing("RESOURCE_EXHAUSTED: 1")))
+    config = jl.TrainConfig(batch_size=40, gradient_accumulation_steps=2, group_by_length=True)
+    tokens = r"a batch of \d+×8 tokens, \d+×16 tokens, \d+×20 tokens\."
+    with pytest.raises(jl.DeviceMemoryError, match=tokens + ".* gradient_accumulation_steps from 2 to 4"):
+        jl.train(jl.lora(model, rank=2), cases.text_batch(40), config=config)
 
 
 def test_other_errors_of_a_device_stay(monkeypatch):

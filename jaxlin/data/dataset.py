@@ -102,6 +102,10 @@ class Dataset:
         """Whether a column has the tokens on its second axis."""
         return name in _SEQUENCE_COLUMNS or (name.startswith(TRUNK) and self.columns[name].ndim > 2)
 
+    def has_tokens(self) -> bool:
+        """Whether there is a column that a batch is cut in."""
+        return self.lengths is not None and any(map(self._is_cut, self.columns))
+
     def groups(self) -> list[np.ndarray]:
         """Returns the examples of every bucket, shortest first."""
         if self.lengths is None:

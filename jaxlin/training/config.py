@@ -53,7 +53,7 @@ class TrainConfig:
         learning_rate_blocks: Likewise factors of the learning rate; `{"lora_B": 16}` is LoRA+.
         seed: Of the data order.
         group_by_length: Put examples of like length into a batch, so that little is padding; the batches come in
-            random order, a partial one last. Full-batch descent takes no notice of it.
+            random order, a partial one last. A batch of all examples is computed in groups of like length.
         eval_steps: Evaluate every so many steps; `None`: at the end only.
         precision: Of matrix products on the device. `"highest"` is true float32, which the gap between two nearly
             equal models needs; `"default"` is the device's own (TF32 or bfloat16), faster there.

@@ -12,13 +12,15 @@ from jaxlin.errors import DeviceMemoryError, ProcessLostError
 from jaxlin.linearize import Linearized
 from jaxlin.sharding import DATA
 from jaxlin.training.config import TrainConfig
+from jaxlin.training.groups import Groups
 from jaxlin.tunable import Batch, Tunable
 
 
-def _to_lower(config: TrainConfig, tun: Tunable, batch: Batch, mesh: Mesh | None) -> list[str]:
-    """What makes a step take less memory, that which leaves the result as it is first."""
-    parts, devices = config.gradient_accumulation_steps, 1 if mesh is None else mesh.shape[DATA]
+def _to_lower(config: TrainConfig, tun: Tunable, batch: Batch, parts: int, mesh: Mesh | None) -> list[str]:
+    """What makes a step take less memory, that which leaves the result as it is first; a batch in some parts."""
+    devices = 1 if mesh is None else mesh.shape[DATA]
     held = len(batch["weight"]) // (parts * devices)
+    parts = config.gradient_accumulation_steps
     listed = []
     if held > 1:
         listed.append(
@@ -40,8 +42,15 @@ def _to_lower(config: TrainConfig, tun: Tunable, batch: Batch, mesh: Mesh | None
     return listed
 
 
+def _shape(batch: Batch) -> str:
+    """The size of a batch in words."""
+    if "input_ids" in batch:
+        return "×".join(map(str, batch["input_ids"].shape)) + " tokens"
+    return f"{len(batch['weight'])} examples"
+
+
 @contextlib.contextmanager
-def explained(step: int, config: TrainConfig, tun: Tunable, batch: Batch, mesh: Mesh | None) -> Iterator[None]:
+def explained(step: int, config: TrainConfig, tun: Tunable, batch: Batch | Groups, mesh: Mesh | None) -> Iterator[None]:
     """Turns a device's error in a training step into one that says what to do.
 
     Args:
@@ -60,11 +69,12 @@ def explained(step: int, config: TrainConfig, tun: Tunable, batch: Batch, mesh: 
         yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
-            shape = "×".join(map(str, batch["input_ids"].shape)) + " tokens" if "input_ids" in batch else ""
-            shape = shape or f"{len(batch['weight'])} examples"
+            groups = batch if isinstance(batch, Groups) else Groups((batch,), (config.gradient_accumulation_steps,))
+            shape = ", ".join(map(_shape, groups.batches))
+            lower = _to_lower(config, tun, groups.batches[-1], groups.parts[-1], mesh)
             raise DeviceMemoryError(
                 f"out of memory in step {step}, a batch of {shape}. Lower, first that which leaves the result as it "
-                f"is: {'; '.join(_to_lower(config, tun, batch, mesh))}. The device said: {str(error).splitlines()[0]}"
+                f"is: {'; '.join(lower)}. The device said: {str(error).splitlines()[0]}"
             ) from error
         if mesh is not None and mesh.is_multi_process:
             raise ProcessLostError(

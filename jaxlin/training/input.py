@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxlin.data.dataset import Dataset
 from jaxlin.training.config import TrainConfig
+from jaxlin.training.groups import length_groups
 
 if TYPE_CHECKING:
     from grain import DatasetIterator
@@ -36,7 +37,8 @@ def epoch_order(data: Dataset, config: TrainConfig, epoch: int) -> np.ndarray:
 class StepSource:
     """Random access to what each step sees, as a function of its number: the source of a grain pipeline.
 
-    Element i is what step i + 1 sees: its examples, and this process's rows of the batch.
+    Element i is what step i + 1 sees: its examples, and this process's rows of the batch, which is one or, of all
+    examples, may be several of different lengths (`length_groups`).
     """
 
     def __init__(self, data: Dataset, config: TrainConfig, process_index: int = 0, process_count: int = 1) -> None:
@@ -50,30 +52,36 @@ class StepSource:
                 `weight` 0 at the end where they do not divide it.
         """
         self._data, self._config = data, config
-        whole = min(config.batch_size, len(data))
-        share = -(-whole // process_count)
-        self._rows = slice(process_index * share, (process_index + 1) * share)
-        self._size = share * process_count
+        self._index, self._count = process_index, process_count
+        self._groups = length_groups(data, config)
         self._epoch, self._order = -1, np.arange(0)
 
     def __len__(self) -> int:
         """Number of steps of the run."""
         return self._config.total_steps(len(self._data))
 
-    def __getitem__(self, index: SupportsIndex) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Returns the examples of step `index` + 1, and the batch."""
+    def __getitem__(self, index: SupportsIndex) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
+        """Returns the examples of step `index` + 1, and the batch or batches."""
         size = self._config.batch_size
+        if len(self._groups) > 1:
+            return np.concatenate(self._groups), [self._share(group, len(group)) for group in self._groups]
         epoch, within = divmod(int(index), self._config.steps_per_epoch(len(self._data)))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, epoch_order(self._data, self._config, epoch)
         indices = self._order[within * size : (within + 1) * size]
-        return indices, self._data.batch(indices, self._size, self._rows)
+        return indices, [self._share(indices, min(size, len(self._data)))]
+
+    def _share(self, indices: np.ndarray, size: int) -> dict[str, np.ndarray]:
+        """This process's rows of the batch of some examples, filled up to a size."""
+        share = -(-size // self._count)
+        rows = slice(self._index * share, (self._index + 1) * share)
+        return self._data.batch(indices, share * self._count, rows)
 
 
 def step_input(
     data: Dataset, config: TrainConfig, first: int = 0, process_index: int = 0, process_count: int = 1
-) -> DatasetIterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
-    """Returns the input of a run, read ahead by a thread: examples and batch of every step.
+) -> DatasetIterator[tuple[np.ndarray, list[dict[str, np.ndarray]]]]:
+    """Returns the input of a run, read ahead by a thread: what `StepSource` has for every step.
 
     Args:
         data: As for `StepSource`.

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, PyTree
 
 from jaxlin.training.config import OPTIMIZERS, TrainConfig
+from jaxlin.training.groups import Groups
 from jaxlin.training.losses import LOSSES, to_mean
 from jaxlin.training.optim import proximal
 from jaxlin.tunable import Batch
@@ -46,7 +47,7 @@ class Schedule:
 Layout = tuple[NamedSharding, ...] | None
 """How the leaves of theta and of the optimizer's state lie on a mesh; `None` for one device."""
 
-Step = Callable[[Any, PyTree, Any, Batch, Layout], tuple[PyTree, Any, dict[str, Array]]]
+Step = Callable[[Any, PyTree, Any, Batch | Groups, Layout], tuple[PyTree, Any, dict[str, Array]]]
 
 
 Factors = tuple[tuple[str, float], ...]
@@ -67,7 +68,7 @@ def _held(tree: PyTree, layout: Layout) -> PyTree:
 
 
 def loss_and_gradient(
-    loss: str, apply: Any, theta: PyTree, batch: Batch, accumulation: int = 1, layout: Layout = None
+    loss: str, apply: Any, theta: PyTree, batch: Batch | Groups, accumulation: int = 1, layout: Layout = None
 ) -> tuple[Array, PyTree]:
     """Returns the mean loss of a batch, its rows counted by `weight`, and the gradient.
 
@@ -75,30 +76,34 @@ def loss_and_gradient(
         loss: A name of `LOSSES`.
         apply: The model.
         theta: Its parameters.
-        batch: The batch; its size is a multiple of `accumulation`.
+        batch: The batch; its size is a multiple of `accumulation`. Or its groups, with parts of their own.
         accumulation: Parts that the batch is computed in, one after the other, so that the activations of one are
             held; their gradients are summed. Part k has the rows k, k + accumulation, …: consecutive rows lie on one
             device, and every device shall have its share of each part.
         layout: Of theta, on a mesh.
     """
-    total = jnp.sum(batch["weight"])
+    groups = batch if isinstance(batch, Groups) else Groups((batch,), (accumulation,))
+    total = sum(jnp.sum(group["weight"]) for group in groups.batches)
 
     @jax.value_and_grad
     def part_of_loss(p: PyTree, part: Batch) -> Array:
         return jnp.sum(LOSSES[loss](apply(p, part), part["labels"]) * part["weight"]) / total
 
-    if accumulation == 1:
-        value, grads = part_of_loss(theta, batch)
+    if groups.parts == (1,):
+        value, grads = part_of_loss(theta, groups.batches[0])
         return value, _held(grads, layout)
-    parts = jax.tree.map(lambda x: jnp.reshape(x, (-1, accumulation, *x.shape[1:])).swapaxes(0, 1), dict(batch))
 
     def add(so_far: tuple[Array, PyTree], part: Batch) -> tuple[tuple[Array, PyTree], None]:
         value, grads = jax.tree.map(jnp.add, so_far, part_of_loss(theta, part))
         return (value, _held(grads, layout)), None
 
-    kinds = jax.eval_shape(part_of_loss, theta, jax.tree.map(lambda x: x[0], parts))
+    kinds = jax.eval_shape(part_of_loss, theta, groups.batches[0])
     value, grads = jax.tree.map(lambda kind: jnp.zeros(kind.shape, kind.dtype), kinds)
-    return jax.lax.scan(add, (value, _held(grads, layout)), parts)[0]
+    so_far = value, _held(grads, layout)
+    for group, count in zip(groups.batches, groups.parts, strict=True):
+        parts = jax.tree.map(lambda x, k=count: jnp.reshape(x, (-1, k, *x.shape[1:])).swapaxes(0, 1), dict(group))
+        so_far, _ = jax.lax.scan(add, so_far, parts)
+    return so_far
 
 
 def step_of(config: TrainConfig, num_examples: int) -> tuple[optax.GradientTransformation, Step]:
@@ -135,7 +140,7 @@ def compiled_step(
 
     @functools.partial(jax.jit, donate_argnums=(1, 2), static_argnums=4)
     def step(
-        apply: Any, theta: PyTree, state: Any, batch: Batch, layout: Layout = None
+        apply: Any, theta: PyTree, state: Any, batch: Batch | Groups, layout: Layout = None
     ) -> tuple[PyTree, Any, dict[str, Array]]:
         value, grads = loss_and_gradient(loss, apply, theta, batch, accumulation, layout)
         updates, state = tx.update(grads, state, theta)

@@ -159,7 +159,7 @@ def train_sweep(
     for steps in _stretches(0, total, {*evaluated, *keep}):
         same, batches = whole, {}
         if not whole:
-            made = [source[i][1] for i in steps]
+            made = [source[i][1][0] for i in steps]  # its columns are no tokens: one batch
             same, batches = {}, {name: np.stack([batch[name] for batch in made]) for name in made[0]}
         with jax.default_matmul_precision(config.precision):
             theta, state, metrics = run(tun.apply, theta, state, same, batches, len(steps))

@@ -24,6 +24,7 @@ from jaxlin.sharding import Rules, mesh_of, process_share, shard, spread
 from jaxlin.training.checkpoint import Checkpoints, RunCheckpoints, run_record
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.failure import explained
+from jaxlin.training.groups import spread_groups
 from jaxlin.training.input import step_input
 from jaxlin.training.losses import check_labels, evaluate
 from jaxlin.training.precision import in_dtype
@@ -225,8 +226,8 @@ def train(
                     (replay or _nothing)(done)
             elif states:
                 saver.save(states[0], history, source.get_state())
-        for i, (indices, batch) in enumerate(source, start=start.step + len(history) + 1):
-            batch = spread(batch, mesh, config.gradient_accumulation_steps, shares)
+        for i, (indices, batches) in enumerate(source, start=start.step + len(history) + 1):
+            batch = spread_groups(batches, mesh, config.gradient_accumulation_steps, shares)
             with jax.default_matmul_precision(config.precision), explained(i, config, tun, batch, mesh):
                 theta, state, metrics = step(stepped, theta, state, batch, layout)
                 row: Row = {"step": i, "epoch": i / config.steps_per_epoch(n)}

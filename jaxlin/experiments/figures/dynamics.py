@@ -131,6 +131,7 @@ def _run(setting: DynamicsSetting, work: Work, problem: Problem, start: _Start, 
         max_steps=setting.steps,
         lam=lam,
         seed=problem.seed,
+        group_by_length=True,
     )
     name = f"{problem.loaded.task.name}, seed {problem.seed}, λ/μ₁ = {share:g}"
     steps = range(setting.steps + 1)
@@ -442,7 +443,7 @@ STUDY = Study(
         drift_examples=16,
         parts=2,
     ),
-    full=DynamicsSetting(tasks=("sst2",), max_seq_length=24),
+    full=DynamicsSetting(tasks=("sst2",)),
     paper=DynamicsSetting(**PAPER_MODEL, tasks=("sst2",)),  # the closed form needs the kernel of all training examples
     compute=compute,
     draw=draw,
