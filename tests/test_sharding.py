@@ -179,10 +179,16 @@ def test_a_batch_in_parts_is_the_batch(float64, parts, linear):
     assert jax.tree.all(jax.tree.map(lambda a, b: np.allclose(a, b, atol=1e-13), split.theta, whole.theta))
 
 
+def bag_of_words(theta, batch):
+    mask = batch["attention_mask"][..., None]
+    return jnp.tanh((theta["words"][batch["input_ids"]] * mask).sum(1) / mask.sum(1)) @ theta["out"]
+
+
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.parametrize("linear", [False, True], ids=["full", "linearized"])
 def test_a_batch_of_all_in_groups_of_like_length_is_the_batch(float64, parts, linear):
-    tun = jl.lora(cases.tiny_model(dtype=jnp.float64), rank=2)
+    rng = np.random.default_rng(0)
+    tun = jl.Tunable(bag_of_words, {"words": rng.normal(size=(110, 4)), "out": rng.normal(size=(4, 3))})
     tun = jl.linearize(tun) if linear else tun
     data = cases.text_batch(17, longest=40)
     config = jl.TrainConfig(batch_size=17, max_steps=3, learning_rate=0.01, lam=0.5, seed=3)
@@ -253,8 +259,8 @@ def test_out_of_memory_tells_the_groups(monkeypatch, model):
     compiled = trainer.step_of
     monkeypatch.setattr(trainer, "step_of", lambda *given: (compiled(*given)[0], failing("RESOURCE_EXHAUSTED: 1")))
     config = jl.TrainConfig(batch_size=40, gradient_accumulation_steps=2, group_by_length=True)
-    tokens = r"a batch of \d+×8 tokens, \d+×16 tokens, \d+×20 tokens\."
-    with pytest.raises(jl.DeviceMemoryError, match=tokens + ".* gradient_accumulation_steps from 2 to 4"):
+    groups = "a batch of 32×16 tokens, 9×20 tokens.*"  # 31 of them, and one more for two equal parts
+    with pytest.raises(jl.DeviceMemoryError, match=groups + "gradient_accumulation_steps from 2 to 4"):
         jl.train(jl.lora(model, rank=2), cases.text_batch(40), config=config)
 
 
