@@ -78,7 +78,12 @@ def stored_kernels(mesh, path):
     tun, _, x1, _, _ = problems("quick")["vectors"]
     budget = 6_000 if jax.process_count() == 1 else 9_000  # of several each fetches all tiles
     options = {"blocks": "layer", "mesh": mesh, "check_examples": 0, "memory_budget": budget, "store": path}
-    assert 1 < jl.ntk_plan(tun, x1, mesh=mesh, memory_budget=budget).row_block < 13
+    plan = jl.ntk_plan(tun, x1, mesh=mesh, memory_budget=budget)
+    assert 1 < plan.row_block < 13
+    cost = jl.ntk_estimate(tun, x1, blocks="layer", mesh=mesh, memory_budget=budget, stored=True)
+    assert (cost.plan, cost.devices, cost.disk_bytes) == (plan, 8, cost.kernel_bytes)
+    assert cost.memory_bytes <= budget
+    assert 0 < cost.pass_seconds < cost.seconds < 10
 
     def stop(phase, done, total):
         if phase == TILES and done > total // 2:

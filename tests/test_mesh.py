@@ -173,7 +173,9 @@ PLANS = {
 
 
 @pytest.mark.parametrize("of", PLANS)
-def test_parts_of_the_examples(mesh, of):
+def test_parts_of_the_examples(mesh, of, monkeypatch):
+    monkeypatch.setattr(ring.RingWork, "_seconds_of_a_pass", lambda _, rows, *others: (1.0, rows))
+    monkeypatch.setattr(ring.RingWork, "_seconds_of_a_meeting", lambda *_: 1000.0)
     tun, x1, (x2, plans) = cases.mlp(2), cases.vectors(8), PLANS[of]
     whole = kernel(mesh, tun, x1, x2)
     for budget, expected in plans.items():
@@ -186,6 +188,9 @@ def test_parts_of_the_examples(mesh, of):
             done = [(count, total) for name, count, total in seen if name == phase]
             assert done == sorted(set(done))
             assert done[-1][0] == done[-1][1]
+        cost = jl.ntk_estimate(tun, x1, x2, mesh=mesh, memory_budget=budget)
+        assert cost.seconds - cost.pass_seconds == 1000 * done[-1][1]
+        assert cost.pass_seconds == sum(phase == PASSES for phase, *_ in seen)
         if x2 is None:
             np.testing.assert_array_equal(found, transposed(found))
 

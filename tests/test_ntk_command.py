@@ -109,8 +109,10 @@ def test_a_kernel_without_a_spectrum(run, options, tmp_path):
     assert min(float(row["eigenvalue"]) for row in cases.rows(tmp_path / "out" / "spectrum.csv")) >= 0
 
 
-def test_an_estimate_writes_nothing(run, options, tmp_path):
-    code, out, _ = run(*words({**options, "num_eval_samples": 4, "estimate": True}))
+@pytest.mark.parametrize("devices", [{}, {"mesh": "auto"}], ids=["one device", "mesh"])
+@pytest.mark.filterwarnings("ignore:JAX was in use before")
+def test_an_estimate_writes_nothing(run, options, tmp_path, devices):
+    code, out, _ = run(*words({**options, **devices, "num_eval_samples": 4, "estimate": True}))
     assert code == 0
     what = ["engine", "time", "memory", "disk"]
     assert [line.split()[0] for line in out.splitlines()] == ["kernel.zarr:", *what, "kernel_eval.zarr:", *what]
@@ -136,7 +138,6 @@ NO_MODEL = {"model_name_or_path": "/nowhere"}  # refused before there is one
 
 BAD = {
     "parameters over devices": ({"mesh": f"data={len(jax.devices())},model=1"}, "expected data=N or auto"),
-    "estimate of a mesh": ({"mesh": "auto", "estimate": True}, "--estimate is of one device; leave --mesh out"),
     "engine of a mesh": ({"mesh": "auto", "engine": "factored", **NO_MODEL}, 'mesh goes with engine="jacobian"'),
     "signs of a mesh": ({"mesh": "auto", "kind": "signgd", **NO_MODEL}, "not with the kinds of signs"),
     "no samples": ({"num_samples": 0}, "--num_samples 0: expected at least 1"),

@@ -148,10 +148,11 @@ def _trace(array: np.ndarray) -> float:
 def cost_lines(cost: Cost, num_blocks: int) -> list[str]:
     """Says what a kernel will take."""
     plan = cost.plan
+    devices = f" on each of {cost.devices} devices" if cost.devices > 1 else ""
     return [
         f"engine {cost.engine}: passes of {plan.chunk} examples, tiles of {plan.row_block} × {plan.row_block} examples",
         f"time   about {cost.seconds:.3g} s on this machine ({cost.pass_seconds:.3g} s of it passes over the data)",
-        f"memory about {size(cost.memory_bytes)} beside the model",
+        f"memory about {size(cost.memory_bytes)}{devices} beside the model",
         f"disk   {size(cost.disk_bytes)} while it runs, {size(cost.kernel_bytes)} in the end ({num_blocks} blocks)",
     ]
 
@@ -169,9 +170,7 @@ def _mesh(config: KernelConfig) -> Mesh | None:
         raise InputError(
             f"--mesh {config.devices.mesh}: a kernel's examples are split, not parameters; expected data=N or auto"
         )
-    if config.kernel.estimate:
-        raise InputError("--estimate is of one device; leave --mesh out")
-    if jax.process_count() > 1 and config.output.output_dir is None:
+    if jax.process_count() > 1 and config.output.output_dir is None and not config.kernel.estimate:
         raise InputError("several processes need one --output_dir, in a file system that all of them see")
     options = _options(config.kernel, mesh)  # before a model is loaded
     check_options(**{name: options[name] for name in ("engine", "kind", "dtype", "mesh")})
@@ -225,7 +224,8 @@ def run(config: KernelConfig) -> Kernel | None:
     if arguments.estimate:
         for name, (what, data) in wanted.items():
             cost = ntk_estimate(tun, *data, **options, stored=True)
-            print(f"{name}: {what}", *cost_lines(cost, len(tun.grouped(arguments.blocks))), sep="\n  ")
+            if first:
+                print(f"{name}: {what}", *cost_lines(cost, len(tun.grouped(arguments.blocks))), sep="\n  ")
         return None
 
     def check() -> None:

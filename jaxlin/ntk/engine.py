@@ -213,7 +213,7 @@ def ntk_estimate(
         x1: Examples.
         x2: Other examples.
         stored: Whether the kernel is written to disk.
-        **options: kind, blocks, engine (one of jaxlin's own), theta, dtype, precision, memory_budget.
+        **options: kind, blocks, engine (one of jaxlin's own), theta, dtype, precision, memory_budget, mesh.
 
     Returns:
         Time, memory and disk, and the plan.

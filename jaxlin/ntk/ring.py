@@ -14,7 +14,8 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +160,45 @@ class RingWork(Work):
         return 0
 
     def estimate(self, stored: bool) -> Cost:
-        """Refuses.
+        """Times one pass of all devices for each length and one meeting of their rows, and reckons the whole."""
+        plan = self.plan()
+        pairs, shares, weights, ring = self.pairs(plan), self._shares(plan), self._weights(), self._ring
+        seconds: dict[tuple[Any, ...], float] = {}
+        passes, rows = 0.0, self._empty(next(iter(shares.values())))
+        for part in self._computed(plan, pairs):
+            for _, batch in shares[part].data.chunks(ring.size * plan.chunk):
+                shapes = tuple(value.shape for value in batch.values())
+                if shapes not in seconds:
+                    seconds[shapes], rows = self._seconds_of_a_pass(rows, batch, weights)
+                passes += seconds[shapes]
+        meeting = self._seconds_of_a_meeting(rows)
+        kernel = self._kernel_bytes()
+        return Cost(
+            self.engine,
+            plan,
+            passes + meeting * sum(self._steps(len(self._meeting(*pair))) for pair in pairs),
+            passes,
+            self._needed(plan),
+            kernel if stored else 0,
+            kernel,
+            self.devices,
+        )
 
-        Raises:
-            InputError: Always.
-        """
-        raise InputError("an estimate is of one device; give no mesh (the passes and products are shared by all of it)")
+    def _seconds_of_a_pass(
+        self, rows: Array, batch: Batch, weights: tuple[Callable, PyTree, Array]
+    ) -> tuple[float, Array]:
+        """Time of a pass over a batch, once compiled; and the rows, which it takes over."""
+        for _ in range(2):
+            begin = time.perf_counter()
+            rows = self._filled(rows, 0, batch, weights)
+        return time.perf_counter() - begin, rows
+
+    def _seconds_of_a_meeting(self, rows: Array) -> float:
+        """Time of one step of a round, with its tiles' way to the host, once compiled."""
+        for _ in range(2):
+            begin = time.perf_counter()
+            fetch(self._met(rows, rows, self.devices > 1)[0])
+        return time.perf_counter() - begin
 
     def plan(self) -> Plan:
         """Returns the largest tiles with which what a device holds, and a tile on the host, fit the budget.
@@ -277,9 +311,7 @@ class RingWork(Work):
             return epsilon
         shares = self._shares(plan)
         uses = collections.Counter(part for pair in todo for part in self._meeting(*pair))
-        computed = [*uses]
-        if plan.spilled:  # columns for every tile, unless they are its rows
-            computed = [*{(0, left) for left, _ in todo}, *(part for pair in todo for part in self._meeting(*pair)[1:])]
+        computed = self._computed(plan, todo)
         steps = [sum(self._steps(len(self._meeting(*pair))) for pair in some) for some in (pairs, todo)]
         totals = {PASSES: sum(len(examples) for _, examples in computed), TILES: steps[0]}
         done = {PASSES: 0, TILES: steps[0] - steps[1]}
@@ -289,8 +321,7 @@ class RingWork(Work):
             if progress is not None:
                 progress(phase, done[phase], totals[phase])
 
-        with self._precisely():
-            weights = place((*self._function, self.kind.seeds(self.c)), self.mesh)
+        weights = self._weights()
         held: dict[_Part, Array] = {}
 
         def rows_of(part: _Part, last: bool) -> Array:
@@ -317,6 +348,18 @@ class RingWork(Work):
                     write(block, *pair, self.kind.finish(tile))
         return epsilon
 
+    def _computed(self, plan: Plan, pairs: Sequence[tuple[range, range]]) -> list[_Part]:
+        """The parts whose rows of J are computed, as often as they are, for tiles of these examples."""
+        if plan.spilled:  # columns for every tile, unless they are its rows
+            columns = [part for pair in pairs for part in self._meeting(*pair)[1:]]
+            return [*{(0, left) for left, _ in pairs}, *columns]
+        return [*dict.fromkeys(part for pair in pairs for part in self._meeting(*pair))]
+
+    def _weights(self) -> tuple[Callable, PyTree, Array]:
+        """What `_fill` takes, on the devices."""
+        with self._precisely():
+            return place((*self._function, self.kind.seeds(self.c)), self.mesh)
+
     @property
     def _is_split(self) -> bool:
         """Whether no process has all of the weights."""
@@ -327,16 +370,31 @@ class RingWork(Work):
         self, share: Share, weights: tuple[Callable, PyTree, Array], report: Callable[[int], None]
     ) -> Float[Array, "N k P"]:
         """Rows of J of a part of the examples, on the devices; `weights` as `_fill` takes them."""
-        ring = self._ring
-        shape = (share.examples.size, self.k, sum(ring.widths))
-        with self._precisely():
-            rows = jnp.zeros(shape, self._dtype, device=NamedSharding(self.mesh, ring.split))
-            for slot, (indices, batch) in enumerate(share.data.chunks(ring.size * share.chunk)):
-                start = place(np.int32(slot * share.chunk), self.mesh)
-                rows = _fill(rows, start, place(batch, self.mesh, ring.axis), weights, ring=ring)
-                rows.block_until_ready()  # what was only queued is not done
-                report(len(indices))
+        rows = self._empty(share)
+        for slot, (indices, batch) in enumerate(share.data.chunks(self.devices * share.chunk)):
+            rows = self._filled(rows, slot * share.chunk, batch, weights)
+            report(len(indices))
         return rows
+
+    def _empty(self, share: Share) -> Float[Array, "N k P"]:
+        """Rows of J of a part, zeros still."""
+        shape = (share.examples.size, self.k, sum(self._ring.widths))
+        with self._precisely():
+            return jnp.zeros(shape, self._dtype, device=NamedSharding(self.mesh, self._ring.split))
+
+    def _filled(
+        self, rows: Float[Array, "N k P"], start: int, batch: Batch, weights: tuple[Callable, PyTree, Array]
+    ) -> Float[Array, "N k P"]:
+        """The rows, which it takes over, with those of a batch from `start` of every device."""
+        with self._precisely():
+            batch = place(batch, self.mesh, self._ring.axis)
+            rows = _fill(rows, place(np.int32(start), self.mesh), batch, weights, ring=self._ring)
+            return rows.block_until_ready()  # what was only queued is not done
+
+    def _met(self, rows: Array, visitor: Array, passes: bool) -> tuple[Array, Any]:
+        """The tiles of all devices; and the visitors at the next ones, if they are passed on."""
+        with jax.enable_x64(True):
+            return _meet(rows, visitor, ring=self._ring, passes=passes)
 
     def _steps(self, parts: int) -> int:
         """Of a round in which one part or two meet."""
@@ -352,8 +410,7 @@ class RingWork(Work):
         tiles = [np.zeros((len(shares[0].data), len(shares[-1].data), *k)) for _ in ring.widths]
         steps = self._steps(len(shares))
         for step in range(steps):
-            with jax.enable_x64(True):
-                products, visitor = _meet(own, visitor, ring=ring, passes=step + 1 < steps)
+            products, visitor = self._met(own, visitor, step + 1 < steps)
             met = fetch(products)
             for device in range(ring.size):
                 rows1, examples1 = shares[0].on(device)

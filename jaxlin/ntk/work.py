@@ -94,9 +94,10 @@ class Cost:
         plan: How the work would be cut.
         seconds: Time of the passes and of the products, from a pass over one chunk and products that were timed.
         pass_seconds: Of the passes alone.
-        memory_bytes: Of what is held at a time, beside the model.
+        memory_bytes: Of what is held at a time, beside the model; of a mesh: by each device.
         disk_bytes: While it runs: the kernel's blocks where they are stored, and what passes give where it is spilled.
         kernel_bytes: Of all blocks.
+        devices: That compute it together.
     """
 
     engine: str
@@ -106,6 +107,7 @@ class Cost:
     memory_bytes: int
     disk_bytes: int
     kernel_bytes: int
+    devices: int = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
