@@ -25,7 +25,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class DeviceMemoryError(MemoryError):
-    """A training step does not fit the device's memory; the message says what to lower, and by how much."""
+    """A training step, or a kernel over a mesh, does not fit a device's memory; the message says what to lower."""
 
 
 class ProcessLostError(RuntimeError):

@@ -172,6 +172,14 @@ def check_inputs(apply: Callable[[PyTree, Batch], Array], batch: Batch) -> None:
         check(batch)
 
 
+def text_config(apply: Any) -> Any:
+    """Returns the configuration of the text model that a function applies, linearized or not; `None` if there is none.
+
+    It is an `EncoderConfig` or `DecoderConfig` for models of jaxlin's own.
+    """
+    return getattr(getattr(getattr(apply, "apply", apply), "module", None), "config", None)
+
+
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tunable:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import jaxlin as jl
 from jaxlin.data.dataset import as_dataset
 from jaxlin.ntk.jacobian import jacobian
-from jaxlin.ntk.kinds import KINDS, kind_of, signs, thresholds, without_sign
+from jaxlin.ntk.kinds import KINDS, kind_of, signs, thresholds
 from tests import cases
 
 LINEAR = [name for name, kind in KINDS.items() if not kind.of_signs]
@@ -133,6 +133,17 @@ def test_the_error_of_signs_is_of_signs(batch):
         assert 1e-3 < measured < 0.5
 
 
+def test_key_biases_count_where_keys_are_turned():
+    tun, batch = jl.select(cases.decoder("qwen2", 2), "layer_1/attention/key/bias"), cases.text_batch(3, ids=40)
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    kernel = jl.ntk(tun, batch, kind="signgd", engine="jacobian", dtype="float64", blocks="leaf")
+    jac, _ = cases.reference_jacobian(tun, batch)
+    signed = np.sign(jac)
+    assert np.abs(jac).max() > 1e-3
+    assert cases.relative_error(kernel.matrix(), signed @ signed.T) < 1e-12
+    assert "left out" not in kernel.info.note
+
+
 def test_one_backward_pass_suffices_where_one_row_enters():
     """The kinds of one number a pair pull one cotangent back, not C."""
     for name, rows in (("pseudo", 1), ("logit_difference", 1), ("trace", 2), ("full", 2)):
@@ -180,7 +191,7 @@ def test_regression_with_a_kernel_for_every_output_alike(kind):
 
 
 def test_key_biases_by_name():
-    found = [path for path in ("a/key/bias", "a/key/kernel", "monkey/bias", "h/k_proj/bias") if without_sign(path)]
-    assert found == ["a/key/bias", "h/k_proj/bias"]
+    kind, paths = kind_of("signgd"), ("a/key/bias", "a/key/kernel", "monkey/bias", "h/k_proj/bias")
+    assert [path for path in paths if kind.without_sign(path)] == ["a/key/bias", "h/k_proj/bias"]
     with jax.enable_x64(False):
         assert jnp.finfo(jnp.float32).eps * 8.4 == pytest.approx(1e-6, rel=0.01)

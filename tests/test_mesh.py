@@ -16,7 +16,7 @@ from jaxlin.data.dataset import Dataset
 from jaxlin.mesh import Share, fetch, make_mesh, place
 from jaxlin.ntk import ring
 from jaxlin.ntk.kinds import KINDS
-from jaxlin.ntk.store import transposed
+from jaxlin.ntk.tiles import transposed
 from jaxlin.ntk.work import PASSES, TILES
 from tests import cases, ring_check
 
@@ -233,6 +233,15 @@ def test_bad_arguments(mesh, case):
     options, message = BAD[case]
     with pytest.raises(jl.InputError, match=message):
         kernel(mesh, cases.mlp(), cases.vectors(3), **options)
+
+
+def test_a_full_device_is_told(mesh, monkeypatch):
+    def full(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.\nmore")
+
+    monkeypatch.setattr(ring, "_meet", full)
+    with pytest.raises(jl.DeviceMemoryError, match=r"passes of 3 .* tiles of 3: lower memory_budget=.* 17 bytes\.$"):
+        kernel(mesh, cases.mlp(), cases.vectors(3))
 
 
 def test_the_budget_counts_rows_and_tiles(mesh):

@@ -270,6 +270,9 @@ BAD = {
     "kind": ({"kind": "ntk"}, "kind='ntk' is unknown; expected one of full, trace"),
     "kind of two outputs": ({"kind": "logit_difference"}, "difference of two outputs; the model has 3"),
     "kind of signs": ({"engine": "neural_tangents", "kind": "signgd"}, "does not follow from the kernels"),
+    "theta": ({"theta": {"w": jnp.ones(2)}}, "theta must have the structure and shapes of theta0"),
+    "precision": ({"precision": "hi"}, "precision='hi' is unknown; expected \"highest\""),
+    "check": ({"check_examples": -1}, "check_examples=-1; expected 0"),
     "resume": ({"resume": True}, "needs the store to go on with"),
     "store": ({"store": "k", "keep_jacobian": True}, "nothing else holds the whole Jacobian"),
 }

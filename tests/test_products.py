@@ -381,6 +381,7 @@ def test_sketch_in_parts_is_the_same(model):
 BAD = {
     "dtype": (lambda op: ntk_vector_product(op.tun, op.data1, dtype="float16"), "dtype='float16' is unknown"),
     "check": (lambda op: ntk_vector_product(op.tun, op.data1, check_examples=-1), "check_examples=-1"),
+    "precision": (lambda op: ntk_vector_product(op.tun, op.data1, precision="hi"), "precision='hi' is unknown"),
     "theta": (lambda op: ntk_vector_product(op.tun, op.data1, theta={"w": jnp.ones(2)}), "structure and shapes"),
     "vector": (lambda op: op @ np.zeros(5), r"takes real numbers of shape \(63,\), \(63, k\) or \(21, 3\)"),
     "complex": (lambda op: op @ np.zeros(63, complex), "got complex128"),
@@ -406,6 +407,11 @@ def test_bad_arguments(small, case):
     call, message = BAD[case]
     with pytest.raises(jl.InputError, match=message):
         call(small[0])
+
+
+def test_products_of_less_precision_are_checked_for_theirs():
+    operator = ntk_vector_product(cases.mlp(2), cases.vectors(6), precision="BF16_BF16_F32")
+    assert 1e-5 < operator.deviation < 0.1
 
 
 def test_spectra_are_of_examples_with_themselves():

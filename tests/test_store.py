@@ -1,6 +1,7 @@
 """Kernels on disk: the same to the bit whatever happens to the process, and nothing wrong is ever read."""
 
 import errno
+import functools
 import json
 import os
 import signal
@@ -9,12 +10,16 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import zarr
 
 import jaxlin as jl
+from jaxlin.data.dataset import as_dataset
+from jaxlin.hashing import fingerprint
 from jaxlin.ntk import store, work
+from jaxlin.ntk.tiles import transposed
 from tests import cases
 
 OPTIONS = {"engine": "factored", "blocks": "layer", "memory_budget": 133_000, "check_examples": 1}
@@ -246,10 +251,99 @@ def test_out_of_memory_in_a_tile_halves_the_slabs(model, batch, monkeypatch):
     assert cases.relative_error(kernel.array, exact.array) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["full", "trace", "asymmetric_signgd"])
+@pytest.mark.parametrize("x2", [None, cases.vectors(4, seed=1)], ids=["itself", "others"])
+def test_out_of_memory_in_a_tile_computes_it_in_parts(kind, x2, monkeypatch):
+    tun, data, tile = cases.mlp(2), cases.vectors(7), work.Derivatives.tile
+    exact = jl.ntk(tun, data, x2, kind=kind)
+
+    def full(self, paths, left, right, slab_bytes):
+        if len(left) > 2:
+            raise MemoryError
+        return tile(self, paths, left, right, slab_bytes)
+
+    monkeypatch.setattr(work.Derivatives, "tile", full)
+    kernel = jl.ntk(tun, data, x2, kind=kind, engine="jacobian")
+    assert "out of memory in a tile of 7 × " in kernel.info.note
+    np.testing.assert_allclose(kernel.array, exact.array, rtol=1e-12)
+    if kernel.symmetric:
+        np.testing.assert_array_equal(kernel.array, transposed(kernel.array))
+    monkeypatch.setattr(work.Derivatives, "tile", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        jl.ntk(tun, data, engine="jacobian")
+
+
+def test_what_epsilon_needs_may_not_fit(monkeypatch):
+    tun, data = cases.mlp(2), cases.vectors(7)
+    one = 2 * tun.num_params * 8
+    assert jl.ntk(tun, data, engine="jacobian", memory_budget=4 * one).info.epsilon_J is not None
+    small = work.EpsilonCheck(tun, as_dataset(data), None, 2, "highest", 2 * one - 1)
+    assert small.epsilon() is None  # a row is held twice
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    exact = jl.ntk(tun, data, engine="jacobian")
+    monkeypatch.setattr(work, "EpsilonCheck", full)
+    kernel = jl.ntk(tun, data, engine="jacobian")
+    assert kernel.info.epsilon_J is None
+    assert "out of memory in the float64 rows that ε_J is measured by" in kernel.info.note
+    np.testing.assert_array_equal(kernel.array, exact.array)
+
+
 def test_files_that_do_not_fit_are_refused_before_work(model, batch, monkeypatch, tmp_path):
     monkeypatch.setattr(work.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000})())
     with pytest.raises(jl.InputError, match=r"passes give and the kernel take .* GiB in .* which has 0.0 GiB free"):
         jl.ntk(tuned(model), batch, store=tmp_path / "k", **OPTIONS)
+
+
+def scaled(factor):
+    return lambda theta, batch: jnp.tanh(factor * (batch["x"] @ theta["w"]))
+
+
+def test_a_store_of_another_function_is_refused(tmp_path):
+    data, theta = {"x": np.eye(2, dtype=np.float32)}, {"w": jnp.ones((2, 1))}
+    kernel = jl.ntk(jl.Tunable(scaled(2.0), theta), data, store=tmp_path / "k")
+    again = jl.ntk(jl.Tunable(scaled(2.0), theta), data, store=tmp_path / "k", resume=True)
+    np.testing.assert_array_equal(again.array, kernel.array)
+    others = scaled(3.0), scaled(np.ones(1)), lambda theta, batch: jnp.sin(2.0 * (batch["x"] @ theta["w"]))
+    for other in (*others, functools.partial(helped, factor=2.0)):
+        with pytest.raises(jl.InputError, match=r"of other inputs .*model_sha256"):
+            jl.ntk(jl.Tunable(other, theta), data, store=tmp_path / "k", resume=True)
+
+
+def helped(theta, batch, factor):
+    return helper(batch["x"] @ theta["w"], factor)
+
+
+def helper(x, factor):
+    return SHIFT + x * factor
+
+
+SHIFT = 0.0
+
+
+def test_what_a_function_reads_counts(monkeypatch):
+    def found():
+        tun = jl.Tunable(functools.partial(helped, factor=2.0), {"w": jnp.ones((2, 1))})
+        return fingerprint(tun, tun.theta0)["model_sha256"]
+
+    first = found()
+    assert found() == first
+    monkeypatch.setattr(sys.modules[__name__], "SHIFT", 1.0)
+    assert found() != first
+    monkeypatch.setattr(sys.modules[__name__], "SHIFT", 0.0)
+    assert found() == first
+    monkeypatch.setattr(sys.modules[__name__], "helper", lambda x, factor: x)
+    assert found() != first
+
+
+def test_an_empty_folder_is_planned_for(tmp_path):
+    tun, data = cases.mlp(2), cases.vectors(3)
+    (tmp_path / "k").mkdir()
+    plan = jl.ntk_plan(tun, data, store=tmp_path / "k", resume=True)
+    assert plan == jl.ntk_plan(tun, data)
+    assert jl.ntk(tun, data, store=tmp_path / "k", resume=True).array.shape == (3, 3, 2, 2)
 
 
 def test_an_estimate(model):

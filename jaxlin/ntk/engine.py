@@ -22,17 +22,19 @@ from jaxlin.ntk.factored import find_sites
 from jaxlin.ntk.jacobian import (
     MEMORY_BUDGET,
     Jacobian,
+    check_precision,
     gram,
     jacobian,
     measure_epsilon,
 )
 from jaxlin.ntk.kernel import Kernel, KernelInfo
-from jaxlin.ntk.kinds import Kind, kind_of, without_sign
+from jaxlin.ntk.kinds import Kind, kind_of
 from jaxlin.ntk.neural_tangents import IMPLEMENTATIONS, neural_tangents_parts
 from jaxlin.ntk.ring import RingWork
-from jaxlin.ntk.store import ROWS, KernelStore, transposed, writing
+from jaxlin.ntk.store import ROWS, KernelStore, writing
+from jaxlin.ntk.tiles import transposed
 from jaxlin.ntk.work import PASSES, TILES, Cost, PhaseProgress, Plan, Work
-from jaxlin.tunable import Blocks, Tunable
+from jaxlin.tunable import Blocks, Tunable, text_config
 from jaxlin.versions import versions
 
 ENGINES = ("auto", "jacobian", "factored", "neural_tangents")
@@ -72,7 +74,8 @@ def ntk(
             `"pseudo"`, of the sum of the logits over √C, `[N1, N2]`; `"diagonal"`, equal outputs only, `[N1, N2, C]`;
             `"logit_difference"`, for C = 2, `[N1, N2]`; `"signgd"`, `sign(J) sign(J)ᵀ`, and `"asymmetric_signgd"`,
             `J sign(J)ᵀ`, `[N1, N2, C, C]`, where entries of at most 1e-6 of their row's largest in the same leaf
-            (in float32) count as 0 and key biases of attention, whose derivative is rounding, are left out.
+            (in float32) count as 0 and key biases of attention, whose derivative is rounding (but not with rotary
+            positions), are left out.
         blocks: Which block kernels to keep apart: `"layer"`, `"module"`, `"leaf"`, a mapping of names to
             leaf paths, or `None` for the Tunable's own.
         engine: `"jacobian"`: per-example Jacobians; `"factored"`: what every module read and what flowed back to it,
@@ -91,7 +94,8 @@ def ntk(
         check_examples: Number of examples whose Jacobian rows are recomputed in float64 to measure ε_J
             (theory 6); 0 for none. neural-tangents' result is compared in entries of two examples always.
         store: Folder for the kernel, a Zarr group that can be read while it grows; the kernel returned reads its
-            blocks from there. Passes (not those of a mesh) and tiles already done survive whatever ends the process.
+            blocks from there. Passes (not those of a mesh) and tiles already done survive whatever ends the process
+            (of a mesh: those of the examples at hand are computed again, of every block).
         resume: Go on with a store that is there, if it is of the same inputs, and number of devices of a mesh; the
             result is the same to the bit.
         mesh: Devices to share the work (`jaxlin.make_mesh`): examples by its first axis, the Jacobian passed round
@@ -107,6 +111,7 @@ def ntk(
         InputError: If an argument is not one of those listed, an input does not fit the model, the budget is too
             small for one example, or a store is there already (without `resume`), is of other inputs, is being
             computed by another process, or has no space left.
+        DeviceMemoryError: If a device of the mesh has too little memory for the plan.
         FloatingPointError: If neural-tangents' result fails its check against float64.
         ImportError: If neural-tangents does not work with the JAX that is installed.
     """
@@ -114,7 +119,10 @@ def ntk(
         raise InputError(f"engine={engine!r} is unknown; expected one of {', '.join(ENGINES)}")
     if dtype not in (None, "float64"):
         raise InputError(f'dtype={dtype!r} is unknown; expected "float64", or None for that of the parameters')
-    chosen_kind = kind_of(kind)
+    if check_examples < 0:
+        raise InputError(f"check_examples={check_examples}; expected 0 (no check) or more")
+    check_precision(precision)
+    chosen_kind = _kind_for(kind, tun)
     check_options(
         engine,
         kind,
@@ -127,6 +135,7 @@ def ntk(
     )
     data1, data2 = _datasets(tun, x1, x2, dtype)
     groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
+    tun.check_theta(theta)
     engine, note = _choose(engine, tun, data1, theta, keep_jacobian or mesh)
     options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
     name = dtype or str(jnp.result_type(*jax.tree.leaves(theta)))
@@ -138,7 +147,7 @@ def ntk(
         implementation = implementation or IMPLEMENTATIONS[0]
         with jax.default_matmul_precision(precision):
             parts = neural_tangents_parts(
-                tun, data1, data2, theta, groups, implementation, memory_budget=memory_budget, progress=report
+                tun, data1, data2, theta, groups, implementation, precision, memory_budget, report
             )
         parts = {block: chosen_kind.of_full(part) for block, part in parts.items()}
         info = dataclasses.replace(info, engine=f"neural_tangents:{implementation}", gram_dtype=name)
@@ -187,7 +196,7 @@ def ntk_plan(
     """
     work, theta = _work(tun, x1, x2, **options)
     plan = work.plan()
-    if store is not None and resume and Path(store).exists():
+    if store is not None and resume and _is_begun(Path(store)):
         opened = KernelStore.open(Path(store))
         opened.check_inputs(_inputs(tun, theta, work))
         if opened.is_finished():
@@ -248,9 +257,16 @@ def _work(
     check_options(engine, kind, dtype, mesh=mesh)
     data1, data2 = _datasets(tun, x1, x2, dtype)
     groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
+    tun.check_theta(theta)
+    check_precision(precision)
     engine, _ = _choose(engine, tun, data1, theta, mesh)
     options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
-    return _work_of(mesh, tun, data1, data2, theta, groups, kind_of(kind), engine=engine, **options), theta
+    return _work_of(mesh, tun, data1, data2, theta, groups, _kind_for(kind, tun), engine=engine, **options), theta
+
+
+def _kind_for(name: str, tun: Tunable) -> Kind:
+    """Returns the kind of a name, as it is of a model."""
+    return dataclasses.replace(kind_of(name), rotary=getattr(text_config(tun.apply), "rope", None) is not None)
 
 
 def _work_of(mesh: jax.sharding.Mesh | None, *args: Any, **options: Any) -> Work:
@@ -349,7 +365,7 @@ def _choose(engine: str, tun: Tunable, data: Dataset, theta: PyTree, whole: Any)
 
 def _left_out(kind: Kind, blocks: Blocks) -> str:
     """Says which parameters have no part in a kernel of signs."""
-    count = sum(without_sign(path) for paths in blocks.values() for path in paths)
+    count = sum(kind.without_sign(path) for paths in blocks.values() for path in paths)
     return (
         f"{count} key biases left out: their derivative is rounding and has no sign" if kind.of_signs and count else ""
     )
@@ -437,13 +453,18 @@ def _in_store(
     return (store or KernelStore.open(path)).kernel()
 
 
+def _is_begun(path: Path) -> bool:
+    """Whether there is anything where a store is to be."""
+    return path.exists() and (path.is_file() or any(path.iterdir()))
+
+
 def _opened(work: Work, path: Path, resume: bool, inputs: Mapping[str, Any], symmetric: bool, note: str) -> KernelStore:
     """Returns the store to go on with, or a new one.
 
     Raises:
         InputError: If there is one and it is not to be gone on with, or of other inputs, or the disk is too small.
     """
-    if resume and path.exists() and (path.is_file() or any(path.iterdir())):
+    if resume and _is_begun(path):
         store = KernelStore.open(path, "r+")
         store.check_inputs(inputs)
         if not store.is_finished():

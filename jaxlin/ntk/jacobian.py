@@ -302,12 +302,12 @@ class EpsilonCheck:
             theta: Where; default `tun.theta0`.
             examples: How many of them, spread evenly.
             precision: Of the reference's matrix products.
-            memory_budget: Bytes for the reference; fewer examples are taken where they need more.
+            memory_budget: Bytes for the reference; fewer examples, or none, are taken where they need more.
             seeds: What the rows compared are of: `seeds @ J`; default J.
             transform: Maps the path of a leaf and its rows to what is compared in their place, or to `None`.
         """
         fitting = memory_budget // (jacobian_bytes(tun, data, "float64") // len(data))
-        examples = min(examples, len(data), max(fitting // 2, min(fitting, 1)))  # half: it is copied on its way
+        examples = min(examples, len(data), fitting // 2)  # half: it is copied on its way
         self.chosen = evenly_spread(len(data), examples)
         theta = tun.theta0 if theta is None else theta
         self.expected = np.inf if transform else _expected_deviation(theta, precision)
@@ -377,19 +377,35 @@ def _expected_deviation(theta: PyTree, precision: str = "highest") -> float:
     return CHECK_TOLERANCE if eps <= jnp.finfo(jnp.float32).eps else 20 * eps
 
 
-def check_deviation(deviation: float, theta: PyTree, what: str, remedy: str) -> None:
-    """Refuses a result that deviates from float64 by more than its dtype explains.
+def check_precision(precision: str) -> None:
+    """Refuses what is no precision of matrix products.
+
+    Raises:
+        InputError: If it is none.
+    """
+    try:
+        with jax.default_matmul_precision(precision):
+            pass
+    except ValueError as error:
+        raise InputError(
+            f'precision={precision!r} is unknown; expected "highest", "high", "default", or another name of JAX\'s'
+        ) from error
+
+
+def check_deviation(deviation: float, theta: PyTree, precision: str, what: str, remedy: str) -> None:
+    """Refuses a result that deviates from float64 by more than its dtype and precision explain.
 
     Args:
         deviation: Relative.
         theta: Parameters, in the dtype of the computation.
+        precision: Of its matrix products.
         what: Deviates.
         remedy: What to do.
 
     Raises:
         FloatingPointError: If it does, or the deviation is NaN.
     """
-    tolerance = _expected_deviation(theta)
+    tolerance = _expected_deviation(theta, precision)
     if not deviation <= tolerance:
         raise FloatingPointError(
             f"{what} deviates by {deviation:.1e} relative from what it was checked against in float64 (at most "

@@ -33,6 +33,7 @@ class Kind:
         diagonal: Whether only equal outputs are paired.
         averaged: Whether it is the mean of those over the outputs.
         signs: Whether the rows of J on the left and on the right are replaced by their signs.
+        rotary: Whether the model is known to turn keys by their position: then their biases count like any parameter.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Kind:
     diagonal: bool = False
     averaged: bool = False
     signs: tuple[bool, bool] = (False, False)
+    rotary: bool = False
 
     @property
     def symmetric(self) -> bool:
@@ -50,6 +52,13 @@ class Kind:
     def of_signs(self) -> bool:
         """Whether signs of J enter."""
         return any(self.signs)
+
+    def without_sign(self, path: str) -> bool:
+        """Returns whether a leaf is a key bias that softmax ignores: its derivative is rounding, without a sign.
+
+        The bias adds the same to a query's products with all keys, unless keys are turned by their position.
+        """
+        return not self.rotary and _KEY_BIAS.search(path) is not None
 
     def seeds(self, c: int) -> Float[np.ndarray, "k C"]:
         """Returns the output cotangents whose pullbacks are the rows of J that enter.
@@ -123,11 +132,6 @@ def contrast_basis(c: int) -> Float[np.ndarray, "C C-1"]:
     if c < 2:
         raise InputError(f"contrasts of outputs need at least two of them; there is {c}")
     return np.ascontiguousarray(helmert(c).T)
-
-
-def without_sign(path: str) -> bool:
-    """Whether a leaf is a key bias of attention: softmax ignores it, so its derivative is rounding and has no sign."""
-    return _KEY_BIAS.search(path) is not None
 
 
 def thresholds(

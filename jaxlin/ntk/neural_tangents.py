@@ -264,7 +264,14 @@ _TILE = 8
 
 
 def _check_entries(
-    tun: Tunable, data1: Dataset, data2: Dataset, theta: PyTree, total: np.ndarray, implementation: str, budget: int
+    tun: Tunable,
+    data1: Dataset,
+    data2: Dataset,
+    theta: PyTree,
+    total: np.ndarray,
+    implementation: str,
+    precision: str,
+    budget: int,
 ) -> None:
     """Compares the first and last example's entries with float64."""
     ends1, ends2 = (np.unique([0, len(data) - 1]) for data in (data1, data2))
@@ -274,7 +281,7 @@ def _check_entries(
     exact = sum(gram(exact1[path], exact2[path]) for path in exact1 if path in exact2)
     deviation = np.abs(total[np.ix_(ends1, ends2)] - exact).max() / max(np.abs(exact).max(), 1e-300)
     what = f"neural-tangents' {implementation} kernel, in entries checked,"
-    check_deviation(float(deviation), theta, what, 'a compiler bug is likely: use engine="jacobian"')
+    check_deviation(float(deviation), theta, precision, what, 'a compiler bug is likely: use engine="jacobian"')
 
 
 def neural_tangents_parts(
@@ -284,6 +291,7 @@ def neural_tangents_parts(
     theta: PyTree,
     blocks: Mapping[str, tuple[str, ...]],
     implementation: str,
+    precision: str = "highest",
     memory_budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
 ) -> dict[str, Float[np.ndarray, "N1 N2 C C"]]:
@@ -299,6 +307,7 @@ def neural_tangents_parts(
         theta: Where.
         blocks: Block name to leaf paths.
         implementation: One of `IMPLEMENTATIONS`.
+        precision: Of matrix products.
         memory_budget: Bytes for the float64 Jacobian of the two examples that are checked.
         progress: Called after each tile, with tiles in the place of examples.
 
@@ -341,5 +350,7 @@ def neural_tangents_parts(
                 progress(b * len(tiles) + t + 1, len(blocks) * len(tiles))
         # Rounding leaves tiles on the diagonal symmetric to 1e-7 only; a symmetric kernel is so exactly.
         parts[name] = part if data2 is not None else (part + part.transpose(1, 0, 3, 2)) / 2
-    _check_entries(tun, data1, other, theta, np.sum(list(parts.values()), axis=0), implementation, memory_budget)
+    _check_entries(
+        tun, data1, other, theta, np.sum(list(parts.values()), axis=0), implementation, precision, memory_budget
+    )
     return parts

@@ -21,6 +21,7 @@ from jaxlin.ntk.jacobian import (
     MAX_CHUNK,
     MEMORY_BUDGET,
     check_deviation,
+    check_precision,
     evenly_spread,
     jacobian,
     jacobian_bytes,
@@ -250,6 +251,7 @@ def ntk_vector_product(
         raise InputError(f'dtype={dtype!r} is unknown; expected "float64", or None for that of the parameters')
     if check_examples < 0:
         raise InputError(f"check_examples={check_examples}; expected 0 (no check) or more")
+    check_precision(precision)
     theta = tun.theta0 if theta is None else theta
     tun.check_theta(theta)
     data1 = as_dataset(x1)
@@ -312,4 +314,4 @@ def relative(error: np.ndarray, exact: Any) -> float:
 def require(operator: NTKOperator, deviation: float, what: str) -> None:
     """Raises where a deviation from float64 is beyond what the dtype explains."""
     remedy = 'the model returns NaN there, or a compiler bug is likely: use ntk(...), or dtype="float64"'
-    check_deviation(deviation, operator._function[1], f"a {what}", remedy)
+    check_deviation(deviation, operator._function[1], operator.precision, f"a {what}", remedy)

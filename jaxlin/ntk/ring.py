@@ -11,11 +11,12 @@ is of one part's rows and another's.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset
-from jaxlin.errors import InputError
+from jaxlin.errors import DeviceMemoryError, InputError
 from jaxlin.mesh import Share, fetch, place
 from jaxlin.ntk.jacobian import MAX_CHUNK, outputs_and_jacobian
 from jaxlin.ntk.on_device import COPIED_COLUMNS, summed_gram
-from jaxlin.ntk.store import transposed
-from jaxlin.ntk.work import PASSES, TILES, Cost, PhaseProgress, Plan, Work
+from jaxlin.ntk.tiles import transposed
+from jaxlin.ntk.work import PASSES, TILES, Cost, PhaseProgress, Plan, Work, is_out_of_memory
 from jaxlin.tunable import Batch, leaf_paths
 
 _ENOUGH_ROWS = 16
@@ -332,21 +333,41 @@ class RingWork(Work):
                 held[part] = rows
             return rows
 
-        if not plan.spilled:
-            for part in uses:
-                rows_of(part, last=False)
-        for pair in todo:
-            meeting = self._meeting(*pair)
-            uses.subtract(meeting)
-            if plan.spilled:
-                held = {part: rows for part, rows in held.items() if part == meeting[0]}
-            last = [uses[part] == 0 or (plan.spilled and part != meeting[0]) for part in meeting]
-            rows = [rows_of(*given) for given in zip(meeting, last, strict=True)]
-            found = self._round(rows, [shares[part] for part in meeting], functools.partial(report, TILES))
-            for block, tile in zip(self.blocks, found, strict=True):
-                if wanted(block, *pair):
-                    write(block, *pair, self.kind.finish(tile))
+        with self._explained(plan):
+            if not plan.spilled:
+                for part in uses:
+                    rows_of(part, last=False)
+            for pair in todo:
+                meeting = self._meeting(*pair)
+                uses.subtract(meeting)
+                if plan.spilled:
+                    held = {part: rows for part, rows in held.items() if part == meeting[0]}
+                last = [uses[part] == 0 or (plan.spilled and part != meeting[0]) for part in meeting]
+                rows = [rows_of(*given) for given in zip(meeting, last, strict=True)]
+                found = self._round(rows, [shares[part] for part in meeting], functools.partial(report, TILES))
+                for block, tile in zip(self.blocks, found, strict=True):
+                    if wanted(block, *pair):
+                        write(block, *pair, self.kind.finish(tile))
         return epsilon
+
+    @contextlib.contextmanager
+    def _explained(self, plan: Plan) -> Iterator[None]:
+        """Says what to do where a device's memory runs out: all of them together cannot go on with other parts.
+
+        Raises:
+            DeviceMemoryError: If it does.
+            jax.errors.JaxRuntimeError: Any other error of a device, as it came.
+        """
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(
+                f"out of memory on a device of the mesh, with passes of {plan.chunk} examples on each and tiles of "
+                f"{plan.row_block}: lower memory_budget={self.memory_budget:,} (a store keeps the plan that it was "
+                f"made with: take a new one), or take more devices. The device said: {str(error).splitlines()[0]}"
+            ) from error
 
     def _computed(self, plan: Plan, pairs: Sequence[tuple[range, range]]) -> list[_Part]:
         """The parts whose rows of J are computed, as often as they are, for tiles of these examples."""

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from jaxlin.errors import NO_SPACE, InputError
 from jaxlin.hashing import differences
 from jaxlin.ntk.kernel import Kernel, KernelInfo
+from jaxlin.ntk.tiles import transposed
 from jaxlin.ntk.work import Plan
 from jaxlin.tunable import Blocks
 
@@ -39,7 +40,7 @@ def writing(path: Path) -> Iterator[None]:
         InputError: If another process is at it, or the disk is full.
         OSError: If the store cannot be written for another reason.
     """
-    lock = path.with_name(f".{path.name}.lock")
+    lock = path.absolute().with_name(f".{path.absolute().name}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(lock, timeout=0):
@@ -287,11 +288,6 @@ class _StoredParts(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.names)
-
-
-def transposed(tile: np.ndarray) -> np.ndarray:
-    """Returns a tile with its examples swapped, and its outputs where it has two."""
-    return tile.transpose(1, 0, 3, 2) if tile.ndim == 4 else tile.swapaxes(0, 1)
 
 
 def _as_json(plan: Plan) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxlin.ntk.factored import Site, columns, readers, summed_in
 from jaxlin.ntk.jacobian import gram, gram_of_equal
-from jaxlin.ntk.kinds import Kind, signs, thresholds, without_sign
+from jaxlin.ntk.kinds import Kind, signs, thresholds
 from jaxlin.ntk.rows import Rows
 
 Slab = tuple[slice, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -118,7 +118,7 @@ class Derivatives:
         if not self.kind.of_signs:
             yield from self.slabs(path, left, right, slab_bytes)
             return
-        if without_sign(path):
+        if self.kind.without_sign(path):
             return
         largest = [np.zeros((len(side), self.k)) for side in (left, right)]
         # What counts as 0 depends on a row's largest entry, so a large leaf is formed twice.
@@ -139,3 +139,8 @@ def _stacked(found: Sequence[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.nd
     """Examples, ascending, and their derivatives."""
     examples, derivatives = zip(*sorted(found, key=lambda pair: pair[0]), strict=True)
     return np.array(examples), np.stack(derivatives)
+
+
+def transposed(tile: np.ndarray) -> np.ndarray:
+    """Returns a tile with its examples swapped, and its outputs where it has two."""
+    return tile.transpose(1, 0, 3, 2) if tile.ndim == 4 else tile.swapaxes(0, 1)

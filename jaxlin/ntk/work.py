@@ -32,11 +32,11 @@ from jaxlin.ntk.jacobian import (
     power_of_two,
     to_float64,
 )
-from jaxlin.ntk.kinds import Kind, signs, thresholds, without_sign
+from jaxlin.ntk.kinds import Kind, signs, thresholds
 from jaxlin.ntk.on_device import COPIED_NUMBERS, PINNED_BYTES, DeviceDerivatives, multiplies_on_device, on_its_way
 from jaxlin.ntk.rows import Rows
 from jaxlin.ntk.threads import num_threads
-from jaxlin.ntk.tiles import Derivatives
+from jaxlin.ntk.tiles import Derivatives, transposed
 from jaxlin.tunable import Batch, Blocks, Tunable, leaf_paths
 
 PhaseProgress = Callable[[str, int, int], None]
@@ -368,7 +368,7 @@ class Work:
                         start += done
                         report(done)
                 except (MemoryError, jax.errors.JaxRuntimeError) as error:
-                    if plan.chunk == 1 or not _out_of_memory(error):
+                    if plan.chunk == 1 or not is_out_of_memory(error):
                         raise
                     event = f"out of memory in a pass of {plan.chunk} examples: {plan.chunk // 2} from then on"
                     plan = dataclasses.replace(plan, chunk=plan.chunk // 2, events=(*plan.events, event))
@@ -394,7 +394,13 @@ class Work:
         """Compares derivatives of some examples with float64: of those alone, before anything else is held."""
         options = (self.precision, self.memory_budget, self.kind.seeds(self.c))
         signed = self._signed_reference if self.kind.of_signs else None
-        check = EpsilonCheck(self.tun, self.data1, self.theta, examples, *options, signed)
+        try:
+            check = EpsilonCheck(self.tun, self.data1, self.theta, examples, *options, signed)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            event = "out of memory in the float64 rows that ε_J is measured by: it is not measured"
+            return None, dataclasses.replace(plan, events=(*plan.events, event))
         rows = Rows(None)
         plan = self._run_passes(self.data1, rows, plan, lambda new: changed(new, None), only=check.chosen)
         derivatives = self._derivatives(rows, rows)
@@ -407,7 +413,9 @@ class Work:
 
     def _signed_reference(self, path: str, rows: np.ndarray) -> np.ndarray | None:
         """What takes the place of the derivatives in a kernel of signs."""
-        return None if without_sign(path) else signs(rows, thresholds(np.abs(rows).max(axis=-1), self._dtype))
+        if self.kind.without_sign(path):
+            return None
+        return signs(rows, thresholds(np.abs(rows).max(axis=-1), self._dtype))
 
     def _derivatives(self, first: Rows, last: Rows) -> Derivatives:
         made = DeviceDerivatives if self.on_device else Derivatives
@@ -513,17 +521,40 @@ class Work:
         return epsilon
 
     def _tile(self, derivatives: Derivatives, block: str, left: range, right: range, plan: Plan) -> tuple[Any, Plan]:
-        """One tile, perhaps still on its way from the device; with smaller slabs where memory runs out."""
+        """One tile, perhaps still on its way from the device; where memory runs out with smaller slabs, or in parts."""
         paths = [path for path in self.blocks[block] if path in self._sizes]
         while True:
             try:
                 return jax.block_until_ready(derivatives.tile(paths, left, right, plan.slab_bytes)), plan
             except (MemoryError, jax.errors.JaxRuntimeError) as error:
-                if plan.slab_bytes <= _SMALLEST_SLAB or not self._large or not _out_of_memory(error):
+                in_slabs = bool(self._large) and plan.slab_bytes > _SMALLEST_SLAB
+                if not is_out_of_memory(error) or not (in_slabs or len(left) > 1 or len(right) > 1):
                     raise
-                derivatives.release()
-                event = f"out of memory in a tile with slabs of {plan.slab_bytes} bytes: half of it from then on"
-                plan = dataclasses.replace(plan, slab_bytes=plan.slab_bytes // 2, events=(*plan.events, event))
+            derivatives.release()
+            if not in_slabs:
+                return self._from_halves(derivatives, block, left, right, plan)
+            event = f"out of memory in a tile with slabs of {plan.slab_bytes} bytes: half of it from then on"
+            plan = dataclasses.replace(plan, slab_bytes=plan.slab_bytes // 2, events=(*plan.events, event))
+
+    def _from_halves(
+        self, derivatives: Derivatives, block: str, left: range, right: range, plan: Plan
+    ) -> tuple[np.ndarray, Plan]:
+        """A tile from those of the halves of its examples."""
+        event = f"out of memory in a tile of {len(left)} × {len(right)} examples: computed in parts"
+        if event not in plan.events:
+            plan = dataclasses.replace(plan, events=(*plan.events, event))
+        rows: list[np.ndarray] = []
+        for some in _halves(left):
+            parts = []
+            for others in _halves(right):
+                mirrored = self.data2 is None and self.kind.symmetric and left == right and others.start < some.start
+                if mirrored:
+                    part = transposed(rows[0][:, len(_halves(left)[0]) :])
+                else:
+                    part, plan = self._tile(derivatives, block, some, others, plan)
+                parts.append(np.asarray(part))
+            rows.append(np.concatenate(parts, axis=1))
+        return np.concatenate(rows), plan
 
     def estimate(self, stored: bool) -> Cost:
         """Times one pass and two products, and reckons what the whole will take.
@@ -602,5 +633,12 @@ def _seconds_a_fetched_byte() -> float:
     return (time.perf_counter() - begin) / size
 
 
-def _out_of_memory(error: Exception) -> bool:
+def _halves(examples: range) -> list[range]:
+    """The two halves of some examples; one example is not cut."""
+    middle = examples.start + (len(examples) + 1) // 2
+    return [half for half in (range(examples.start, middle), range(middle, examples.stop)) if half]
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, the host's or a device's."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

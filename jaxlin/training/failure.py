@@ -13,7 +13,7 @@ from jaxlin.linearize import Linearized
 from jaxlin.sharding import DATA
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.groups import Groups
-from jaxlin.tunable import Batch, Tunable
+from jaxlin.tunable import Batch, Tunable, text_config
 
 
 def _to_lower(config: TrainConfig, tun: Tunable, batch: Batch, parts: int, mesh: Mesh | None) -> list[str]:
@@ -27,8 +27,7 @@ def _to_lower(config: TrainConfig, tun: Tunable, batch: Batch, parts: int, mesh:
             f"gradient_accumulation_steps from {parts} to {2 * parts} (a device then holds the activations of "
             f"{-(-held // 2)} examples at a time in place of {held}; the step stays the same)"
         )
-    config_of = getattr(getattr(getattr(tun.apply, "apply", tun.apply), "module", None), "config", None)
-    if getattr(config_of, "remat", None) is False:
+    if getattr(text_config(tun.apply), "remat", None) is False:
         listed.append("--gradient_checkpointing (with_remat(model)), for a third more time")
     if isinstance(tun.apply, Linearized):
         listed.append("linear_mode='cached', which needs no network, where the Jacobian fits")
