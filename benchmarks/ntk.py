@@ -5,10 +5,11 @@
     uv run python benchmarks/ntk.py --text FOLDER/sst2/train.tsv --examples 32      # MiniLM, real text
 
 The shape is RoBERTa-base with random weights and tokens, or MiniLM with real text. The limit of a kernel is that of its
-matrix products, at the rate of the forward pass measured in the same run: N·F forward, N·C·F back through activations
-(and as much again for weight gradients, in proportion to the weights tuned), and (NC)²·P for the Gram matrix of large
-weights in float64, at the rate of a float64 product measured likewise. The first call's excess over the median is
-told apart, as compilation; ε_J is not measured. The peak is of the process during the calls (Linux), with the model.
+matrix products: N·F forward, N·C·F back through activations (and as much again for weight gradients, in proportion to
+the weights tuned), at the best rate of products of these shapes, forward or transposed, measured in the same run; and
+(NC)²·P for the Gram matrix of large weights in float64, at the rate of a float64 product measured likewise. The first
+call's excess over the median is told apart, as compilation; ε_J is not measured. The peak is of the process during the
+calls (Linux), with the model.
 `--head cls` reads one position, for which the last layer then works alone; `--head mean` reads all.
 
 Beside jaxlin's engines: `one block`, the same engine for the summed kernel alone; `neural_tangents`, the fastest of
@@ -74,6 +75,32 @@ def peak_memory(reset: bool = False) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def product_rate(config: EncoderConfig, repeats: int) -> float:
+    """Multiply-adds a second of the products of a layer's MLP, of 512 tokens: the better of forward and transposed."""
+    times, (width, wide) = 16, (config.hidden_size, config.intermediate_size)
+    x, up, down = (np.ones(shape, np.float32) for shape in ((512, width), (width, wide), (wide, width)))
+
+    @jax.jit
+    def forward(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, times, lambda _, x: (x @ up) @ down * 1e-9, x)
+
+    @jax.jit
+    def transposed(x: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, times, lambda _, x: (x @ down.T) @ up.T * 1e-9, x)
+
+    with jax.default_matmul_precision("highest"):
+        best = min(median(lambda f=f: f(x, up, down).block_until_ready(), repeats) for f in (forward, transposed))
+    return 2 * times * x.size * wide / best
+
+
+def multiply_adds(config: EncoderConfig, data: Dataset) -> float:
+    """Of a forward pass of all examples, each at the length that it is computed at."""
+    layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
+    lengths = data.buckets or (data["input_ids"].shape[1],)
+    tokens = zip(lengths, map(len, data.groups()), strict=True)
+    return config.num_layers * sum(n * (t * layer + 2 * t**2 * config.hidden_size) for t, n in tokens)
 
 
 def roberta_shape(args: argparse.Namespace, rng: np.random.Generator) -> tuple[Any, Dataset]:
@@ -148,7 +175,10 @@ def main() -> None:
         ) / (8 * len(chunks))
     square = rng.normal(size=(512, 1 << 14))
     gram_rate = 512 * 512 * (1 << 14) / median(lambda: square @ square.T, args.repeats)  # multiply-adds a second
-    print(f"forward {forward:.4f} s an example; Gram {gram_rate / 1e9:.0f} G multiply-adds/s in float64")
+    rate = product_rate(config, 4 * args.repeats)
+    share_of_rate = multiply_adds(config, data_all) / len(data_all) / forward / rate
+    print(f"forward {forward:.4f} s an example, {share_of_rate:.2f} of the rate of its products", end="; ")
+    print(f"products {rate / 1e9:.0f} G multiply-adds/s; Gram {gram_rate / 1e9:.0f} in float64")
 
     rows = []
     for name in args.cases:
@@ -159,7 +189,8 @@ def main() -> None:
         for n in args.examples:
             data = data_all.take(np.arange(n))
             large = share * config.num_layers * layer
-            limit = n * forward * (1 + c * (depth + share)) + (n * c) ** 2 * large / gram_rate
+            passes = multiply_adds(config, data) * (1 + c * (depth + share)) / rate
+            limit = passes + (n * c) ** 2 * large / gram_rate
             for engine in args.engines:
                 row = {"tuned": name, "N": n, "C": c, "engine": engine, "limit_seconds": limit}
                 peak_memory(reset=True)
@@ -190,7 +221,8 @@ def main() -> None:
                     f"{name:18} N={n:<4} {row['engine']}: {row['seconds']:.1f} s; a pass is {row['pass_seconds']:.1f} s"
                 )
     if args.json:
-        about = {"forward_seconds": forward, "gram_rate": gram_rate, "jax": jax.__version__, "length": args.length}
+        about = {"forward_seconds": forward, "product_rate": rate, "gram_rate": gram_rate, "repeats": args.repeats}
+        about |= {"jax": jax.__version__, "length": None if args.text else args.length}
         about |= {"device": str(jax.devices()[0]), "machine": platform.machine()}
         args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=2))
 
