@@ -145,12 +145,22 @@ def _condition(tables: Tables) -> tuple[str, str]:
 
 
 def _choice(tables: Tables) -> tuple[str, str]:
-    table = poolable(tables["table"])
-    over = {other: chosen.pooled(table, other, "score_eval") for other in (chosen.LAST, chosen.RANDOM)}
-    said = "; ".join(f"minus {chosen.NAMES[other]} {with_interval(values)}" for other, values in over.items())
+    table = chosen.by_accuracy(poolable(tables["table"]))
+    over, training = (
+        {other: chosen.pooled(table, other, column) for other in (chosen.LAST, chosen.RANDOM)}
+        for column in ("score_eval", "loss_train")
+    )
+    said, fits = (
+        "; ".join(f"minus {chosen.NAMES[other]} {with_interval(values)}" for other, values in found.items())
+        for found in (over, training)
+    )
     better = [chosen.outcome(values, 1) for values in over.values()]
     holds = {1: "yes", 0: "not shown", -1: "no"}[min(better)]
-    return f"score of the choice, same budget: {said}", holds
+    measured = (
+        f"accuracy of the choice, within a budget of parameters of which it used {100 * chosen.share_used(table):.3g} "
+        f"% and the others all: {said}. Training loss: {fits}"
+    )
+    return measured, holds
 
 
 def _prediction(tables: Tables) -> tuple[str, str]:
@@ -317,14 +327,15 @@ def _draw_condition(axis: Axes, tables: Tables) -> None:
 
 
 def _draw_choice(axis: Axes, tables: Tables) -> None:
+    table = chosen.by_accuracy(tables["table"])
     for at, other in enumerate(chosen.OTHERS):
-        chosen.points(axis, chosen.pooled(tables["table"], other, "score_eval"), at, plots.COLOURS[other])
+        chosen.points(axis, chosen.pooled(table, other, "score_eval"), at, plots.COLOURS[other])
     axis.axvline(0, color="#000000", lw=0.7)
     names = [chosen.NAMES[other].replace(" (", "\n(") for other in chosen.OTHERS]
     axis.set_yticks(range(len(chosen.OTHERS)), names)
     axis.set_ylim(len(chosen.OTHERS) - 0.4, -0.5)
     axis.locator_params(axis="x", nbins=5)
-    axis.set(title="Chosen layers against others", xlabel="score: chosen − other")
+    axis.set(title="Chosen layers against others", xlabel="accuracy: chosen − other")
 
 
 def _draw_prediction(axis: Axes, tables: Tables) -> None:
