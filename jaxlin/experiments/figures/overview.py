@@ -139,7 +139,7 @@ def _condition(tables: Tables) -> tuple[str, str]:
         sizes = " to ".join(str(size) for size in sorted(distinct(tables["wide"], "train_examples")))
         measured += (
             f"; with {sizes} examples, under descent at c/(μ₁+λ), against training loss "
-            f"{condition.cell(stable, 'spearman')}"
+            f"{condition.cell(stable, 'spearman')}, partial {condition.cell(stable, 'partial')}"
         )
     return measured, condition.verdict(correlations)
 
@@ -318,7 +318,7 @@ def _draw_condition(axis: Axes, tables: Tables) -> None:
         )
     axis.axvline(0, color="#000000", lw=0.7)
     axis.plot([], [], "o-", color=plots.COLOURS["plain"], ms=4, label="plain")
-    axis.plot([], [], "s-", color=plots.COLOURS["partial"], mfc="white", ms=4, label="size held constant")
+    axis.plot([], [], "s-", color=plots.COLOURS["partial"], mfc="white", ms=4, label="trace, size held constant")
     axis.set_yticks(range(len(rows)), ["all" if row["task"] == POOLED else name_of(row["task"]) for row in rows])
     axis.set_title("κ and training loss", pad=20)
     axis.set(xlabel="rank correlation", xlim=(-1.05, 1.05))
@@ -346,7 +346,7 @@ def _draw_prediction(axis: Axes, tables: Tables) -> None:
         chosen.points(axis, values, at, plots.COLOURS["kernel_regression"])
     chosen.points(axis, regression.pooled(pairs, regression.REGRESSION, regression.FULL), len(tasks), "#000000")
     axis.axvline(0, color="#000000", lw=0.7)
-    axis.set_yticks(range(len(tasks) + 1), [*map(name_of, tasks), "tasks"])
+    axis.set_yticks(range(len(tasks) + 1), [*map(name_of, tasks), "all tasks"])
     axis.set_ylim(len(tasks) + 0.6, -0.5)
     axis.set(title="Kernel against fine-tuning", xlabel="accuracy: kernel − fine-tuning")
 
