@@ -15,7 +15,8 @@
 # # Does the condition number predict fine-tuning?
 #
 # Take the gradients of a model's outputs with respect to what is tuned, at the pretrained weights θ₀, and their inner
-# products for every pair of examples: that table is the *tangent kernel* K₀. Were fine-tuning linear in the weights,
+# products for every pair of examples: that table is the *tangent kernel* K₀. (κ below is of LoRA's factors alone; the
+# new head is trained too.) Were fine-tuning linear in the weights,
 # the error along an eigenvector of K₀ would shrink as fast as its eigenvalue μ is large. The *condition number* κ is
 # the largest eigenvalue over the smallest: how much faster training is in the direction that it learns first than in
 # the one that it learns last. The [tutorial](../docs/tutorial.md#the-tangent-kernel) introduces both by example.
@@ -39,6 +40,8 @@ study.found("verdict")
 
 # %% [markdown]
 # ## A point a choice
+#
+# Intervals, here and below, resample choices and draws; the tasks are fixed, so that they are of these tasks.
 #
 # If the claim held, the points above would rise to the right, and those below would fall. The colour is the number of
 # modules that a choice tunes.

@@ -23,7 +23,8 @@
 # `jl.select_layers` ranks every set of layers and modules within a budget of parameters, before any training, from one
 # pass over some labelled examples. The criterion asked about is the leave-one-out loss: how well the linearized model,
 # trained on all examples but one, would predict that one. Here its choice is really fine-tuned, and so
-# are the choice by the condition number κ, the last layers, random choices with as many parameters, and everything.
+# are the choice by the condition number κ, the last layers, random choices, and everything. All but the last keep to
+# one budget of parameters, which the last layers and the random choices use up, and the kernel's choice need not.
 #
 # All begin from the same head, a probe on the frozen features that stays as it is: whatever differs comes from the
 # layers.
@@ -44,7 +45,8 @@ study.found("verdict")
 # ## Paired differences
 #
 # Each circle is one seed: the chosen layers minus the other arm, on the same examples, from the same start. Left of
-# zero is worse in the first column, better in the other two. An interval that holds zero tells nothing.
+# zero is worse in the first column, better in the other two. An interval that holds zero leaves the sign open; how
+# large a difference may be it says all the same.
 
 # %%
 study.show("differences")
@@ -54,6 +56,9 @@ study.found("differences")
 
 # %% [markdown]
 # ## Scores
+#
+# Accuracy throughout, so that tasks may be averaged; CoLA's own metric, Matthews correlation, is 0 for a constant
+# answer.
 
 # %%
 study.found("scores")

@@ -1,9 +1,12 @@
 """Study 07 on small data: its rows are what selection and training give, and what it says is what they hold."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 
 import jaxlin as jl
 from jaxlin.experiments.figures import choose_layers as study
@@ -13,6 +16,8 @@ from jaxlin.experiments.figures.choices import MODULES, Choice
 from jaxlin.experiments.figures.study import Work, read_tables, write_tables
 from jaxlin.training.compare import MAJORITY
 from tests import cases
+
+KEPT = Path(__file__).parents[1] / "notebooks" / "results" / study.STUDY.name
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +130,59 @@ def test_paired_differences():
     assert len(page.pooled([row for row in table if row["task"] == "a"] + scores, page.LAST, "score_eval")) == 1
 
 
+def test_scores_are_accuracies_where_there_are():
+    of_classes = {"accuracy_eval": 0.7, "score_eval": 0.1, "metric": "matthews"}
+    assert page.by_accuracy([of_classes]) == [{"accuracy_eval": 0.7, "score_eval": 0.7, "metric": "accuracy"}]
+    of_scores = {"accuracy_eval": None, "score_eval": 0.1, "metric": "pearson"}
+    assert page.by_accuracy([of_scores]) == [of_scores]
+
+
+def test_what_it_says_is_what_the_kept_tables_hold():
+    tables = read_tables(KEPT)
+    table, said = tables["table"], page.findings(tables)
+    tasks, seeds = (list(dict.fromkeys(row[name] for row in table)) for name in ("task", "seed"))
+
+    def values(arm, column, task, seed):
+        return np.mean([r[column] for r in table if (r["arm"], r["task"], r["seed"]) == (arm, task, seed)])
+
+    lines = {line.split(" | ")[0].strip("| "): line for line in said["verdict"].splitlines() if line.startswith("|")}
+    for arm in page.OTHERS:
+        cells = lines[page.NAMES[arm]].strip("| ").split(" | ")[2:]
+        for cell, column, better in zip(cells, ("accuracy_eval", "loss_eval", "loss_train"), (1, -1, -1), strict=True):
+            each = [[values(page.BY_LOSS, column, t, s) - values(arm, column, t, s) for s in seeds] for t in tasks]
+            means = np.mean(each, axis=1)
+            low, high = scipy.stats.t.interval(0.95, len(tasks) - 1, means.mean(), scipy.stats.sem(means))
+            found = [cases.number(text) for text in re.findall(r"[+−][\d.]+", cell)]
+            np.testing.assert_allclose(found, (means.mean(), low, high), atol=6e-5)
+            ends = [scipy.stats.t.interval(0.95, len(v) - 1, np.mean(v), scipy.stats.sem(v)) for v in each if np.ptp(v)]
+            signs = [better * np.sign(low) for low, high in ends if low * high > 0]
+            assert f"better in {signs.count(1)}, worse in {signs.count(-1)}" in cell
+    sizes = [np.mean([row["num_params"] for row in table if row["arm"] == arm]) for arm in (page.BY_LOSS, page.LAST)]
+    assert f"It used {100 * sizes[0] / sizes[1]:.3g} % of the budget" in said["verdict"]
+    for arm, words in (
+        (page.BY_KAPPA, "by κ, the query of layer 0"),
+        (page.BY_LOSS, "by leave-one-out loss, no module"),
+    ):
+        names = [Choice.parse(row["choice"]) for row in table if row["arm"] == arm]
+        blocks = [block for choice in names for block in choice.blocks]
+        most = max(map(blocks.count, blocks))
+        assert re.search(rf"{words}.* in {most} of {len(names)} draws", said["chosen"])
+        assert (blocks.count("layer_0/query") == most) == (arm == page.BY_KAPPA)
+    for criterion in (page.BY_LOSS, page.BY_KAPPA):
+        each = []
+        for task in tasks:
+            rhos = []
+            for seed in seeds:
+                rows = [r for r in table if (r["task"], r["seed"]) == (task, seed) and r[criterion] is not None]
+                pairs = {r["choice"]: (r[criterion], r["loss_eval"]) for r in rows}
+                rhos.append(scipy.stats.spearmanr(*zip(*pairs.values(), strict=True)).statistic)
+            each.append(np.mean(rhos))
+        mean, least, most = (f"{value:+.2f}".replace("-", "−") for value in (np.mean(each), min(each), max(each)))
+        assert f"{mean} ({least} to {most} by task)" in said["chosen"]
+    count = 3 * len(tasks) * len(page.OTHERS)
+    assert f"There are {count}: if nothing differed, about {count / 20:.0f} of them" in said["differences"]
+
+
 @pytest.mark.slow
 def test_what_it_says_is_what_the_tables_hold(ran):
     tables = ran[2]
@@ -141,7 +199,7 @@ def test_what_it_says_is_what_the_tables_hold(ran):
     assert f"{np.mean(scores):.3g} ({min(scores):.3g} to {max(scores):.3g})" in said["scores"]
     chosen = " · ".join(by[page.BY_LOSS, seed]["choice"] for seed in (0, 1))
     assert f"| {chosen} |" in said["chosen"]
-    assert "pays" in said["verdict"]
+    assert "layers by leave-one-out loss" in said["verdict"]
     assert set(page.draw(tables)) == {"differences", "chosen"}
 
 

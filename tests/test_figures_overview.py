@@ -135,9 +135,11 @@ def test_directions():
 
 def choices(advantage):
     arms = {"leave_one_out_error": 0.8 + advantage, "last_layers": 0.8, "random_choice": 0.7}
+    sizes = {"leave_one_out_error": 30, "last_layers": 40, "random_choice": 40}
     return {
         "table": [
-            {"task": task, "seed": seed, "arm": arm, "score_eval": score + 0.001 * i}
+            {"task": task, "seed": seed, "arm": arm, "score_eval": 0.0, "accuracy_eval": score + 0.001 * i}
+            | {"loss_train": 0.5 - score, "num_params": sizes[arm]}
             for i, task in enumerate(("cola", "sst2", "mrpc"))
             for seed in range(2)
             for arm, score in {**arms, "leave_one_out_error": 0.8 + advantage * (1 + 0.1 * i)}.items()
@@ -146,7 +148,10 @@ def choices(advantage):
 
 
 def test_choosing():
-    assert answer("07_choose_layers", choices(0.05))[1] == "yes"
+    measured, holds = answer("07_choose_layers", choices(0.05))
+    assert holds == "yes"  # by accuracy, whatever a task's own score is
+    assert "of which it used 75 % and the others all: minus last layers +0.055 [" in measured
+    assert "Training loss: minus last layers −0.055 [" in measured
     assert answer("07_choose_layers", choices(-0.05))[1] == "no"
 
 

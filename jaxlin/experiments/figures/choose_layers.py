@@ -35,7 +35,7 @@ from jaxlin.tunable import Tunable
 
 @dataclasses.dataclass(frozen=True)
 class ChooseLayersSetting(AdamSetting):
-    """Chosen layers against others with as many parameters, and against all; every choice is trained alike.
+    """Chosen layers against others within the same budget, and against all; every choice is trained alike.
 
     Attributes:
         select_examples: Training examples that the choice is made on; the others make the probe head.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from jaxlin.experiments.figures.summary import (
     of,
     poolable,
     sizes,
+    spread,
     values_of,
     with_interval,
     written,
@@ -47,6 +49,20 @@ OTHERS = (BY_KAPPA, LAST, RANDOM, EVERYTHING, START)
 """What the choice is held against."""
 MEASURES = (("score_eval", "score", 1), ("loss_eval", "validation loss", -1), ("loss_train", "training loss", -1))
 """Column, in words, and whether more (1) or less (−1) is better."""
+
+
+def by_accuracy(table: Sequence[Row]) -> list[Row]:
+    """Returns the rows scored by accuracy, as what is averaged over tasks must be; a task of scores as it was."""
+    return [
+        row if row["accuracy_eval"] is None else {**row, "metric": "accuracy", "score_eval": row["accuracy_eval"]}
+        for row in table
+    ]
+
+
+def share_used(table: Sequence[Row]) -> float:
+    """Returns the share of the budget that the choice used, mean over tasks and seeds; the last layers use all."""
+    used, budget = (values_of(of(table, arm=arm), "num_params").mean() for arm in (BY_LOSS, LAST))
+    return float(used / budget)
 
 
 def differences(table: Sequence[Row], other: str, column: str) -> np.ndarray:
@@ -104,7 +120,22 @@ def _difference_figure(table: Sequence[Row]) -> Figure:
     return figure
 
 
-def _where(table: Sequence[Row]) -> Figure:
+def _taken(table: Sequence[Row], arm: str) -> dict[tuple[int, str], int]:
+    """Counts the draws of all tasks in which each module of a layer was chosen."""
+    choices = [Choice.parse(row["choice"]) for row in of(table, arm=arm)]
+    return Counter((layer, letter) for choice in choices for layer in choice.layers for letter in choice.modules)
+
+
+def _most_taken(table: Sequence[Row], arm: str) -> str:
+    """Says what a criterion took most often, and how often."""
+    taken, draws = _taken(table, arm), counted(len(of(table, arm=arm)), "draw")
+    most = max(taken.values())
+    first = [f"the {MODULES[letter]} of layer {layer}" for (layer, letter), count in taken.items() if count == most]
+    which = first[0] if len(first) == 1 else "no module of a layer more often than"
+    return f"{NAMES[arm].removeprefix('chosen ')}, {which} in {most} of {draws}"
+
+
+def _where(table: Sequence[Row], chosen: Sequence[Row]) -> Figure:
     """In which share of the draws each module of each layer was chosen, by two criteria."""
     tasks, letters = distinct(table, "task"), list(MODULES)
     every = Choice.parse(of(table, arm=EVERYTHING)[0]["choice"])
@@ -129,13 +160,19 @@ def _where(table: Sequence[Row]) -> Figure:
                     axis.set_xlabel("layer")
             axes[line, 0].set_ylabel(NAMES[arm].removeprefix("chosen "))
         figure.colorbar(image, ax=axes, label="share of draws")
-        figure.suptitle(f"What was chosen; {sizes(table, banded=False)}", fontsize=8)
+        train, draws = spread(distinct(table, "train_examples")), counted(len(distinct(table, "seed")), "draw")
+        figure.suptitle(
+            f"What was chosen, on {chosen[0]['select_examples']} of {train} training examples, in {draws} a task:\n"
+            + "; ".join(_most_taken(table, arm) for arm in (BY_KAPPA, BY_LOSS)),
+            fontsize=8,
+        )
     return figure
 
 
 def draw(tables: Tables) -> dict[str, Figure]:
     """Draws the paired differences, and what was chosen."""
-    return {"differences": _difference_figure(tables["table"]), "chosen": _where(tables["table"])}
+    table = by_accuracy(tables["table"])
+    return {"differences": _difference_figure(table), "chosen": _where(table, tables["chosen"])}
 
 
 def _scores(table: Sequence[Row]) -> str:
@@ -157,13 +194,17 @@ def _scores(table: Sequence[Row]) -> str:
 def _differences(table: Sequence[Row]) -> str:
     lines = []
     for task in distinct(table, "task"):
-        for column, name, _ in MEASURES[:2]:
+        for column, name, _ in MEASURES:
+            name = metric_of(of(table, task=task)) if column == "score_eval" else name
             cells = [with_interval(differences(of(table, task=task), other, column), "+.4f") for other in OTHERS]
             lines.append(f"| {name_of(task)} | {name} | " + " | ".join(cells) + " |")
     head = " | ".join(f"− {NAMES[other]}" for other in OTHERS)
+    draws, count = len(distinct(table, "seed")), len(lines) * len(OTHERS)
     return (
         "Chosen by leave-one-out loss minus each other, paired by seed, with 95 % intervals over seeds:\n\n"
-        f"| Task | of | {head} |\n{'|---' * (len(OTHERS) + 2)}|\n" + "\n".join(lines)
+        f"| Task | of | {head} |\n{'|---' * (len(OTHERS) + 2)}|\n" + "\n".join(lines) + "\n\n"
+        f"Each interval is Student's t of {counted(draws, 'draw')}, and as wide as so few make it. There are {count}: "
+        f"if nothing differed, about {0.05 * count:.0f} of them would leave out zero by chance."
     )
 
 
@@ -173,34 +214,50 @@ def outcome(values: np.ndarray, better: int) -> int:
     return 0 if low <= 0 <= high or low == high else int(np.sign(low) * better)
 
 
-def _verdict(table: Sequence[Row]) -> str:
+def _against(table: Sequence[Row], other: str) -> str:
+    """A row of the verdict's table: mean differences over tasks, and in how many tasks they are told apart."""
     tasks = distinct(table, "task")
-    many = counted(len(tasks), "task")
-    lines = []
-    for other in OTHERS:
-        found = {
-            name: [outcome(differences(of(table, task=task), other, column), better) for task in tasks]
-            for column, name, better in MEASURES[:2]
-        }
-        counts = [
-            f"{name}: better in {seen.count(1)}, worse in {seen.count(-1)}, not told apart in {seen.count(0)}"
-            for name, seen in found.items()
-        ]
-        line = f"- against {NAMES[other]}: {'; '.join(counts)} of {many}"
-        over_tasks = pooled(table, other, "score_eval")
-        if len(over_tasks) > 1:
-            line += f"; mean difference of the score over tasks {with_interval(over_tasks)}"
-        lines.append(line + ".")
-    equal = {other: outcome(pooled(table, other, "score_eval"), 1) for other in (LAST, RANDOM)}
+    cells = [f"{values_of(of(table, arm=other), 'num_params').mean():.0f}"]
+    for column, _, better in MEASURES:
+        found = [outcome(differences(of(table, task=task), other, column), better) for task in tasks]
+        over_tasks = pooled(table, other, column)
+        mean = f"{with_interval(over_tasks, '+.4f')}; " if len(over_tasks) else ""
+        cells.append(f"{mean}better in {found.count(1)}, worse in {found.count(-1)}")
+    return f"| {NAMES[other]} | {' | '.join(cells)} |"
+
+
+_ABREAST = (LAST, RANDOM)
+"""What the choice has to beat: as cheap to name, within the same budget."""
+_PAYS = {1: "pays", 0: "is not shown to pay", -1: "does not pay"}
+
+
+def _training(table: Sequence[Row]) -> str:
+    """Says where the training loss is told apart over tasks."""
+    found = {other: pooled(table, other, "loss_train") for other in _ABREAST}
+    told = {other: outcome(values, -1) for other, values in found.items()}
+    said = []
+    for sign, word in ((-1, "larger"), (1, "smaller")):
+        parts = [f"{NAMES[o]} ({with_interval(found[o], '+.4f')})" for o in _ABREAST if told[o] == sign]
+        if parts:
+            said.append(f"its training loss is {word} than that of {' and of '.join(parts)}")
+    return f"Told apart over tasks: {', and '.join(said)}. " if said else "Nor is its training loss told from theirs. "
+
+
+def _verdict(table: Sequence[Row]) -> str:
+    equal = {other: outcome(pooled(table, other, "score_eval"), 1) for other in _ABREAST}
     words = {1: "is better than that of", -1: "is worse than that of", 0: "cannot be told from that of"}
     ends = " and ".join(f"{words[sign]} {NAMES[other]}" for other, sign in equal.items())
-    pays = "pays" if min(equal.values()) == 1 else "does not show that it pays"
     of_mean = counted(len(distinct(poolable(table), "task")), "task")
-    used = values_of(of(table, arm=BY_LOSS), "num_params").mean() / values_of(of(table, arm=LAST), "num_params").mean()
+    heads = "".join(f" | {name}" for _, name, _ in MEASURES).replace("score", "accuracy")
+    tuned = values_of(of(table, arm=BY_LOSS), "num_params").mean()
     return (
-        f"**Choosing layers by leave-one-out loss {pays} here**: over {of_mean} its score "
-        f"{ends}. It used {100 * used:.3g} % of the parameters that it might tune; those two use all.\n\n"
-        + "\n".join(lines)
+        f"**Choosing layers by leave-one-out loss {_PAYS[min(equal.values())]} here**: over {of_mean} its accuracy "
+        f"{ends}. {_training(table)}It used {100 * share_used(table):.3g} % of the budget of parameters, the other two "
+        "all of it: what differs may be the number of parameters as well as which they are.\n\n"
+        f"The choice, which tunes {tuned:.0f} parameters at the mean, minus each other (mean over tasks, 95 % interval "
+        f"over tasks; and in how many of {counted(len(distinct(table, 'task')), 'task')} the interval over draws "
+        f"leaves out zero):\n\n| Minus | its parameters{heads} |\n{'|---' * (len(MEASURES) + 2)}|\n"
+        + "\n".join(_against(table, other) for other in OTHERS)
     )
 
 
@@ -210,41 +267,55 @@ def _what(tables: Tables) -> str:
     for task in distinct(table, "task"):
         cells = [", ".join(row["choice"] for row in of(table, task=task, arm=arm)) for arm in (BY_LOSS, BY_KAPPA)]
         lines.append(f"| {name_of(task)} | " + " | ".join(cell.replace(", ", " · ") for cell in cells) + " |")
-    ranks = {name: _order(table, name) for name in (BY_LOSS, BY_KAPPA)}
-    said = " and ".join(f"{number(value, '+.2f')} for {_WORDS[name]}" for name, value in ranks.items())
     return (
         f"Chosen of {chosen[0]['candidates']} candidates on {chosen[0]['select_examples']} examples, seed by seed "
         "(layers:modules, by first letter):\n\n| Task | by leave-one-out loss | by κ |\n|---|---|---|\n"
         + "\n".join(lines)
-        + "\n\nRank correlation of what the kernel said with the validation loss after fine-tuning, among the choices "
-        f"of one seed, mean over tasks and seeds: {said}."
+        + f"\n\nTaken most often: {'; '.join(_most_taken(table, arm) for arm in (BY_KAPPA, BY_LOSS))}.\n\n"
+        + _said_before(table)
     )
 
 
-_WORDS = {BY_LOSS: "leave-one-out loss", BY_KAPPA: "κ"}
+def _said_before(table: Sequence[Row]) -> str:
+    """How well what the kernel said of the choices within the budget ranks them by validation loss."""
+    words = {BY_LOSS: "leave-one-out loss", BY_KAPPA: "κ"}
+    ranks = {name: _ranks(table, name) for name in words}
+    problems = [found for by_task in ranks[BY_LOSS].values() for found in by_task]
+    if not problems:
+        return "Too few choices were fine-tuned in a draw to rank them."
+    said = []
+    for name, by_task in ranks.items():
+        means = [np.mean([rho for rho, _ in found]) for found in by_task.values()]
+        over = f" ({spread(means, '+.2f')} by task)" if len(means) > 1 else ""
+        said.append(f"{number(float(np.mean(means)), '+.2f')}{over} for {words[name]}")
+    return (
+        "Rank correlation of what the kernel said with the validation loss after fine-tuning, over the "
+        f"{spread([count for _, count in problems])} choices within the budget of each draw, mean over "
+        f"{counted(len(problems), 'draw')} of {counted(len(ranks[BY_LOSS]), 'task')}: {' and '.join(said)}."
+    )
 
 
-def _order(table: Sequence[Row], criterion: str) -> float:
-    """Mean rank correlation, within a task and seed, of a criterion with the validation loss of the choices."""
+def _ranks(table: Sequence[Row], criterion: str) -> dict[str, list[tuple[float, int]]]:
+    """Rank correlation of a criterion with the validation loss, and of how many choices: by task, a pair a seed."""
     from scipy.stats import spearmanr
 
-    found = []
+    found: dict[str, list[tuple[float, int]]] = {}
     for task in distinct(table, "task"):
         for seed in distinct(table, "seed"):
             rows = [row for row in of(table, task=task, seed=seed) if row[criterion] is not None]
             unique = {row["choice"]: row for row in rows}.values()
             if len(unique) > 2:
                 sides = [[row[column] for row in unique] for column in (criterion, "loss_eval")]
-                found.append(spearmanr(*sides).statistic)
-    return float(np.nanmean(found)) if found else float("nan")
+                found.setdefault(task, []).append((float(spearmanr(*sides).statistic), len(unique)))
+    return found
 
 
 def findings(tables: Tables) -> dict[str, str]:
     """Says whether choosing pays, how each arm scores, the paired differences, and what was chosen."""
-    table = tables["table"]
+    table = by_accuracy(tables["table"])
     return {
         "verdict": _verdict(table),
         "scores": _scores(table),
         "differences": _differences(table),
-        "chosen": _what(tables),
+        "chosen": _what({**tables, "table": table}),
     }

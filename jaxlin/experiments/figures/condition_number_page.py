@@ -207,6 +207,11 @@ def _verdict(table: Sequence[Row], correlations: Sequence[Row]) -> str:
         row for row in of(correlations, way=PAPER, outcome="train_loss", task=POOLED) if row["predictor"] in _SHOWN
     ]
     best = max(known, key=lambda row: abs(row["spearman"]) if np.isfinite(row["spearman"]) else -1)
+    every = one(correlations, KAPPA.removeprefix(ALONE), "train_loss")
+    lines.append(
+        "κ is here of the kernel of LoRA’s factors; that of all that is tuned, the new head too, has "
+        f"ρ = {cell(every, 'spearman')} with training loss."
+    )
     lines.append(
         f"The strongest predictor of training loss is {name_of_predictor(best['predictor'])} "
         f"(ρ = {cell(best, 'spearman')})."
@@ -219,7 +224,8 @@ def _verdict(table: Sequence[Row], correlations: Sequence[Row]) -> str:
         signs = {1: "the paper’s sign", -1: "the opposite sign", 0: "no sign that can be told"}
         lines.append(
             f"Under descent at c/(μ₁+λ), where theory says that κ_λ sets the rate, κ has "
-            f"{signs[_sign(stable, 'spearman')]}: ρ = {cell(stable, 'spearman')}."
+            f"{signs[_sign(stable, 'spearman')]}: ρ = {cell(stable, 'spearman')}; with trace and number of parameters "
+            f"held constant {cell(stable, 'partial')}."
         )
     return " ".join(lines)
 

@@ -214,7 +214,8 @@ def _kernels(tables: Tables) -> Figure:
             parts = [part for part in parts if part != "head"] + [part for part in parts if part == "head"]
             for shift, start in enumerate(STARTS):
                 rows = [row for row in of(values, task=task, start=start) if row["eigenvalue"] > row["noise_floor"]]
-                band(top, rows, "index", "eigenvalue", color=COLOURS[start])
+                style = "--" if start == STARTS[-1] else "-"  # the probe's lies below it
+                band(top, rows, "index", "eigenvalue", fmt=style, color=COLOURS[start])
                 some = of(shares, task=task, start=start)
                 where = {part: at + 0.2 * (shift - 1) for at, part in enumerate(parts)}
                 bottom.set_yscale("log")
@@ -233,6 +234,15 @@ def _kernels(tables: Tables) -> Figure:
     return figure
 
 
+_ARMS = {
+    "chosen": "chosen",
+    "last layers": "last_layers",
+    "random layers": "random_choice",
+    "all layers": "everything",
+}
+"""Colours of what is tuned, as in study 07."""
+
+
 def _choices(table: Sequence[Row]) -> Figure:
     tasks, names = distinct(table, "task"), distinct(table, "choice")
     figure, axes = plots.canvas(1, len(tasks), 3.2 * max(len(tasks), 2), 2.6)
@@ -242,7 +252,7 @@ def _choices(table: Sequence[Row]) -> Figure:
             for i, name in enumerate(names):
                 values = values_of(of(table, task=task, choice=name), "accuracy_eval")
                 axis.plot(np.full(len(values), i), values, ".", color=plots.COLOURS["start"], ms=5)
-                axis.plot([i - 0.2, i + 0.2], [values.mean()] * 2, color=COLOURS[STARTS[0]], lw=2)
+                axis.plot([i - 0.2, i + 0.2], [values.mean()] * 2, color=plots.COLOURS[_ARMS[name]], lw=2)
             axis.set_xticks(range(len(names)), names, rotation=20)
             axis.set(title=name_of(task), ylabel="validation accuracy")
         title = "Layers tuned through the prompt; points: runs, bars: their means"

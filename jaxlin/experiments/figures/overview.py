@@ -139,18 +139,28 @@ def _condition(tables: Tables) -> tuple[str, str]:
         sizes = " to ".join(str(size) for size in sorted(distinct(tables["wide"], "train_examples")))
         measured += (
             f"; with {sizes} examples, under descent at c/(μ₁+λ), against training loss "
-            f"{condition.cell(stable, 'spearman')}"
+            f"{condition.cell(stable, 'spearman')}, partial {condition.cell(stable, 'partial')}"
         )
     return measured, condition.verdict(correlations)
 
 
 def _choice(tables: Tables) -> tuple[str, str]:
-    table = poolable(tables["table"])
-    over = {other: chosen.pooled(table, other, "score_eval") for other in (chosen.LAST, chosen.RANDOM)}
-    said = "; ".join(f"minus {chosen.NAMES[other]} {with_interval(values)}" for other, values in over.items())
+    table = chosen.by_accuracy(poolable(tables["table"]))
+    over, training = (
+        {other: chosen.pooled(table, other, column) for other in (chosen.LAST, chosen.RANDOM)}
+        for column in ("score_eval", "loss_train")
+    )
+    said, fits = (
+        "; ".join(f"minus {chosen.NAMES[other]} {with_interval(values)}" for other, values in found.items())
+        for found in (over, training)
+    )
     better = [chosen.outcome(values, 1) for values in over.values()]
     holds = {1: "yes", 0: "not shown", -1: "no"}[min(better)]
-    return f"score of the choice, same budget: {said}", holds
+    measured = (
+        f"accuracy of the choice, within a budget of parameters of which it used {100 * chosen.share_used(table):.3g} "
+        f"% and the others all: {said}. Training loss: {fits}"
+    )
+    return measured, holds
 
 
 def _prediction(tables: Tables) -> tuple[str, str]:
@@ -308,7 +318,7 @@ def _draw_condition(axis: Axes, tables: Tables) -> None:
         )
     axis.axvline(0, color="#000000", lw=0.7)
     axis.plot([], [], "o-", color=plots.COLOURS["plain"], ms=4, label="plain")
-    axis.plot([], [], "s-", color=plots.COLOURS["partial"], mfc="white", ms=4, label="size held constant")
+    axis.plot([], [], "s-", color=plots.COLOURS["partial"], mfc="white", ms=4, label="trace, size held constant")
     axis.set_yticks(range(len(rows)), ["all" if row["task"] == POOLED else name_of(row["task"]) for row in rows])
     axis.set_title("κ and training loss", pad=20)
     axis.set(xlabel="rank correlation", xlim=(-1.05, 1.05))
@@ -317,14 +327,15 @@ def _draw_condition(axis: Axes, tables: Tables) -> None:
 
 
 def _draw_choice(axis: Axes, tables: Tables) -> None:
+    table = chosen.by_accuracy(tables["table"])
     for at, other in enumerate(chosen.OTHERS):
-        chosen.points(axis, chosen.pooled(tables["table"], other, "score_eval"), at, plots.COLOURS[other])
+        chosen.points(axis, chosen.pooled(table, other, "score_eval"), at, plots.COLOURS[other])
     axis.axvline(0, color="#000000", lw=0.7)
     names = [chosen.NAMES[other].replace(" (", "\n(") for other in chosen.OTHERS]
     axis.set_yticks(range(len(chosen.OTHERS)), names)
     axis.set_ylim(len(chosen.OTHERS) - 0.4, -0.5)
     axis.locator_params(axis="x", nbins=5)
-    axis.set(title="Chosen layers against others", xlabel="score: chosen − other")
+    axis.set(title="Chosen layers against others", xlabel="accuracy: chosen − other")
 
 
 def _draw_prediction(axis: Axes, tables: Tables) -> None:
@@ -335,7 +346,7 @@ def _draw_prediction(axis: Axes, tables: Tables) -> None:
         chosen.points(axis, values, at, plots.COLOURS["kernel_regression"])
     chosen.points(axis, regression.pooled(pairs, regression.REGRESSION, regression.FULL), len(tasks), "#000000")
     axis.axvline(0, color="#000000", lw=0.7)
-    axis.set_yticks(range(len(tasks) + 1), [*map(name_of, tasks), "tasks"])
+    axis.set_yticks(range(len(tasks) + 1), [*map(name_of, tasks), "all tasks"])
     axis.set_ylim(len(tasks) + 0.6, -0.5)
     axis.set(title="Kernel against fine-tuning", xlabel="accuracy: kernel − fine-tuning")
 

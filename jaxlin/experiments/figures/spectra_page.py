@@ -315,7 +315,9 @@ def _of_bounds(tables: Tables) -> str:
         ""
         if not kappas
         else (
-            "The bound of κ from above is at the median "
+            "κ is at the median "
+            f"{np.median([row['condition_number'] / row['lower'] for row in kappas]):.3g} times its bound from below: "
+            "that one says next to nothing. The bound from above is at the median "
             f"{np.median([row['upper'] / row['condition_number'] for row in kappas]):.3g} times κ, where it applies "
             f"({len(kappas)} of {len(tables['kappa_bounds'])} steps). "
         )
