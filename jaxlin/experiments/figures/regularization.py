@@ -180,8 +180,8 @@ def _main(table: Sequence[Row]) -> Figure:
                 for arm, style in arms:
                     colour = plots.COLOURS[arm] if len(arms) > 1 else _GAP
                     label = plots.NAMES[arm] if len(arms) > 1 else None
-                    look = {"color": colour, "label": label} | ({"mfc": "none"} if arm == LINEARIZED else {})
-                    band(axis, of(mine, arm=arm), "lam_over_mu1", key, at, fmt=style, **look)
+                    own = {"color": colour, "label": label} | ({"mfc": "none"} if arm == LINEARIZED else {})
+                    band(axis, of(mine, arm=arm), "lam_over_mu1", key, at, fmt=style, **own)
                 if key == "parameter_gap":
                     for part, style in _PARTS:
                         look = {"color": _GAP, "mfc": "none", "alpha": 0.5, "lw": 0.8, "ms": 2.5, "label": f"in {part}"}
@@ -234,9 +234,7 @@ def _guide(axis: Axes, rows: Sequence[Row], column: str, at: Mapping[float, floa
     if len(large) > 1 and len(values):
         label = f"slope {number(slope)}, descent"
         guide = [values.mean() * (share / large[0]) ** slope for share in large]
-        axis.plot(
-            [at[share] for share in large], guide, color=_GAP, lw=0.9, ls=":", label=f"slope {number(slope)}, descent"
-        )
+        axis.plot([at[share] for share in large], guide, color=_GAP, lw=0.9, ls=":", label=label)
 
 
 _PULL_PANELS = (
