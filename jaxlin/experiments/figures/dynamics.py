@@ -443,8 +443,8 @@ def _gained(rows: Sequence[Row], last: int) -> str:
         "Gap ‖f−f̄‖/‖f−f₀‖ on validation examples at the end, where the full run is linearized at its step k and goes "
         f"on linearly:\n\n| Task | λ/μ₁ | {head} |\n{'|---' * (len(steps) + 2)}|\n"
         + "\n".join(lines)
-        + f"\n\nAt k = {last} nothing is linearized and the gap is 0 by construction, so that it has to fall with k. Of "
-        f"the gap at k = 0, over tasks and λ: {said}. The first {first} steps buy most of the gap in {most} of "
+        + f"\n\nAt k = {last} nothing is linearized and the gap is 0 by construction, so that it has to fall with k. "
+        f"Of the gap at k = 0, over tasks and λ: {said}. The first {first} steps buy most of the gap in {most} of "
         f"{len(left[first])} cases (task and λ)."
     )
 
