@@ -371,19 +371,27 @@ def comparison(table: Sequence[Row], history: Mapping[tuple[str, float], Sequenc
 
 
 def spectrum(spec: Spectrum, title: str) -> Figure:
-    """Draws the eigenvalues with the noise they stand on."""
-    figure, axes = canvas(1, 1, 3.5, 2.7)
+    """Draws the eigenvalues, and what of their noise is not far below them."""
+    figure, axes = canvas(1, 1, 4.4, 2.9)
     axis = axes[0, 0]
     with drawing():
         index = np.arange(1, len(spec.eigenvalues) + 1)
         positive = spec.eigenvalues > 0
         axis.loglog(index[positive], spec.eigenvalues[positive], ".", ms=2.5, color="#000000", label="μᵢ of K₀")
-        axis.axhline(spec.resolution, color=COLOURS["start"], lw=0.9, ls="--", label="resolved to 10 %")
-        axis.axhline(spec.noise_floor, color=COLOURS["start"], lw=0.9, ls="-.", label="noise floor")
-        axis.set(title=title, xlabel="index", ylabel="eigenvalue")
-        if spec.noise_floor > 0:
-            axis.set_ylim(bottom=spec.noise_floor / 10)
-        axis.legend()
+        known = spec.eigenvalues[spec.eigenvalues > max(spec.noise_floor, 0.0)]
+        bottom = float(known.min()) / 10 if len(known) else spec.noise_floor
+        marks = ((spec.resolution, "known to 10 % above", "--"), (spec.noise_floor, "noise floor", "-."))
+        for value, label, style in marks:
+            look: dict[str, Any] = {"color": COLOURS["start"], "lw": 0.9, "ls": style}
+            if value >= bottom:
+                axis.axhline(value, label=f"{label} {value:.0e}", **look)
+            elif value > 0:  # it would squeeze the spectrum
+                axis.plot([], [], label=f"{label} {value:.0e} ↓", **look)
+        if bottom > 0:
+            axis.set_ylim(bottom=bottom)
+        axis.set(xlabel="index", ylabel="eigenvalue")
+        axis.legend(loc="lower left")
+        figure.suptitle(title, fontsize=7)
     return figure
 
 

@@ -173,6 +173,11 @@ for (arm, share), full in rows.items():
         print(f"{share:<6g} {distance:>8.3f} {gap:>14.3f} {same:>15.3f} {accuracy:>16.3f} {other:>12.3f}")
 gaps = [row["output_gap_relative_eval"] for (arm, _), row in rows.items() if arm == "full"]
 print(f"\nwith the strongest pull the gap is {gaps[-1] / gaps[0]:.2g} times that without")
+(start,) = (row["loss_eval"] for row in result.table if row["arm"] == "start")
+below = [f"{share:g}" for (arm, share), row in rows.items() if arm == "full" and row["loss_eval"] < start]
+print(
+    f"the evaluation loss of full fine-tuning is below the start's {start:.3f} at λ/μ₁ = {', '.join(below) or 'none'}"
+)
 
 # %%
 history = {key: run.history for key, run in result.results.items()}

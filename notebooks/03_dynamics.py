@@ -63,8 +63,9 @@ study.found("drift")
 # ## Linearizing late
 #
 # One need not linearize at the pretrained weights. Here full fine-tuning goes on for k steps, the model is linearized
-# where it has come to, and training goes on linearly from there, with momentum and pull as they were. If the kernel
-# changes mostly at first, a few steps in full buy most of the gap.
+# where it has come to, and training goes on linearly from there, with momentum and pull as they were. The
+# gap is then of fewer linear steps, and smaller for that alone; if the kernel changes mostly at first, a few steps in
+# full buy more of it than their share.
 
 # %%
 study.show("late")

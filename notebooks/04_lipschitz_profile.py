@@ -14,7 +14,7 @@
 # %% [markdown]
 # # How fast do Jacobian and kernel change away from the pretrained weights?
 #
-# Linearization at θ₀ is good as far as the Jacobian J(θ) stays what it was at θ₀. How fast it changes is measured by
+# Linearization at θ₀ is good as long as the Jacobian J(θ) stays what it was at θ₀. How fast it changes is measured by
 # the ratio ‖J(θ) − J₀‖/‖θ − θ₀‖: a *Lipschitz constant* H, with which the bounds of
 # [theory 5](../docs/theory.md#5-how-good-the-linearization-is) say how far full and linearized fine-tuning can be
 # apart. The paper's Algorithm 1 samples it: models in random directions at a radius r, the mean of their ratios (L_avg)
@@ -39,8 +39,9 @@ study.found("in_short")
 # eigenvalue of the tangent kernel, estimated on part of the training examples.) A ratio that does not depend on the
 # radius is a horizontal line.
 #
-# Every value here is a supremum over a sample, of few directions and few examples: the true one is at least as large.
-# A bound that uses such an H is an estimate, and no proof.
+# L_upper is the largest of a sample, of few directions and few examples: the true supremum is at least as large. A
+# bound that uses such an H is an estimate, and no proof. L_avg is a mean over the directions, and bounds nothing. The
+# first point of the runs, after one step from θ₀, is the same with and without a pull: the diamond lies in the circle.
 
 # %%
 study.show("profile")

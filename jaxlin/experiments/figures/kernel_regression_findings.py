@@ -22,6 +22,7 @@ from jaxlin.experiments.figures.kernel_regression_figures import (
 from jaxlin.experiments.figures.summary import (
     NEVER_POOLED,
     distinct,
+    gaining,
     mean_interval,
     metric_of,
     name_of,
@@ -35,7 +36,14 @@ from jaxlin.experiments.figures.summary import (
 if TYPE_CHECKING:
     from jaxlin.experiments.figures.study import Row, Tables
 
-SHOWN_PAIRS = ((REGRESSION, FULL), (ALONE, FULL), (REGRESSION, PROBE), (FULL, PROBE), (PULLED, PROBE))
+SHOWN_PAIRS = (
+    (REGRESSION, PULLED),
+    (REGRESSION, FULL),
+    (ALONE, FULL),
+    (REGRESSION, PROBE),
+    (FULL, PROBE),
+    (PULLED, PROBE),
+)
 COVERED = 0.9
 """Nominal coverage that the findings speak of."""
 
@@ -88,7 +96,7 @@ def _of_differences(pairs: Sequence[Row]) -> str:
         cells.append(f"{with_interval(over)}: {_verdict(over, arm, other)}" if len(over) else "")
         lines.append([f"{NAMES[arm]} − {NAMES[other]}", *cells])
     head = ["Difference", *map(name_of, tasks), "accuracy, over tasks"]
-    errors = [error for row in of(pairs, arm=REGRESSION, other=FULL) if (error := sampling_error(row)) is not None]
+    errors = [error for row in of(pairs, arm=REGRESSION, other=PULLED) if (error := sampling_error(row)) is not None]
     sampled = (
         f" That other validation examples might have been drawn adds a standard error of {min(errors):.3f} to "
         f"{max(errors):.3f} to the accuracy difference of the first line, seed by seed."
@@ -189,42 +197,82 @@ def _of_calibration(tables: Tables) -> str:
 
 
 def _of_times(times: Sequence[Row]) -> str:
-    lines, ratios = [], []
+    lines: list[list[str]] = []
+    ratios: list[float] = []
+    totals: list[float] = []
     for task in distinct(times, "task"):
         fit, test = (
             [seconds_of(times, task, which, predicting) for _, which, _ in STAGES] for predicting in (False, True)
         )
         ratios.append(float(np.median(fit[1]) / np.median(fit[2])))
-        lines.append([name_of(task), *(f"{np.median(v):.3g}" for v in [*fit, *test]), f"{ratios[-1]:.2f}"])
+        totals.append(float(np.median(fit[1] + test[1]) / np.median(fit[2] + test[2])))
+        lines.append(
+            [name_of(task), *(f"{np.median(v):.3g}" for v in [*fit, *test]), f"{ratios[-1]:.2f}", f"{totals[-1]:.2f}"]
+        )
     names = [name for name, _, _ in STAGES]
     head = [
         "Task",
         *(f"{name}: fit" for name in names),
         *(f"{name}: predict" for name in names),
-        "kernel / fine-tuning",
+        "kernel / fine-tuning: fit",
+        "kernel / fine-tuning: with prediction",
     ]
     low, high = min(ratios), max(ratios)
+    dearer = [name_of(task) for task, total in zip(distinct(times, "task"), totals, strict=True) if round(total, 2) > 1]
     what = "less than" if high < 1 else "more than" if low > 1 else "about as much as"
     between = f"{low:.2f}" if len(ratios) == 1 else f"{low:.2f} to {high:.2f}"
     return (
         "Processor seconds, median over seeds (seconds gone by depend on what else the machine does). "
         f"Fitting by the kernel, with leave-one-out at every λ of the grid, takes {what} one fine-tuning at "
         f"one λ: {between} times the processor's time. To predict, the kernel needs Jacobians of the new "
-        f"examples too, where the network needs one forward pass.\n\n{_table(head, lines)}"
+        "examples too, where the network needs one forward pass: with prediction, of as many validation examples "
+        f"as there are, it takes {spread(totals, '.2f')} times as much, more than fine-tuning on "
+        f"{', '.join(dearer) or 'no task'}."
+        f"\n\n{_table(head, lines)}"
     )
+
+
+def learning(pairs: Sequence[Row]) -> tuple[str, str]:
+    """Says where fine-tuning gains on the probe it starts from, what the kernel gains there, and what follows."""
+    pairs = [row for row in pairs if row["task"] not in NEVER_POOLED]
+
+    def gained(arm: str) -> dict[str, np.ndarray]:
+        found = of(pairs, arm=arm, other=PROBE)
+        each = {task: values_of(of(found, task=task), "accuracy_difference") for task in distinct(found, "task")}
+        return {task: values for task, values in each.items() if len(values)}
+
+    tuned, kernel = gained(FULL), gained(REGRESSION)
+    where = [task for task in gaining(tuned) if task in kernel]
+    if not where:
+        words = "fine-tuning without a pull gains on its start on no task"
+        return words, f"not testable: {words}"
+    told = [task for task in gaining(kernel) if task in where]
+    each = "; ".join(
+        f"{name_of(task)} {with_interval(tuned[task])}, the kernel {with_interval(kernel[task])}" for task in where
+    )
+    others = [name_of(task) for task in tuned if task not in where]
+    rest = f"; on {', '.join(others)} no gain is resolved" if others else ""
+    words = f"Accuracy that fine-tuning without a pull gains on the probe: {each}{rest}"
+    if not told:
+        learnt = ", ".join(map(name_of, where))
+        return words, f"no: where fine-tuning learns ({learnt}), the kernel has none of the gain"
+    holds = "yes" if len(told) == len(where) else "in part"
+    return words, f"{holds}: where fine-tuning learns, the kernel gains on {len(told)} of {len(where)} tasks"
 
 
 def _in_all(tables: Tables) -> str:
     pairs = tables["pairs"]
     parts = []
-    for arm, other in ((REGRESSION, FULL), (REGRESSION, PROBE), (FULL, PROBE)):
+    for arm, other in ((REGRESSION, PULLED), (REGRESSION, FULL), (REGRESSION, PROBE), (FULL, PROBE)):
         over = pooled(pairs, arm, other)
         if len(over):
             count = f"{len(over)} tasks" if len(over) > 1 else "1 task"
             parts.append(
                 f"- {NAMES[arm]} against {NAMES[other]}: {_verdict(over, arm, other)} "
-                f"(accuracy {with_interval(over)}, {count})"
+                f"(accuracy {with_interval(over)}, {count})" + " at the same λ" * (other == PULLED)
             )
+    if parts:
+        parts.append(f"- {learning(pairs)[0]}")
     return "\n".join(parts) if parts else "No task with classes: nothing is pooled."
 
 

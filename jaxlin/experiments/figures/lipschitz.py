@@ -161,13 +161,14 @@ def panel(axis: Axes, rows: Sequence[Row], reached: Sequence[Row]) -> None:
     colour, name = plots.COLOURS["random_direction"], plots.NAMES["random_direction"]
     band(axis, random, "radius", "L_avg", fmt="-", color=colour, label=f"L_avg, {name}")
     band(axis, random, "radius", "L_upper", fmt="--", color=colour, label=f"L_upper, {name}")
-    for share in sorted(distinct(reached, "lam_over_mu1")):
+    for order, share in enumerate(sorted(distinct(reached, "lam_over_mu1"))):
+        size = max(6.5 - 3 * order, 2)  # open and each smaller: the first steps of all runs coincide
         shade, mark = plots.lam_look(share)
         for seed in distinct(rows, "seed"):
             mine = of(rows, lam_over_mu1=share, seed=seed)
             label = f"along a run, λ/μ₁ = {number(share)}" if seed == rows[0]["seed"] else None
             x, y = ([row[key] for row in mine] for key in ("radius", "L_upper"))
-            axis.plot(x, y, f"{mark}-", color=shade, lw=0.9, ms=3, label=label)
+            axis.plot(x, y, f"{mark}-", color=shade, lw=0.9, ms=size, mfc="none", label=label)
         ends = values_of(of(reached, lam_over_mu1=share), "radius")
         axis.axvspan(ends.min(), ends.max(), color=shade, alpha=0.25, lw=0.8)
 
@@ -252,7 +253,8 @@ def findings(tables: Tables) -> dict[str, str]:
         ),
         "profile": (
             f"L_avg of the stacked Jacobian stays within a factor {FLAT:g} from radius {radii[0]:g} to {radii[-1]:g} "
-            f"on {flat} of {len(tasks)} tasks. All are suprema over samples, and so estimates **from below**."
+            f"on {flat} of {len(tasks)} tasks. L_upper is the largest of samples, and so an estimate of the supremum "
+            "**from below**; L_avg is their mean."
         ),
         "reach": (
             "At the end of fine-tuning, with H = ‖J(θ)−J₀‖₂/‖θ−θ₀‖ of the stacked Jacobian (mean over seeds, and "

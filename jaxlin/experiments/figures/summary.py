@@ -140,6 +140,32 @@ def learnt(table: Sequence[Row], arm: str, what: str, **at: Any) -> str:
     return " ".join(said)
 
 
+def gains(table: Sequence[Row], arm: str, other: str, **at: Any) -> dict[str, np.ndarray]:
+    """Returns by task how much better an arm scores than another, seed by seed.
+
+    Args:
+        table: With rows of both; tasks without one of them are left out.
+        arm: Which.
+        other: What is taken off it.
+        at: What the arm's rows have besides.
+
+    Returns:
+        Differences of `score_eval`.
+    """
+    found = {}
+    for task in distinct(table, "task"):
+        before = {row["seed"]: row["score_eval"] for row in of(table, task=task, arm=other)}
+        rows = of(table, task=task, arm=arm, **at)
+        if rows and before:
+            found[task] = np.array([row["score_eval"] - before[row["seed"]] for row in rows])
+    return found
+
+
+def gaining(found: Mapping[str, Sequence[float] | np.ndarray]) -> list[str]:
+    """Returns the tasks where the 95 % interval over seeds of a gain is above 0."""
+    return [task for task, values in found.items() if mean_interval(values)[1] > 0]
+
+
 NEVER_POOLED = ("stsb", "wnli")
 """Tasks that no claim over tasks counts: of scores, or of too few examples."""
 
@@ -222,6 +248,7 @@ def against_the_pull(
     panels: Sequence[tuple[str, str, str]],
     lines: Sequence[tuple[Mapping[str, str], str, str, str]],
     title: str,
+    nested: bool = False,
 ) -> Figure:
     """Draws several quantities against λ/μ₁, a row a task and a column a quantity, the legend below.
 
@@ -230,6 +257,7 @@ def against_the_pull(
         panels: Column, what it is, and scale; `score_eval` is named by the task's `metric`.
         lines: What rows of a line have, its label, colour and style; it is left out where it has no value.
         title: With sample sizes.
+        nested: Draw each line thinner, with smaller open markers, than the one before: for lines that coincide.
 
     Returns:
         The figure.
@@ -243,8 +271,11 @@ def against_the_pull(
                 axis = axes[line, column]
                 axis.set_yscale(scale)
                 at = lam_positions(axis, mine)
-                for values, label, colour, style in lines:
-                    band(axis, of(mine, **values), "lam_over_mu1", key, at, style, color=colour, label=label)
+                for place, (values, label, colour, style) in enumerate(lines):
+                    look: dict[str, Any] = {"color": colour, "label": label}
+                    if nested:
+                        look |= {"mfc": "none", "lw": max(2.4 - 0.6 * place, 1.0), "ms": max(8.0 - 2.5 * place, 3.0)}
+                    band(axis, of(mine, **values), "lam_over_mu1", key, at, style, **look)
                 name = metric_of(mine) if key == "score_eval" else name
                 axis.set(ylabel=name, xlabel="pull λ/μ₁", title=name_of(task) if column == len(panels) // 2 else "")
                 axis.tick_params(labelsize=7)
