@@ -372,10 +372,8 @@ def _ends(rows: Sequence[Row]) -> str:
 
 
 def curve_gaps(rows: Sequence[Row]) -> dict[float, float]:
-    """By λ/μ₁, how much the training losses of full and linearized differ at most, relative to the fall of the former.
-
-    That is from θ₀ to the last step; where it does not fall, the share is infinite.
-    """
+    """By λ/μ₁, how much the training losses of full and linearized differ at most, relative to the fall of the loss."""
+    # The fall is of full fine-tuning, from θ₀ to the last step; without one the share is infinite.
     found = {}
     for share in sorted(distinct(rows, "lam_over_mu1")):
         mine = of(rows, lam_over_mu1=share)
