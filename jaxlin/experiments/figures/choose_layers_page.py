@@ -285,7 +285,7 @@ def _said_before(table: Sequence[Row]) -> str:
         return "Too few choices were fine-tuned in a draw to rank them."
     said = []
     for name, by_task in ranks.items():
-        means = [np.mean([rho for rho, _ in found]) for found in by_task.values()]
+        means = [float(np.mean([rho for rho, _ in found])) for found in by_task.values()]
         over = f" ({spread(means, '+.2f')} by task)" if len(means) > 1 else ""
         said.append(f"{number(float(np.mean(means)), '+.2f')}{over} for {words[name]}")
     return (

@@ -68,17 +68,34 @@ def _points(rows: Sequence[Row], outcome: str) -> tuple[np.ndarray, np.ndarray, 
     return kappa, value, modules
 
 
+_MARKS = {"q": "o", "k": "^", "v": "s", "qv": "v", "qkv": "D"}
+"""Of the kinds of modules that a choice takes in its layers."""
+
+
+def _kind(row: Row) -> str:
+    """The modules that a choice takes, such as `qkv` of `0,1:qkv`."""
+    return str(row["choice"]).partition(":")[2]
+
+
+def _of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
+    return [row for row in rows if _kind(row) == kind]
+
+
 def _scatter(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
     """κ against final training loss and metric, a point a choice, a column a task."""
     rows = of(table, way=PAPER)
-    tasks = distinct(rows, "task")
+    tasks, kinds = distinct(rows, "task"), list(dict.fromkeys(map(_kind, rows)))
+    counts = distinct(rows, "num_modules")
+    scale: dict[str, Any] = {"cmap": plots.COUNT_MAP, "norm": "log", "vmin": min(counts), "vmax": max(counts)}
     figure, axes = plots.canvas(2, len(tasks), max(1.35 * len(tasks) + 0.6, 4.4), 4.0, sharex="col")
     with plots.drawing():
         for column, task in enumerate(tasks):
             mine = of(rows, task=task)
             for axis, outcome in zip(axes[:, column], ("train_loss", "metric"), strict=True):
-                kappa, value, modules = _points(mine, outcome)
-                image = axis.scatter(kappa, value, c=modules, cmap=plots.COUNT_MAP, s=11, norm="log", zorder=3)
+                for kind in kinds:
+                    kappa, value, modules = _points(_of_kind(mine, kind), outcome)
+                    mark = _MARKS.get(kind, "o")
+                    image = axis.scatter(kappa, value, c=modules, marker=mark, s=11, zorder=3, **scale)
                 (found,) = of(correlations, predictor=KAPPA, way=PAPER, outcome=outcome, task=task)
                 above = name_of(task) if outcome == "train_loss" else _metric(task)
                 axis.set_title(f"{above}\nρ = {_signed(found['spearman'])}", fontsize=8)
@@ -91,7 +108,13 @@ def _scatter(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
         bar = figure.colorbar(image, ax=axes[:, -1], label="modules tuned", aspect=30)
         bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
         bar.minorticks_off()
-        figure.suptitle(f"A point a choice of layers and modules, Adam at a fixed rate;\n{_sizes(rows)}", fontsize=8)
+        for kind in kinds:
+            axes[0, 0].plot([], [], _MARKS.get(kind, "o"), color="#555555", ms=3.5, label=kind)
+        figure.legend(loc="outside lower center", ncols=len(kinds))
+        figure.suptitle(
+            f"A point a choice of layers and modules, Adam at a fixed rate, mean over draws;\n{_sizes(rows)}",
+            fontsize=8,
+        )
     return figure
 
 
@@ -178,6 +201,41 @@ def _scores(table: Sequence[Row]) -> str:
     return ", ".join(found)
 
 
+def widest(table: Sequence[Row], correlations: Sequence[Row]) -> str:
+    """κ's correlation with the metric of the task whose scores differ most between choices."""
+    rows = of(poolable(table), way=PAPER)
+    task = max(distinct(rows, "task"), key=lambda name: np.ptp(_points(of(rows, task=name), "metric")[1]))
+    found = one(correlations, KAPPA, "metric", task=task)
+    return f"on {name_of(task)}, whose scores differ most between choices, {cell(found, 'spearman')}"
+
+
+_FEWEST = 4
+"""Choices of one kind of modules that a correlation among them takes."""
+
+
+def _by_kind(table: Sequence[Row]) -> list[str]:
+    """κ of each kind of modules, and its correlation with training loss among choices of one kind."""
+    from scipy.stats import spearmanr
+
+    rows, found = of(table, way=PAPER), {}
+    for kind in dict.fromkeys(map(_kind, rows)):
+        points = [_points(of(_of_kind(rows, kind), task=task), "train_loss")[:2] for task in distinct(rows, "task")]
+        if min(len(kappa) for kappa, _ in points) < _FEWEST:
+            return []
+        middle = np.exp(np.mean([np.log(kappa).mean() for kappa, _ in points]))
+        found[kind] = middle, len(points[0][0]), np.mean([spearmanr(*each).statistic for each in points])
+    if len(found) < 2:
+        return []
+    kappas = ", ".join(f"{middle:.3g} for {kind}" for kind, (middle, *_) in found.items())
+    within = ", ".join(f"{_signed(rho)} within {kind}" for kind, (*_, rho) in found.items())
+    sizes = " to ".join(str(size) for size in sorted({size for _, size, _ in found.values()}))
+    return [
+        f"κ tells kinds of modules apart before anything else (geometric means: {kappas}); among the {sizes} choices "
+        f"of one kind ρ is smaller: {within} (means over tasks; so few choices have wide intervals). What κ says of "
+        "the loss is mostly which kind of module is tuned."
+    ]
+
+
 def _verdict(table: Sequence[Row], correlations: Sequence[Row]) -> str:
     primary, metric = one(correlations, KAPPA, "train_loss"), one(correlations, KAPPA, "metric")
     directions = {1: "the smaller κ, the lower the loss", -1: "the *larger* κ, the lower the loss"}
@@ -196,9 +254,9 @@ def _verdict(table: Sequence[Row], correlations: Sequence[Row]) -> str:
         f"**The paper’s claim {verdict(correlations)}** in this setting ({_sizes(table)}, "
         f"{_counted(poolable(table), 'task')}). log κ against final training loss (cross-entropy): "
         f"ρ = {cell(primary, 'spearman')} — " + (directions[plain] if plain else "the interval holds 0") + ".",
-        f"For the validation metric κ {metrics[on_metric]}: ρ = {cell(metric, 'spearman')}.",
-        f"The scores themselves, from the worst choice to the best: {_scores(table)}; those that a constant answer "
-        "would have, too, say little.",
+        f"The validation scores, from the worst choice to the best: {_scores(table)}; those that a constant answer "
+        "would have, too, say little. With that in mind: for the validation metric κ "
+        f"{metrics[on_metric]}, ρ = {cell(metric, 'spearman')}; {widest(table, correlations)}.",
     ]
     if np.isfinite(primary["partial"]):
         held = cell(primary, "partial")
@@ -219,6 +277,7 @@ def _verdict(table: Sequence[Row], correlations: Sequence[Row]) -> str:
     equal = of(correlations, predictor=KAPPA, way=PAPER, outcome="train_loss", task=EQUAL_SIZE)
     if equal:
         lines.append(f"Among choices of equally many modules κ has ρ = {cell(equal[0], 'spearman')}.")
+    lines += _by_kind(poolable(table))
     if of(correlations, way=STABLE):
         stable = one(correlations, KAPPA, "train_loss", STABLE)
         signs = {1: "the paper’s sign", -1: "the opposite sign", 0: "no sign that can be told"}

@@ -145,7 +145,8 @@ def _condition(tables: Tables) -> tuple[str, str]:
     loss, metric = (condition.one(correlations, condition.KAPPA, outcome) for outcome in ("train_loss", "metric"))
     measured = (
         f"log κ against training loss: ρ = {condition.cell(loss, 'spearman')}; with trace and size held constant "
-        f"{condition.cell(loss, 'partial')}; against the validation metric {condition.cell(metric, 'spearman')}"
+        f"{condition.cell(loss, 'partial')}; against the validation metric {condition.cell(metric, 'spearman')} "
+        f"({condition.widest(tables['table'], correlations)})"
     )
     if of(tables.get("wide_correlations", ()), way=condition.STABLE):
         stable = condition.one(tables["wide_correlations"], condition.KAPPA, "train_loss", condition.STABLE)

@@ -63,10 +63,13 @@ class FiguresConfig:
     """Make the paper's figures again, from computing to drawing; what is computed already is not computed again.
 
     Attributes:
-        names: Studies, by number or name, such as 02 or 05_spectra_and_layers; default: all.
+        names: Studies, by number or name: 02 regularization and linearity, 03 dynamics, 04 Lipschitz profile, 05
+            spectra and layers, 06 condition number, 07 choose layers, 08 kernel regression, 09 a language model (of the
+            folder JAXLIN_MODELS); default: all.
         fast: One to three minutes a study, on embedded data.
         full: The setting of the results that are kept.
-        paper: The paper's model and training, roberta-base on whole data sets: for a GPU, and hours.
+        paper: The paper's model and training, roberta-base on whole data sets (03 and 08: 1,000 training examples):
+            for a GPU, and hours.
         output_dir: Folder for tables and figures, one folder a study in it.
         model_name_or_path: Another encoder: local folder in Hugging Face's layout, or hub id.
         tasks: Other tasks.
