@@ -130,9 +130,11 @@ def test_ratios_at_step_0_are_defined(setting):
     tun, _, train, held_out = setting
     comparison = jl.compare(tun, train, held_out, jl.TrainConfig(max_steps=1, learning_rate=1e-30), lams=[0.0])
     (row,) = rows_of(comparison, "full")
-    assert row["output_gap_relative_eval"] == 0
-    assert row["output_gap_relative_train"] == 0
+    for split in ("eval", "train"):  # infinite on a CPU where the two programs round f₀ differently
+        assert row[f"output_gap_relative_{split}"] in (0, float("inf"))
+        assert row[f"output_gap_{split}"] < 1e-5
     assert relative(1.0, 0.0) == float("inf")
+    assert relative(0.0, 0.0) == 0
 
 
 def test_kernel_of_a_subset_scales_mu1(setting):
