@@ -64,7 +64,7 @@ def _points(rows: Sequence[Row], outcome: str) -> tuple[np.ndarray, np.ndarray, 
         if mine:
             log, values = ([row[column] for row in mine] for column in (KAPPA, outcome))
             found.append((np.exp(np.mean(np.log(log))), np.mean(values), mine[0]["num_modules"]))
-    kappa, value, modules = np.array(found, float).T
+    kappa, value, modules = np.array(found, float).reshape(-1, 3).T
     return kappa, value, modules
 
 
