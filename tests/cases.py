@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -101,6 +102,12 @@ def sentiments(folder, train, validation, tasks=("sst2",)):
             rows = [f"{text}\t{label}" for text, label in zip(words, labels, strict=True)]
             (folder / task / f"{split}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
     return folder
+
+
+def virtual_devices(count):
+    """The environment of a process that has `count` CPU devices and else what this one has."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent.parent)}
 
 
 def forbid(monkeypatch, module, *names):

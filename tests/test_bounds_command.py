@@ -18,6 +18,7 @@ def options(setting_arguments):
     return {**setting_arguments, **sizes, "lam_rel": ["0", "1", "10"]}
 
 
+@pytest.mark.slow
 def test_it_writes_tables_and_a_figure_and_says_what_holds(run, options, tmp_path, monkeypatch):
     code, out, err = run(*words(options))
     assert code == 0, err

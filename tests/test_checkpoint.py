@@ -607,9 +607,8 @@ def test_on_other_devices_it_goes_on_to_rounding(tmp_path):
     whole = run_with(tmp_path / "whole")
     with pytest.raises(Stopped):
         run_with(folder, every=2, log=stop_after(5))
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
     command = [sys.executable, "-c", ON_FOUR, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **flags})
+    done = subprocess.run(command, capture_output=True, text=True, env=cases.virtual_devices(4))
     assert done.returncode == 0, done.stderr
     history = json.loads(done.stdout.rpartition("history ")[2])
     assert history[:4] == whole.history[:4]

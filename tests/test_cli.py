@@ -74,9 +74,8 @@ PEFT = {
 }
 
 
-@pytest.mark.parametrize(
-    "peft", [pytest.param(name, marks=() if name == "head" else pytest.mark.slow) for name in PEFT]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("peft", PEFT)
 def test_other_peft(run, arguments, tmp_path, peft):
     options = {**arguments, "lora_rank": False, "peft": peft, **PEFT[peft]}
     code, _, err = run(*cases.flags({**options, "lam_rel": [0, 1]}))
@@ -109,6 +108,7 @@ def test_everything_of_lora(run, arguments, tmp_path):
     assert results["summary"]["trainable_parameters"] == ranks + magnitudes + norms + head
 
 
+@pytest.mark.slow
 def test_linearizing_late(run, arguments, tmp_path):
     code, out, err = run(*cases.flags({**arguments, "lam_rel": [0, 0.1], "linearize_at": "0,1,3"}))
     assert code == 0, err
@@ -181,6 +181,7 @@ def test_the_file_that_a_run_wrote_runs_it_again(run, arguments, tmp_path, monke
     assert written["lam_rel"] == [0.0, 0.1]
 
 
+@pytest.mark.slow
 def test_spd_and_cross_entropy_and_streaming(run, arguments):
     options = {"pull": "spd", "lams": ["0", "0.5"], "loss": "cross_entropy", "linear_mode": "streaming"}
     code, out, err = run(*cases.flags({**arguments, **options}))
@@ -195,6 +196,7 @@ def write_scores(files, names=("text_a", "text_b", "rating")):
         file.write_text("\n".join(["\t".join(names), *rows]) + "\n")
 
 
+@pytest.mark.slow
 def test_scores_have_metrics_of_their_own(run, arguments, files, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     write_scores(files)

@@ -50,6 +50,7 @@ def test_differences_between_problems_do_not_count():
     assert found.p_value > 0.05
 
 
+@pytest.mark.slow
 def test_what_choices_share_in_all_problems_counts_once():
     """Under the null, choices with effects common to five tasks: the test rejects about as often as it says."""
     rejected = covered = 0

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import json
-import os
 import subprocess
 import sys
 import time
@@ -91,8 +90,7 @@ def test_parts_and_rematerialisation_change_nothing(run, arguments, tmp_path):
 def two_processes(options):
     """The command in two processes of four devices each; they end with the block."""
     port, running = free_port(), []
-    flags = "--xla_force_host_platform_device_count=4"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = cases.virtual_devices(4)
     many = {**options, "per_device_train_batch_size": 1, "mesh": "auto"}
     many |= {"coordinator_address": f"127.0.0.1:{port}", "num_processes": 2}
     try:

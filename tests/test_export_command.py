@@ -17,6 +17,7 @@ def config(tmp_path, name, **options):
     return ExportConfig(**{"run": tmp_path / "out", "output_dir": tmp_path / name, **options})
 
 
+@pytest.mark.slow
 def test_a_run_is_exported(run, arguments, tmp_path):
     code, _, err = run(*cases.flags({**arguments, "lam_rel": [0, 0.1]}))
     assert code == 0, err

@@ -47,8 +47,9 @@ def test_it_equals_the_dense_reference(model, batch, name, away):
     np.testing.assert_array_equal(kernel.matrix(), kernel.matrix().T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [family for family in cases.FAMILIES if family != "bert"])
-@pytest.mark.parametrize("peft", [pytest.param("lora-all-modules", marks=pytest.mark.slow), "full"])
+@pytest.mark.parametrize("peft", ["lora-all-modules", "full"])
 def test_other_encoders(family, peft):
     batch = cases.text_batch(4, longest=8, ids=40, padding_id=1 if family == "roberta" else 0)
     if family in ("roberta", "distilbert"):
@@ -69,7 +70,10 @@ def test_float64_and_the_columns_of_other_examples(model, batch):
     assert cases.relative_error(between.matrix(), j1 @ j2.T) < 5e-6
 
 
-@pytest.mark.parametrize("memory_budget", [133_000, 100_000], ids=["in memory", "in files"])
+@pytest.mark.parametrize(
+    "memory_budget",
+    [pytest.param(133_000, id="in memory", marks=pytest.mark.slow), pytest.param(100_000, id="in files")],
+)
 def test_invariance_to_chunks_tiles_and_slabs(model, batch, memory_budget):
     """A budget too small for all that is kept, for tiles of all examples and for whole derivatives changes rounding."""
     tun, seen = jl.select(model, "layer_1/mlp|word"), []
@@ -110,14 +114,13 @@ def test_only_examples_that_are_wanted_go_through_the_network(model):
         assert not np.any(np.asarray(five[name])[6:])
 
 
-def test_half_precision_is_summed_in_float32(batch):
-    model = cases.tiny_model(dtype=jnp.bfloat16)
-    for pattern in ("layer_1/mlp/up", "word"):
-        kernel = jl.ntk(jl.select(model, pattern), batch, engine="factored")
-        exact = jl.ntk(jl.select(cases.tiny_model(), pattern), batch)
-        assert kernel.info.dtype == "bfloat16"
-        assert 1e-3 < kernel.info.epsilon_J < 0.03
-        assert cases.relative_error(kernel.matrix(), exact.matrix()) < 0.03
+@pytest.mark.parametrize("pattern", ["layer_1/mlp/up", pytest.param("word", marks=pytest.mark.slow)])
+def test_half_precision_is_summed_in_float32(batch, pattern):
+    kernel = jl.ntk(jl.select(cases.tiny_model(dtype=jnp.bfloat16), pattern), batch, engine="factored")
+    exact = jl.ntk(jl.select(cases.tiny_model(), pattern), batch)
+    assert kernel.info.dtype == "bfloat16"
+    assert 1e-3 < kernel.info.epsilon_J < 0.03
+    assert cases.relative_error(kernel.matrix(), exact.matrix()) < 0.03
 
 
 def test_auto_takes_it_where_it_can(model, batch):

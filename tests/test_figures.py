@@ -177,6 +177,7 @@ def test_the_setting_is_told():
     assert "heavy ball (momentum 0.9)" in about({}, name="03")[-1]
 
 
+@pytest.mark.slow
 def test_texts_that_are_cut_are_counted(tmp_path):
     setting = dataclasses.replace(regularization.STUDY.fast, num_train=20, num_eval=12, max_seq_length=16)
     work = Work(setting, Cache(tmp_path), lambda *_: None)
@@ -234,6 +235,7 @@ def test_the_papers_setting_is_one_switch():
     assert setting_of(study, FiguresConfig(paper=True, num_train=500)).num_train == 500
 
 
+@pytest.mark.slow
 def test_whole_training_sets(tmp_path):
     task = load_task(DataArguments())
     small = dataclasses.replace(regularization.STUDY.fast, num_train=WHOLE, num_eval=8)

@@ -104,6 +104,7 @@ def test_one_row_from_its_parts(setting, tmp_path):
         assert found["learning_rate"] == training.learning_rate
 
 
+@pytest.mark.slow
 def test_tasks_with_few_rows_are_left_out(setting, tmp_path):
     short = {"sst2": 40, "cola": 30}
     for task, rows in short.items():
@@ -130,6 +131,7 @@ def test_what_diverged_is_the_worst():
     assert analysis._values(nothing, "a", "paper", "train_loss") is None
 
 
+@pytest.mark.slow
 def test_tasks_of_too_few_examples_are_not_pooled():
     rng = np.random.default_rng(0)
     columns = [prefix + name for prefix in ("", "lora_") for name in CRITERIA]
@@ -211,10 +213,11 @@ def test_the_verdict_follows_from_the_intervals(plain, partial, expected):
         ({"layer_sets": ("0", "1", "7")}, "it has 2, from 0"),
     ],
 )
-def test_bad_input(setting, tmp_path, change, message):
+def test_bad_input(setting, tmp_path, monkeypatch, change, message):
     def checked_and_computed(changed):
         changed.check()
         experiment.compute(changed, work_of(changed, tmp_path))
 
+    cases.forbid(monkeypatch, experiment, "train")
     with pytest.raises(jl.InputError, match=message):
         checked_and_computed(dataclasses.replace(setting, **{"wide_draws": 0} | change))

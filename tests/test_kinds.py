@@ -43,31 +43,43 @@ def dense(jac, n, kind, columns, tau, other=None):
     return np.einsum("icp,jdp->ijcd", left, signs(j2))
 
 
-FAST = [("bert", "lora", "jacobian")]
-REST = [("bert", peft, "jacobian" if i % 2 else "factored") for i, peft in enumerate(cases.PEFT)]
-REST += [(family, "lora-all-modules", "factored") for family in cases.FAMILIES if family != "bert"]
+FAST = ("bert", "lora", "jacobian", 2)
+
+
+def cases_of_kinds():
+    """Family, what is tuned, engine, C: every way to tune with BERT, and with every other model all modules and one."""
+    yield FAST
+    for i, peft in enumerate(cases.PEFT):
+        yield "bert", peft, "jacobian" if i % 2 else "factored", 2 + i % 2
+    others = [family for family in (*cases.FAMILIES, *cases.DECODER_FAMILIES) if family != "bert"]
+    for i, family in enumerate(others):
+        yield family, "lora-all-modules", "factored", 2 + i % 2
+        yield family, list(cases.PEFT)[3 * i % len(cases.PEFT)], "jacobian", 3 - i % 2
 
 
 @pytest.mark.parametrize(
-    ("family", "peft", "engine"),
-    [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST if case not in FAST)],
+    ("family", "peft", "engine", "c"),
+    [pytest.param(*case, marks=() if case == FAST else pytest.mark.slow) for case in cases_of_kinds()],
 )
-def test_kinds_equal_their_definitions(family, peft, engine):
+def test_kinds_equal_their_definitions(family, peft, engine, c):
     padding = 1 if family == "roberta" else 0
-    model, batch, other = (
-        cases.encoder(family, 2),
-        cases.text_batch(5, longest=12, num_labels=2, ids=40, padding_id=padding),
-        cases.text_batch(3, 4, longest=12, num_labels=2, ids=40, padding_id=padding),
+    model = (cases.encoder if family in cases.FAMILIES else cases.decoder)(family, c)
+    batch, other = (
+        cases.text_batch(n, seed, longest=12, num_labels=c, ids=40, padding_id=padding) for n, seed in ((5, 0), (3, 4))
     )
-    if family in ("roberta", "distilbert"):
+    if family not in ("bert", "electra"):
         del batch["token_type_ids"], other["token_type_ids"]
     tun = cases.PEFT[peft](model)
     theta = cases.moved(tun)
     jac, columns = cases.reference_jacobian(tun, batch, theta)
     jac2, _ = cases.reference_jacobian(tun, other, theta)
     for name, kind in KINDS.items():
+        if name == "logit_difference" and c != 2:
+            with pytest.raises(jl.InputError, match="two outputs"):
+                jl.ntk(tun, batch, kind=name)
+            continue
         options = {"dtype": "float64"} if kind.of_signs else {"check_examples": 0}
-        for x2, j2 in ((None, None), (other, jac2)) if kind.of_signs or name == "trace" else ((None, None),):
+        for x2, j2 in ((None, None), (other, jac2)):
             kernel = jl.ntk(tun, batch, x2, theta=theta, kind=name, engine=engine, blocks="layer", **options)
             exact = dense(jac, 5, name, columns, 8.4 * np.finfo(float).eps, j2)
             assert kernel.array.shape == exact.shape
@@ -84,7 +96,8 @@ def test_kinds_equal_their_definitions(family, peft, engine):
                 assert "2 key biases left out" in kernel.info.note
 
 
-@pytest.mark.parametrize("engine", [pytest.param("jacobian", marks=pytest.mark.slow), "factored"])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["jacobian", "factored"])
 def test_float32_flips_few_signs(model, batch, engine):
     tun = jl.select(model, "layer_1/(attention|mlp)")
     exact = jl.ntk(tun, batch, kind="signgd", engine=engine, dtype="float64")

@@ -1,4 +1,3 @@
-import os
 import socket
 import subprocess
 import sys
@@ -55,8 +54,7 @@ def free_port():
 
 def run_processes(folder, count, pace, module="tests.ring_check"):
     """What each of some processes found, that have 8 virtual CPU devices together."""
-    flags = f"--xla_force_host_platform_device_count={8 // count}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = cases.virtual_devices(8 // count)
     port, deadline, running = free_port(), time.monotonic() + TIMEOUT, []
     try:
         for index in range(count):

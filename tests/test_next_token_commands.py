@@ -27,6 +27,7 @@ def options(setting_arguments, tmp_path):
     return {**setting_arguments, "model_name_or_path": folder, "head": False, "next_token": True}
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_texts(run, options, texts, tmp_path):
     code, out, err = run(*words("compare", options))
     assert code == 0, err
@@ -100,6 +101,7 @@ def test_pairs_are_refused(run, options, files):
     assert "--next_token reads one text, and task train has pairs; name one column by --text_column_names" in err
 
 
+@pytest.mark.slow
 def test_labels_are_neither_needed_nor_read(files):
     given = DataArguments(train_file=files["train"], validation_file=files["validation"])
     task = load_task(given, labelled=False)

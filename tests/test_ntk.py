@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxlin as jl
@@ -140,6 +140,7 @@ def test_layer_blocks_by_name(model, batch):
     assert kernel.subset(["layer_0"]).array.any()
 
 
+@settings(max_examples=3)  # each compiles
 @given(st.integers(0, 10**6))
 def test_invariance_to_batch_order_and_padding(seed):
     model, batch = cases.tiny_model(), cases.text_batch(5, seed=3, longest=11)
@@ -241,7 +242,7 @@ def test_a_tunable_is_an_apply_fn_of_neural_tangents(model, batch):
     np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", [1, 48])
+@pytest.mark.parametrize("tokens", [1, pytest.param(48, marks=pytest.mark.slow)])
 def test_a_few_examples_at_a_time(model, monkeypatch, tokens):
     """However many go through the network together, J is the same to rounding."""
     tun, batch = jl.lora(model, rank=3), cases.text_batch(11, longest=24)

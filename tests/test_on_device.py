@@ -62,16 +62,17 @@ def test_it_equals_the_host(model, batch, name, away, as_on_a_gpu):
     assert cases.relative_error(found.matrix(), dense @ dense.T) < 5e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "engine"),
     [
         ("trace", "factored"),
-        pytest.param("pseudo", "factored", marks=pytest.mark.slow),
-        pytest.param("diagonal", "factored", marks=pytest.mark.slow),
-        pytest.param("signgd", "factored", marks=pytest.mark.slow),
-        pytest.param("asymmetric_signgd", "factored", marks=pytest.mark.slow),
-        pytest.param("trace", "jacobian", marks=pytest.mark.slow),
-        pytest.param("signgd", "jacobian", marks=pytest.mark.slow),
+        ("pseudo", "factored"),
+        ("diagonal", "factored"),
+        ("signgd", "factored"),
+        ("asymmetric_signgd", "factored"),
+        ("trace", "jacobian"),
+        ("signgd", "jacobian"),
     ],
 )
 def test_kinds_engines_and_other_examples(model, batch, kind, engine, as_on_a_gpu):

@@ -118,7 +118,7 @@ MIXER_PEFT = {
 
 
 @pytest.mark.parametrize(
-    "peft", [pytest.param(name, marks=() if name in ("lora", "norms") else pytest.mark.slow) for name in MIXER_PEFT]
+    "peft", [pytest.param(name, marks=() if name == "lora" else pytest.mark.slow) for name in MIXER_PEFT]
 )
 def test_a_module_that_is_no_text_model(mixer, peft):
     model, batch = mixer

@@ -18,6 +18,7 @@ from jaxlin import (
 )
 from jaxlin.data.dataset import as_dataset
 from jaxlin.ntk import lanczos, products
+from jaxlin.ntk.jacobian import to_float64
 from tests import cases
 from tests.test_ntk import gelu_network
 
@@ -222,6 +223,26 @@ def test_effective_dimension(small):
     np.testing.assert_allclose(whole.samples, [v @ inverse @ v for v in drawn], rtol=1e-10)
     same = estimate_effective_dimension(operator, lam, probes=8, depth=6)
     np.testing.assert_array_equal(same.samples, short.samples)
+
+
+def test_where_the_kernel_does_not_fit():
+    """Of 50,000 examples K has 75 GiB; JᵀJ, of 35 parameters, has its eigenvalues."""
+    tun, data = cases.mlp(), cases.vectors(50_000)
+    with jax.enable_x64(True):
+        rows = jax.vmap(jax.jacrev(lambda theta, x: cases.mlp_apply(theta, {"x": x})), (None, 0))
+        leaves = jax.tree.leaves(rows(to_float64(tun.theta0), data["x"]))
+    jac = np.concatenate([np.asarray(leaf).reshape(100_000, -1) for leaf in leaves], axis=1)
+    mu = np.linalg.eigvalsh(jac.T @ jac)[::-1]
+    operator = ntk_vector_product(tun, data)
+    assert operator.shape == (100_000, 100_000)
+    np.testing.assert_allclose(extreme_eigenvalues(operator, 3).values, mu[:3], rtol=1e-5)
+    trace = estimate_trace(operator, probes=20)
+    assert abs(trace.value - mu.sum()) < 4 * trace.standard_error
+    lam = 1e-4 * mu[0]
+    found = estimate_effective_dimension(operator, lam, probes=10, depth=20)
+    assert (
+        -4 * found.standard_error < found.value - np.sum(mu / (mu + lam)) < found.truncation + 4 * found.standard_error
+    )
 
 
 @pytest.mark.parametrize("scale", ["log", "linear"])

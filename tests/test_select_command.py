@@ -98,6 +98,7 @@ def test_the_command_line_that_it_prints_runs(run, options, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_random_head_is_drawn_anew(run, options, tmp_path):
     code, _, err = run(*words({**options, "head_init": "random", "criterion": "trace", "exhaustive_limit": 1}))
     assert code == 0, err

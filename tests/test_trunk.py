@@ -22,8 +22,6 @@ TOP = {
     "head": (jl.head_only, "pooler"),
 }
 
-QUICK = ("mlp",)
-
 
 def widened(tun):
     wide = [jax.tree.map(jnp.asarray, to_float64(tree)) for tree in (tun.apply, tun.theta0)]
@@ -35,9 +33,8 @@ def pair(name, model, batch, **options):
     return tun, *jl.cache_trunk(tun, batch, **options)
 
 
-@pytest.mark.parametrize(
-    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in TOP if name not in QUICK)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOP)
 def test_everything_is_the_same_in_float64(name, model, float64):
     """Outputs, linearization, kernels by both engines, training of both models; against what goes without a cache."""
     batch, held_out = cases.text_batch(6), cases.text_batch(4, seed=3)

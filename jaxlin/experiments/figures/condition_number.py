@@ -189,14 +189,18 @@ def _has_rows(setting: ConditionNumberSetting, loaded: Loaded) -> bool:
     return len(loaded.data["train"]) >= max(_num_train(setting, loaded), 1) + setting.num_tune
 
 
+def _check_rows(setting: ConditionNumberSetting, loaded: Loaded) -> None:
+    if not _has_rows(setting, loaded):
+        raise InputError(
+            f"task {loaded.task.name} has {len(loaded.data['train'])} training rows; expected --num_train "
+            f"{setting.num_train} and --num_tune {setting.num_tune} of them"
+        )
+
+
 def _drawn(setting: ConditionNumberSetting, loaded: Loaded, draw: int) -> _Draw:
     """Draws A and head, and groups what is tuned by module."""
     classes, whole = loaded.task.num_labels, loaded.data["train"]
-    if not _has_rows(setting, loaded):
-        raise InputError(
-            f"task {loaded.task.name} has {len(whole)} training rows; expected --num_train {setting.num_train} and "
-            f"--num_tune {setting.num_tune} of them"
-        )
+    _check_rows(setting, loaded)
     order = np.random.default_rng(0).permutation(len(whole))
     n = _num_train(setting, loaded)
     parts = whole.take(order[:n]), whole.take(order[n:])
@@ -399,10 +403,14 @@ def compute(setting: ConditionNumberSetting, work: Work) -> Tables:
             f"{setting.num_tune} training rows; give fewer examples"
         )
     main.setting = dataclasses.replace(setting, tasks=enough)
+    wider = Runs(setting.wide(), work) if setting.wide_draws else None
+    if wider:
+        for task in setting.tasks:
+            _check_rows(wider.setting, wider.loaded(task))
     table = list(main.rows("runs"))
     tables: dict[str, Sequence[Row]] = {"table": table, "correlations": correlations(table, setting.resamples)}
-    if setting.wide_draws:
-        wide = list(Runs(setting.wide(), work).rows("wide runs"))
+    if wider:
+        wide = list(wider.rows("wide runs"))
         tables |= {"wide": wide, "wide_correlations": correlations(wide, setting.resamples)}
     return tables
 
