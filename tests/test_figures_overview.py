@@ -98,7 +98,7 @@ LOOSE = ("4(a)", "4(b)", "4(c)", "5(b)", "5(c)")
 @pytest.mark.parametrize(
     ("rows", "holds"),
     [
-        ([(True, True), (False, None)], "yes"),
+        ([(True, True), (False, None)], "yes: theorems, and the code agrees"),
         ([(True, True), (True, False)], "no: 1 fail"),
         ([(False, None)], "none applies"),
     ],
@@ -202,7 +202,7 @@ def differences(tuned, kernel):
     ("tuned", "kernel", "holds"),
     [
         ((-0.01, -0.02), (0.1, 0.1), "not testable: fine-tuning without a pull gains on its start on no task"),
-        ((-0.01, 0.03), (0.1, -0.01), "no: where fine-tuning learns (SST-2), the kernel has none of the gain"),
+        ((-0.01, 0.03), (0.1, -0.01), "no: where fine-tuning learns (SST-2), the kernel shows none of the gain"),
         ((0.02, 0.03), (0.1, -0.01), "in part: where fine-tuning learns, the kernel gains on 1 of 2 tasks"),
         ((0.02, 0.03), (0.1, 0.01), "yes: where fine-tuning learns, the kernel gains on 2 of 2 tasks"),
     ],

@@ -255,7 +255,7 @@ def learning(pairs: Sequence[Row]) -> tuple[str, str]:
     words = f"Accuracy that fine-tuning without a pull gains on the probe: {each}{rest}"
     if not told:
         learnt = ", ".join(map(name_of, where))
-        return words, f"no: where fine-tuning learns ({learnt}), the kernel has none of the gain"
+        return words, f"no: where fine-tuning learns ({learnt}), the kernel shows none of the gain"
     holds = "yes" if len(told) == len(where) else "in part"
     return words, f"{holds}: where fine-tuning learns, the kernel gains on {len(told)} of {len(where)} tasks"
 

@@ -222,9 +222,14 @@ def _upper(rows: Sequence[Row]) -> list[float]:
     return [float(sum(share.mean() for share in found[len(found) // 2 :])) for found in layers]
 
 
-def _most(shares: Sequence[float]) -> str:
+def _in_tasks(count: int, tasks: int) -> str:
+    """Says in how many of the tasks something is."""
+    return {0: "in no task", tasks: "in every task"}.get(count, f"in {count} of {tasks} tasks")
+
+
+def _mostly(shares: Sequence[float]) -> str:
     """Says in how many tasks a share is above one half."""
-    return "in every task" if min(shares) > 0.5 else f"in {sum(s > 0.5 for s in shares)} of {len(shares)} tasks"
+    return _in_tasks(sum(share > 0.5 for share in shares), len(shares))
 
 
 def _all_is_best(rows: Sequence[Row]) -> int:
@@ -249,7 +254,7 @@ def _of_layers(rows: Sequence[Row]) -> str:
     )
     return (
         "Share of the trace of LoRA's kernel (query, key and value of all layers), mean and range over draws:\n\n"
-        f"{head}\n" + "\n".join(lines) + f"\n\nThe upper half of the layers holds most of the kernel {_most(upper)}."
+        f"{head}\n" + "\n".join(lines) + f"\n\nThe upper half of the layers holds most of the kernel {_mostly(upper)}."
     )
 
 
@@ -281,9 +286,9 @@ def _of_choice(rows: Sequence[Row]) -> str:
     bounds = float(np.mean([row["condition_number_is_bound"] for row in of(rows, head=PROBE)]))
     return (
         f"κ with the probe head, geometric mean over draws and range:\n\n{head}\n" + "\n".join(lines) + "\n\n"
-        f"Tuning every layer has a smaller κ than the best single layer in {_all_is_best(rows)} of {len(tasks)} tasks; "
-        f"the first layer has the least κ of the single ones in {best}. As layers are added κ {ends} "
-        f"(tasks averaged). {100 * bounds:.3g} % of all κ are only known as “at least”."
+        f"Tuning every layer has a smaller κ than the best single layer {_in_tasks(_all_is_best(rows), len(tasks))}; "
+        f"the first layer has the least κ of the single ones {_in_tasks(best, len(tasks))}. As layers are added κ "
+        f"{ends} (tasks averaged). {100 * bounds:.3g} % of all κ are only known as “at least”."
     )
 
 
@@ -383,9 +388,9 @@ def _in_short(tables: Tables) -> str:
     tasks = distinct(rows, "task")
     applying = [row for row in tables["holds"] if row["applies"]]
     return (
-        f"**The upper half of the layers holds most of LoRA's kernel {_most(upper)}**: {100 * min(upper):.3g} to "
-        f"{100 * max(upper):.3g} % of its trace. Tuning every layer has a smaller κ than the best single layer in "
-        f"{_all_is_best(rows)} of {len(tasks)} tasks. Of {len(applying)} bounds that apply as layers are added, "
+        f"**The upper half of the layers holds most of LoRA's kernel {_mostly(upper)}**: {100 * min(upper):.3g} to "
+        f"{100 * max(upper):.3g} % of its trace. Tuning every layer has a smaller κ than the best single layer "
+        f"{_in_tasks(_all_is_best(rows), len(tasks))}. Of {len(applying)} bounds that apply as layers are added, "
         f"{sum(bool(row['holds']) for row in applying)} hold ({_sizes(rows)})."
     )
 
