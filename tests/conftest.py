@@ -4,13 +4,15 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-# Half of the time of the tests is XLA's, for programs that run once: on a CPU it optimizes less here, where it knows
-# these flags (others end a process). `XLA_FLAGS= pytest` tests the programs that users run; `.ci/run` does, too.
+# Half of the time of the tests is XLA's, for programs that run once: on a CPU it optimizes less here, as far as it
+# knows these flags (another ends a process). `XLA_FLAGS= pytest` tests what users run; `.ci/run` does, too.
 if "XLA_FLAGS" not in os.environ and not (find_spec("jax_plugins") or find_spec("libtpu")):
-    _flags = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"}
-    _probe = [sys.executable, "-c", "import jax; jax.devices()"]
-    _known = subprocess.run(_probe, env={**os.environ, **_flags}, capture_output=True).returncode == 0
-    os.environ |= _flags if _known else {"XLA_FLAGS": ""}
+    os.environ["XLA_FLAGS"] = ""
+    for flag in ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"):
+        flags = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flag}"}
+        command = [sys.executable, "-c", "import jax; jax.devices()"]
+        if subprocess.run(command, env={**os.environ, **flags}, capture_output=True).returncode == 0:
+            os.environ |= flags
 
 import jax
 import numpy as np
