@@ -87,12 +87,12 @@ def test_kinds_equal_their_definitions(family, peft, engine, c):
             assert kernel.symmetric == (x2 is None and name != "asymmetric_signgd")
             # Entries at the threshold may count in one and not in the other: at most four of them here.
             few = 4 * (1 if name == "signgd" else np.abs(jac).max())
-            assert np.abs(kernel.array - exact).max() <= (few if kind.of_signs else 5e-6 * np.abs(exact).max()), name
+            assert np.abs(kernel.array - exact).max() <= (few if kind.of_signs else 2e-5 * np.abs(exact).max()), name
             if kernel.symmetric:
                 matrix = kernel.matrix()
                 np.testing.assert_array_equal(matrix, matrix.T)
                 assert np.linalg.eigvalsh(matrix).min() > -1e-6 * np.abs(matrix).max()
-            if kind.of_signs and peft in ("full", "bias"):
+            if kind.of_signs and peft in ("full", "bias") and family != "llama":  # which has no biases
                 assert "2 key biases left out" in kernel.info.note
 
 
