@@ -73,6 +73,7 @@ def test_kinds_equal_their_definitions(family, peft, engine, c):
     theta = cases.moved(tun)
     jac, columns = cases.reference_jacobian(tun, batch, theta)
     jac2, _ = cases.reference_jacobian(tun, other, theta)
+    rounding = 2e-5 if family == "gemma" else 5e-6  # of float32; Gemma's kernels in float64 are off by 6e-16
     for name, kind in KINDS.items():
         if name == "logit_difference" and c != 2:
             with pytest.raises(jl.InputError, match="two outputs"):
@@ -87,7 +88,9 @@ def test_kinds_equal_their_definitions(family, peft, engine, c):
             assert kernel.symmetric == (x2 is None and name != "asymmetric_signgd")
             # Entries at the threshold may count in one and not in the other: at most four of them here.
             few = 4 * (1 if name == "signgd" else np.abs(jac).max())
-            assert np.abs(kernel.array - exact).max() <= (few if kind.of_signs else 2e-5 * np.abs(exact).max()), name
+            assert np.abs(kernel.array - exact).max() <= (few if kind.of_signs else rounding * np.abs(exact).max()), (
+                name
+            )
             if kernel.symmetric:
                 matrix = kernel.matrix()
                 np.testing.assert_array_equal(matrix, matrix.T)
