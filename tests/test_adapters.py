@@ -99,7 +99,7 @@ def test_an_adapter_of_peft_gives_its_outputs(tmp_path, family):
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
     assert np.abs(expected - np.array(MODELS[family]["logits"])).max() > 1e-3  # the adapter counts
     if family == "bert":
-        np.testing.assert_allclose(outputs(jl.linearize(tun), tun.theta0, family), found, atol=1e-6, rtol=0)
+        np.testing.assert_allclose(outputs(jl.linearize(tun), tun.theta0, family), found, atol=5e-6, rtol=0)
     # Back again, it is the same file, but for what holds no number.
     again = tmp_path / "again"
     jl.save_adapter(tun, tun.theta0, again, model)
@@ -152,7 +152,7 @@ def test_a_head_that_transformers_has_not(tmp_path, family):
     assert digest(folder / "adapter_model.safetensors", values=True) == GOLDEN["headless_adapter"][family]["sha256"]
     again = jl.load_adapter(model, folder)
     # GPT-2's three factors come back as one of three times the rank: sums in another order.
-    np.testing.assert_allclose(outputs(again, again.theta0, family), outputs(tun, theta, family), atol=1e-6, rtol=0)
+    np.testing.assert_allclose(outputs(again, again.theta0, family), outputs(tun, theta, family), atol=5e-6, rtol=0)
     # peft's adapted model without a head, first token: what `cls` reads.
     if family == "roberta":
         params = jl.merge(tun, theta)

@@ -99,9 +99,9 @@ def test_padding_and_batch_do_not_change_an_example(family):
     alone = {name: value[1:2, :length] for name, value in batch.items()}
     left = {name: np.roll(value, 12 - length, axis=1) for name, value in batch.items()}
     filler = {**batch, "input_ids": np.where(batch["attention_mask"], batch["input_ids"], 39)}
-    np.testing.assert_allclose(logits(model, alone)[0], whole[1], atol=3e-6)
-    np.testing.assert_allclose(logits(model, left)[1], whole[1], atol=3e-6)
-    np.testing.assert_allclose(logits(model, filler), whole, atol=3e-6)
+    np.testing.assert_allclose(logits(model, alone)[0], whole[1], atol=5e-6)
+    np.testing.assert_allclose(logits(model, left)[1], whole[1], atol=5e-6)
+    np.testing.assert_allclose(logits(model, filler), whole, atol=5e-6)
     assert np.isfinite(logits(model, {**batch, "attention_mask": 0 * batch["attention_mask"]})).all()
 
 

@@ -161,7 +161,7 @@ def test_padding_and_batch_do_not_change_an_example(model, batch):
     whole = np.asarray(model.apply(model.params, batch))
     for i, length in enumerate(batch["attention_mask"].sum(axis=1)):
         alone = {name: value[i : i + 1, :length] for name, value in batch.items() if name != "labels"}
-        np.testing.assert_allclose(model.apply(model.params, alone)[0], whole[i], atol=2e-6)
+        np.testing.assert_allclose(model.apply(model.params, alone)[0], whole[i], atol=5e-6)
 
 
 @pytest.mark.parametrize("activation", [gelu_tanh, jax.nn.silu])
@@ -192,7 +192,7 @@ def test_activations_survive_jit_vmap_jvp_vjp(activation):
 
 def test_gelu_tanh_is_the_same_function():
     x = jnp.linspace(-8, 8, 4001)
-    np.testing.assert_allclose(gelu_tanh(x), jax.nn.gelu(x, approximate=True), atol=1e-6)
+    np.testing.assert_allclose(gelu_tanh(x), jax.nn.gelu(x, approximate=True), atol=2e-6)
 
 
 def test_head_starts():
@@ -232,7 +232,7 @@ def test_probe_head_is_ridge_regression(batch):
         jl.probe_head(model, batch, y[:, :2])
     same = {key: np.repeat(value[:1], 2, axis=0) for key, value in batch.items()}
     flat = jl.probe_head(model, same, y[:2])  # features without variance: the mean target
-    np.testing.assert_allclose(flat.apply(flat.params, same), np.tile(y[:2].mean(axis=0), (2, 1)), atol=1e-6)
+    np.testing.assert_allclose(flat.apply(flat.params, same), np.tile(y[:2].mean(axis=0), (2, 1)), atol=5e-6)
 
 
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"

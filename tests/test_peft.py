@@ -18,7 +18,7 @@ def tun(request, model):
 
 
 def test_start_is_the_pretrained_model(tun, model, batch):
-    np.testing.assert_allclose(tun.apply(tun.theta0, batch), model.apply(model.params, batch), atol=1e-6)
+    np.testing.assert_allclose(tun.apply(tun.theta0, batch), model.apply(model.params, batch), atol=5e-6)
 
 
 def test_merge_agrees(tun, model, batch):
@@ -51,7 +51,7 @@ def test_tunable_is_a_pytree(tun, batch):
     assert again.blocks == tun.blocks
     assert jax.tree.structure(again) == jax.tree.structure(tun)
     compiled = jax.jit(lambda t, b: t.apply(t.theta0, b))
-    np.testing.assert_allclose(compiled(tun, batch), tun.apply(tun.theta0, batch), atol=1e-6)
+    np.testing.assert_allclose(compiled(tun, batch), tun.apply(tun.theta0, batch), atol=5e-6)
 
 
 def test_blocks_of_lora(model):
@@ -179,7 +179,7 @@ def test_nnx_module_by_filter():
     batch["x"] = batch["x"].astype(np.float32)
     net.eval()
     tun = jl.from_nnx(net)
-    np.testing.assert_allclose(tun.apply(tun.theta0, batch), net(batch), atol=1e-6)
+    np.testing.assert_allclose(tun.apply(tun.theta0, batch), net(batch), atol=5e-6)
     last = jl.from_nnx(net, wrt=nnx.All(nnx.Param, lambda path, value: "last" in path))
     assert leaf_paths(last.theta0) == ("last/bias", "last/kernel")
     theta = cases.moved(tun)
@@ -189,7 +189,7 @@ def test_nnx_module_by_filter():
     partly = {**tun.theta0, "inner": {0: tun.theta0["inner"][0], 1: {**tun.theta0["inner"][1]}}}
     partly["inner"][1]["kernel"] = theta["inner"][1]["kernel"]
     partly["last"] = {**tun.theta0["last"], "bias": theta["last"]["bias"]}
-    np.testing.assert_allclose(tun.apply(partly, batch), changed(batch), atol=1e-6)
+    np.testing.assert_allclose(tun.apply(partly, batch), changed(batch), atol=5e-6)
     for tunable in (tun, last):
         cases.check(tunable, batch)
     assert jl.train(tun, batch, None, jl.TrainConfig(max_steps=2)).history[-1]["distance"] > 0

@@ -34,7 +34,7 @@ def test_logits_of_label_words_in_the_blank(masked):
     at = (batch["input_ids"] == tok.mask_token_id).argmax(axis=1)
     words = tok.convert_tokens_to_ids(["good", "bad"])
     expected = whole[np.arange(3), at][:, words]
-    np.testing.assert_allclose(model.apply(model.params, batch), expected, atol=1e-6)
+    np.testing.assert_allclose(model.apply(model.params, batch), expected, atol=5e-6)
     assert np.ptp(expected) > 1e-2
     broken = {**batch, "input_ids": batch["input_ids"].copy()}
     broken["input_ids"][1, at[1]] = 7
@@ -99,9 +99,9 @@ def test_layers_of_a_prompted_model_are_rematerialised_and_its_trunk_cached(mask
     again = jl.with_remat(model)
     assert again.module.module.config.remat
     expected = model.apply(model.params, batch)
-    np.testing.assert_allclose(again.apply(again.params, batch), expected, atol=1e-6)
+    np.testing.assert_allclose(again.apply(again.params, batch), expected, atol=5e-6)
     fast, data = jl.cache_trunk(jl.lora(model, rank=2, layers=[1]), batch)
-    np.testing.assert_allclose(fast.apply(fast.theta0, data.columns), expected, atol=1e-6)
+    np.testing.assert_allclose(fast.apply(fast.theta0, data.columns), expected, atol=5e-6)
 
 
 def test_label_words_are_one_token_each(masked):

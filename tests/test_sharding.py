@@ -34,7 +34,7 @@ def alone(request):
 def test_a_mesh_of_one_device(alone):
     pace, expected = alone
     for name, history in shard_check.histories(one_device(), pace).items():
-        np.testing.assert_allclose(history, expected[name], rtol=1e-6, err_msg=name)
+        np.testing.assert_allclose(history, expected[name], rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_linearizing_and_sharding_commute():
         assert both[0].sharding == both[1].sharding
     expected = jl.predict(jl.linearize(tun), theta, data)
     for split in (first, last):
-        np.testing.assert_allclose(jl.predict(split, theta, data), expected, atol=1e-6)
+        np.testing.assert_allclose(jl.predict(split, theta, data), expected, atol=5e-6)
 
 
 def test_a_run_goes_on_over_a_mesh():
@@ -73,7 +73,7 @@ def test_a_run_goes_on_over_a_mesh():
         (on_mesh.states[3], one_device(data=1)),
     ):
         rest = jl.train(tun, data, config=config, start=start, mesh=mesh)
-        np.testing.assert_allclose(history(rest), history(alone)[start.step :], rtol=1e-6)
+        np.testing.assert_allclose(history(rest), history(alone)[start.step :], rtol=1e-5)
         assert mesh_of(rest.theta) == mesh
 
 

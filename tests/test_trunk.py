@@ -94,7 +94,7 @@ def test_rows_have_the_length_of_their_bucket(model):
         assert data.batch(group[:1])[fast.apply.cut.column].shape[1] == width
     some = data.take(np.array([3, 5, 8]))  # which has buckets of its own
     expected = jl.predict(tun, tun.theta0, batch)[[3, 5, 8]]
-    np.testing.assert_allclose(jl.predict(fast, fast.theta0, some), expected, atol=1e-6)
+    np.testing.assert_allclose(jl.predict(fast, fast.theta0, some), expected, atol=5e-6)
 
 
 @pytest.mark.slow
@@ -199,7 +199,7 @@ def test_other_data_or_weights_are_refused(model, batch):
     long = {**data.columns, "input_ids": data["input_ids"] + 10_000}
     with pytest.raises(jl.InputError, match="vocabulary"):
         jl.predict(fast, fast.theta0, long)
-    np.testing.assert_allclose(jl.predict(tun, tun.theta0, data), jl.predict(tun, tun.theta0, batch), atol=1e-6)
+    np.testing.assert_allclose(jl.predict(tun, tun.theta0, data), jl.predict(tun, tun.theta0, batch), atol=5e-6)
 
 
 @pytest.mark.slow
@@ -212,7 +212,7 @@ def test_a_kernel_in_float64_needs_a_trunk_in_float64(model, batch):
     fast, data = jl.cache_trunk(tun, batch, dtype="float64")
     jac, _ = cases.reference_jacobian(tun, batch)
     assert cases.relative_error(jl.ntk(fast, data, dtype="float64").matrix(), jac @ jac.T) < 1e-12
-    np.testing.assert_allclose(jl.predict(fast, fast.theta0, data), jl.predict(tun, tun.theta0, batch), atol=1e-6)
+    np.testing.assert_allclose(jl.predict(fast, fast.theta0, data), jl.predict(tun, tun.theta0, batch), atol=5e-6)
 
 
 # --- other models, other arms --------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_a_module_with_loops_is_entered_outside_of_them():
         assert find_trunk(tun, {"x": x}).cut.path == path
         fast, data = jl.cache_trunk(tun, {"x": x})
         theta = cases.moved(tun)
-        np.testing.assert_allclose(jl.predict(fast, theta, data), jl.predict(tun, theta, {"x": x}), atol=1e-6)
+        np.testing.assert_allclose(jl.predict(fast, theta, data), jl.predict(tun, theta, {"x": x}), atol=5e-6)
 
 
 def test_width_of_activations_is_no_length():
