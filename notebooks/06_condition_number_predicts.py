@@ -74,6 +74,18 @@ study.show("correlations")
 study.found("table")
 
 # %% [markdown]
+# What the correlations are of, task by task: final training cross-entropy against each of the other predictors,
+
+# %%
+study.show("others_loss")
+
+# %% [markdown]
+# and the validation metric.
+
+# %%
+study.show("others_metric")
+
+# %% [markdown]
 # ## More choices, and another way to train
 #
 # The same question of more choices, with few examples; a task that has too few for the part above is in this one alone.

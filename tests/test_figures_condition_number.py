@@ -80,7 +80,7 @@ def test_a_run_and_going_on(setting, tmp_path, monkeypatch):
         experiment.compute(changed, work_of(changed, tmp_path))
     write_tables(tmp_path, tables)
     read = read_tables(tmp_path)
-    assert set(page.draw(read)) == {"scatter", "correlations"}
+    assert set(page.draw(read)) == {"scatter", "correlations", "others_loss", "others_metric"}
     assert set(page.findings(read)) == {"verdict", "table", "wide_verdict", "wide_table", "agreement"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,10 +175,40 @@ def _named_task(arguments: DataArguments, columns: Columns) -> Task:
             columns=columns,
             known=known,
         )
+    raise InputError(_no_task("task_name", name, "any other hub data set is named by --dataset_name"))
+
+
+def check_tasks(names: Sequence[str], data_dir: Path | None) -> None:
+    """Refuses tasks that are none, of a command whose `--tasks` are loaded one after the other.
+
+    Args:
+        names: As for `DataArguments.task_name`.
+        data_dir: As for `DataArguments`.
+
+    Raises:
+        InputError: Naming the first that `load_task` would not find in a folder, embedded, or known of the hub.
+    """
+    if data_dir is not None:
+        there = tasks_in(data_dir)
+        if missing := [name for name in names if not has_task(data_dir, name)]:
+            raise InputError(
+                f"--tasks {' '.join(names)}: there is no {missing[0]} in --data_dir {data_dir}; there are "
+                f"{', '.join(there) or 'none'}"
+            )
+        return
+    default = os.environ.get("JAXLIN_DATA")
+    for name in names:
+        if name not in (STDLIB, *KNOWN_TASKS) and not (default and has_task(Path(default), name)):
+            raise InputError(_no_task("tasks", name, "others are files in a folder named by --data_dir"))
+
+
+def _no_task(option: str, name: str, others: str) -> str:
+    """Says that there is no such task, and which there are."""
+    default = os.environ.get("JAXLIN_DATA")
     there = tasks_in(Path(default)) if default else []
     near = difflib.get_close_matches(name.lower(), [STDLIB, *there, *KNOWN_TASKS], n=3)
     local = f"in {default} (JAXLIN_DATA) {', '.join(there) or 'none'}" if default else "no folder (--data_dir FOLDER)"
-    raise InputError(
-        f"--task_name {name} is no task{' (near: ' + ', '.join(dict.fromkeys(near)) + ')' if near else ''}; there are "
-        f"{STDLIB}; {local}; from the hub {', '.join(KNOWN_TASKS)}; any other hub data set is named by --dataset_name"
+    return (
+        f"--{option} {name} is no task{' (near: ' + ', '.join(dict.fromkeys(near)) + ')' if near else ''}; there are "
+        f"{STDLIB}; {local}; from the hub {', '.join(KNOWN_TASKS)}; {others}"
     )

@@ -388,6 +388,7 @@ class Runs:
                             **predictors[way][choice.name],
                             "train_examples": len(drawn.train),
                             "eval_examples": len(drawn.eval),
+                            "kernel_examples": min(setting.num_kernel, len(drawn.train)),
                         }
                     done += 1
                     self.work.progress(what, done, total)

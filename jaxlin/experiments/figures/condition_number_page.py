@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from jaxlin import plots
 from jaxlin.data.known import CLASS_METRICS, KNOWN_TASKS
-from jaxlin.experiments.figures.correlations import ALONE, EQUAL_SIZE, PAPER, POOLED, PRIMARY, STABLE
+from jaxlin.experiments.figures.correlations import ALONE, EQUAL_SIZE, LOGARITHMS, PAPER, POOLED, PRIMARY, STABLE
 from jaxlin.experiments.figures.study import Row, Tables
 from jaxlin.experiments.figures.summary import METRICS, counted, distinct, name_of, number, of, poolable
 from jaxlin.theory.criteria import CRITERIA
@@ -42,11 +43,15 @@ def _counted(rows: Sequence[Row], column: str) -> str:
     return counted(len(distinct(rows, column)), column)
 
 
+def _range(rows: Sequence[Row], column: str) -> str:
+    found = sorted(set(distinct(rows, column)))
+    return f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
 def _sizes(rows: Sequence[Row]) -> str:
-    parts = [sorted(set(distinct(rows, column))) for column in ("train_examples", "eval_examples")]
-    train, evaluation = (f"{part[0]}" if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts)
     return (
-        f"{train} training and {evaluation} validation examples, {_counted(rows, 'choice')}, {_counted(rows, 'draw')}"
+        f"{_range(rows, 'train_examples')} training examples, {_range(rows, 'kernel_examples')} of them in the kernel, "
+        f"{_range(rows, 'eval_examples')} for validation, {_counted(rows, 'choice')}, {_counted(rows, 'draw')}"
     )
 
 
@@ -56,16 +61,25 @@ def _metric(task: str) -> str:
     return METRICS[metrics[0]]
 
 
-def _points(rows: Sequence[Row], outcome: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """κ (geometric mean), outcome and number of modules of every choice, means over draws; without what diverged."""
+def _is_logarithmic(predictor: str) -> bool:
+    return predictor.removeprefix(ALONE) in LOGARITHMS
+
+
+def _points(rows: Sequence[Row], outcome: str, predictor: str = KAPPA) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Predictor, outcome and number of modules of every choice, means over draws; without what diverged.
+
+    Returns:
+        Three arrays `[choices]`; the mean is the geometric one of predictors that correlations take the logarithm of.
+    """
     found = []
     for name in distinct(rows, "choice"):
         mine = [row for row in of(rows, choice=name) if row[outcome] is not None]
         if mine:
-            log, values = ([row[column] for row in mine] for column in (KAPPA, outcome))
-            found.append((np.exp(np.mean(np.log(log))), np.mean(values), mine[0]["num_modules"]))
-    kappa, value, modules = np.array(found, float).reshape(-1, 3).T
-    return kappa, value, modules
+            said, values = (np.array([row[column] for row in mine], float) for column in (predictor, outcome))
+            middle = np.exp(np.log(said).mean()) if _is_logarithmic(predictor) else said.mean()
+            found.append((middle, values.mean(), mine[0]["num_modules"]))
+    middles, values, modules = np.array(found, float).reshape(-1, 3).T
+    return middles, values, modules
 
 
 _MARKS = {"q": "o", "k": "^", "v": "s", "qv": "v", "qkv": "D"}
@@ -81,40 +95,71 @@ def _of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
     return [row for row in rows if _kind(row) == kind]
 
 
+def _panel(axis: Axes, rows: Sequence[Row], outcome: str, predictor: str, size: float, counts: Sequence[int]) -> Any:
+    """Scatters an outcome of one task against a predictor, a point a choice; returns what a colour bar is made of."""
+    scale: dict[str, Any] = {"cmap": plots.COUNT_MAP, "norm": "log", "vmin": min(counts), "vmax": max(counts)}
+    for kind in dict.fromkeys(map(_kind, rows)):
+        x, value, modules = _points(_of_kind(rows, kind), outcome, predictor)
+        image = axis.scatter(x, value, c=modules, marker=_MARKS.get(kind, "o"), s=size, zorder=3, **scale)
+    if _is_logarithmic(predictor):
+        axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter("")
+    return image
+
+
+def _keys(figure: Figure, axes: np.ndarray, image: Any, rows: Sequence[Row]) -> None:
+    """Tells what colours and marks of panels mean, and of how many examples and draws they are."""
+    ticks, kinds = sorted(distinct(rows, "num_modules")), list(dict.fromkeys(map(_kind, rows)))
+    bar = figure.colorbar(image, ax=axes[:, -1], label="modules tuned", aspect=15 * len(axes))
+    bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
+    bar.minorticks_off()
+    for kind in kinds:
+        axes[0, 0].plot([], [], _MARKS.get(kind, "o"), color="#555555", ms=3.5, label=kind)
+    figure.legend(loc="outside lower center", ncols=len(kinds))
+    figure.suptitle(
+        f"A point a choice of layers and modules, Adam at a fixed rate, mean over draws;\n{_sizes(rows)}",
+        fontsize=8,
+    )
+
+
 def _scatter(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
     """κ against final training loss and metric, a point a choice, a column a task."""
     rows = of(table, way=PAPER)
-    tasks, kinds = distinct(rows, "task"), list(dict.fromkeys(map(_kind, rows)))
-    counts = distinct(rows, "num_modules")
-    scale: dict[str, Any] = {"cmap": plots.COUNT_MAP, "norm": "log", "vmin": min(counts), "vmax": max(counts)}
+    tasks, counts = distinct(rows, "task"), distinct(rows, "num_modules")
     figure, axes = plots.canvas(2, len(tasks), max(1.35 * len(tasks) + 0.6, 4.4), 4.0, sharex="col")
     with plots.drawing():
         for column, task in enumerate(tasks):
-            mine = of(rows, task=task)
             for axis, outcome in zip(axes[:, column], ("train_loss", "metric"), strict=True):
-                for kind in kinds:
-                    kappa, value, modules = _points(_of_kind(mine, kind), outcome)
-                    mark = _MARKS.get(kind, "o")
-                    image = axis.scatter(kappa, value, c=modules, marker=mark, s=11, zorder=3, **scale)
-                (found,) = of(correlations, predictor=KAPPA, way=PAPER, outcome=outcome, task=task)
+                image = _panel(axis, of(rows, task=task), outcome, KAPPA, 11, counts)
+                found = one(correlations, KAPPA, outcome, task=task)
                 above = name_of(task) if outcome == "train_loss" else _metric(task)
                 axis.set_title(f"{above}\nρ = {_signed(found['spearman'])}", fontsize=8)
-                axis.set_xscale("log")
                 axis.tick_params(labelsize=7)
             axes[1, column].set_xlabel("κ at θ₀")
         axes[0, 0].set_ylabel("final training cross-entropy")
         axes[1, 0].set_ylabel("validation score")
-        ticks = sorted(distinct(rows, "num_modules"))
-        bar = figure.colorbar(image, ax=axes[:, -1], label="modules tuned", aspect=30)
-        bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
-        bar.minorticks_off()
-        for kind in kinds:
-            axes[0, 0].plot([], [], _MARKS.get(kind, "o"), color="#555555", ms=3.5, label=kind)
-        figure.legend(loc="outside lower center", ncols=len(kinds))
-        figure.suptitle(
-            f"A point a choice of layers and modules, Adam at a fixed rate, mean over draws;\n{_sizes(rows)}",
-            fontsize=8,
-        )
+        _keys(figure, axes, image, rows)
+    return figure
+
+
+def _scatter_others(table: Sequence[Row], correlations: Sequence[Row], outcome: str) -> Figure:
+    """Every predictor but κ against one outcome, a row a predictor, a column a task."""
+    rows = of(table, way=PAPER)
+    tasks, counts = distinct(rows, "task"), distinct(rows, "num_modules")
+    others = [name for name in _SHOWN if name != KAPPA]
+    figure, axes = plots.canvas(
+        len(others), len(tasks), max(1.35 * len(tasks) + 0.6, 4.4), 0.95 * len(others) + 0.8, sharey="col"
+    )
+    with plots.drawing():
+        for place, predictor in enumerate(others):
+            for axis, task in zip(axes[place], tasks, strict=True):
+                image = _panel(axis, of(rows, task=task), outcome, predictor, 5, counts)
+                rho = f"ρ = {_signed(one(correlations, predictor, outcome, task=task)['spearman'])}"
+                above = name_of(task) if outcome == "train_loss" else f"{name_of(task)}, {_metric(task)}"
+                axis.set_title(rho if place else f"{above}\n{rho}", fontsize=7, pad=4)
+                axis.tick_params(labelsize=6)
+            axes[place, 0].set_ylabel(textwrap.fill(name_of_predictor(predictor), 15), fontsize=7)
+        _keys(figure, axes, image, rows)
     return figure
 
 
@@ -156,7 +201,12 @@ def _forest(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
 def draw(tables: Tables) -> dict[str, Figure]:
     """Draws κ against outcomes, and every predictor's correlations, of the main part: the wide one has few examples."""
     part = tables["table"], tables["correlations"]
-    return {"scatter": _scatter(*part), "correlations": _forest(*part)}
+    return {
+        "scatter": _scatter(*part),
+        "correlations": _forest(*part),
+        "others_loss": _scatter_others(*part, "train_loss"),
+        "others_metric": _scatter_others(*part, "metric"),
+    }
 
 
 def _signed(value: float) -> str:

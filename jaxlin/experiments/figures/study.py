@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
-from jaxlin.experiments.data_arguments import STDLIB, DataArguments
+from jaxlin.experiments.data_arguments import STDLIB, DataArguments, check_tasks
 from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.model_arguments import ModelArguments, starts_as_probe
 from jaxlin.experiments.run_folder import write_csv
@@ -77,6 +77,7 @@ class Setting:
         """
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
             raise InputError(f"--tasks {' '.join(self.tasks)}: expected at least one, each once")
+        check_tasks(self.tasks, self.data_dir)
         self.require_positive("seeds", "num_train", "max_seq_length", "lora_rank")
 
     def require_positive(self, *names: str) -> None:
