@@ -4,7 +4,10 @@ import csv
 import json
 import os
 import shutil
+import signal
+import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import jax
@@ -108,6 +111,28 @@ def virtual_devices(count):
     """The environment of a process that has `count` CPU devices and else what this one has."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parent.parent)}
+
+
+def killed_at_random(command, seed, most=4, cwd=None, env=None):
+    """Runs a command, which prints a line a step, until it ends by itself, killed up to so often at random moments.
+
+    Returns the number of steps before each kill (-9).
+    """
+    rng, killed = np.random.default_rng(seed), []
+    while True:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=cwd, env=env)
+        steps, last = 0, rng.integers(1, 20) if len(killed) < most else np.inf
+        for _ in process.stdout:
+            steps += 1
+            if steps == last:
+                time.sleep(rng.uniform(0, 0.1))
+                process.kill()
+                break
+        process.stdout.close()
+        if process.wait() == 0:
+            return killed
+        assert process.returncode == -signal.SIGKILL
+        killed.append(steps)
 
 
 def forbid(monkeypatch, module, *names):

@@ -219,6 +219,31 @@ def test_store(mesh, tmp_path):
         np.testing.assert_array_equal(again.parts[block], part)
 
 
+KILLED = """
+import sys, time
+import jaxlin as jl
+from jaxlin.mesh import make_mesh
+from tests import cases
+slow = lambda *step: (print(*step, flush=True), time.sleep(0.05))
+jl.ntk(jl.lora(cases.tiny_model(), rank=3, layers=[1]), cases.text_batch(13, longest=14), blocks="layer", progress=slow,
+       mesh=make_mesh(), memory_budget=130_000, store=sys.argv[1], resume=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_the_same(tmp_path):
+    """kill -9 of two devices' process, in passes and in tiles."""
+    whole, path = tmp_path / "whole", tmp_path / "killed"
+    command, environment = [sys.executable, "-c", KILLED], cases.virtual_devices(2)
+    assert cases.killed_at_random([*command, str(whole)], 0, most=0, cwd=ROOT, env=environment) == []
+    assert len(cases.killed_at_random([*command, str(path)], 1, cwd=ROOT, env=environment)) >= 2
+    expected, found = jl.load_kernel(whole), jl.load_kernel(path)
+    assert found.info == expected.info
+    assert "2 devices in a ring" in found.info.note
+    for block, part in expected.parts.items():
+        np.testing.assert_array_equal(found.parts[block], part)
+
+
 BAD = {
     "memory": ({"memory_budget": 100}, "each of 1 devices has to hold"),
     "engine": ({"engine": "factored"}, "mesh goes with engine"),

@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import sys
 import warnings
 
@@ -168,6 +169,33 @@ def test_invariance_to_chunk_and_bucket(model):
     assert seen[-1] == (9, 9)
 
 
+@pytest.mark.parametrize(
+    ("engine", "tune"),
+    [("jacobian", "lora"), ("factored", "lora"), pytest.param("factored", "full", marks=pytest.mark.slow)],
+)
+def test_more_examples_compile_nothing_more(engine, tune, model):
+    tun = jl.lora(model, rank=2) if tune == "lora" else jl.full(model)
+    options = {"engine": engine, "memory_budget": 1 << 20 if tune == "lora" else 6 << 20}
+    some, compiled, counts = cases.text_batch(8, seed=5, longest=30), [], []
+
+    def listen(event, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    for times in (2, 8):
+        data = Dataset.from_columns({name: np.concatenate([value] * times) for name, value in some.items()})
+        assert jl.ntk_plan(tun, data, **options).chunk <= 16
+        jax.clear_caches()
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            jl.ntk(tun, data, check_examples=0, **options)
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        counts.append(len(compiled))
+        compiled.clear()
+    assert 0 < counts[1] <= counts[0]
+
+
 def test_zero_jacobian_of_a_is_left_out_only_where_it_is_zero(model, batch):
     tun, data = jl.lora(model, rank=3), Dataset.from_columns(batch)
     assert not any(path.endswith("lora_A") for path in jacobian(tun, data).rows)
@@ -296,14 +324,21 @@ def test_bad_outputs_and_data():
         jl.ntk(cases.mlp(), {"x": np.zeros((3, 4)), "labels": np.zeros(2)})
 
 
-def test_one_example_and_duplicates(model, batch):
-    tun = jl.head_only(model)
-    one = jl.ntk(tun, {key: value[:1] for key, value in batch.items()})
+def test_one_example(model, batch):
+    one = jl.ntk(jl.head_only(model), {key: value[:1] for key, value in batch.items()})
     assert one.array.shape == (1, 1, 3, 3)
+
+
+@pytest.mark.parametrize("tune", ["head", "lora", "full"])
+@pytest.mark.parametrize("options", [{"engine": "factored"}, {"keep_jacobian": True}, {"engine": "neural_tangents"}])
+def test_duplicates(model, batch, tune, options):
+    """K is singular, and κ known to be at least so large."""
+    tun = {"head": jl.head_only, "lora": functools.partial(jl.lora, rank=3), "full": jl.full}[tune](model)
     twice = {key: np.concatenate([value[:2], value[:2]]) for key, value in batch.items()}
-    spec = jl.spectrum(jl.ntk(tun, twice, keep_jacobian=True))
-    assert spec.rank == 6
+    spec = jl.spectrum(jl.ntk(tun, twice, **options))
+    assert spec.rank == 2 * 3
     assert spec.condition_number_is_bound
+    assert spec.condition_number > 1e5
 
 
 @pytest.mark.parametrize("engine", ["jacobian", "factored"])

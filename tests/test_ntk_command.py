@@ -2,7 +2,13 @@
 
 import functools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,6 +18,8 @@ import jaxlin as jl
 from jaxlin.experiments import kernel as command
 from jaxlin.ntk import work
 from tests import cases
+
+ROOT = Path(__file__).parents[1]
 
 words = functools.partial(cases.flags, command="ntk")
 
@@ -80,6 +88,39 @@ def test_interrupted_it_says_how_to_go_on_and_does(run, options, tmp_path, monke
     code, _, _ = run(*words({**options, "output_dir": tmp_path / "whole", "resume": True}))  # nothing there: a start
     assert code == 0
     np.testing.assert_array_equal(jl.load_kernel(tmp_path / "whole" / "kernel.zarr").array, kernel.array)
+
+
+def files(folder):
+    return sum(len(names) for _, _, names in os.walk(folder))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_the_same(run, options, tmp_path):
+    """kill -9, several times, in passes, tiles, and what follows them."""
+    folder, rng, killed = tmp_path / "out", np.random.default_rng(0), 0
+    main = [sys.executable, "-c", "from jaxlin.cli import main; main()"]
+    command = [*main, *map(str, words({**options, "resume": True}))]
+    assert run(*words({**options, "output_dir": tmp_path / "whole"}))[0] == 0
+    count = files(tmp_path / "whole")
+    for _ in range(4):
+        least = rng.integers(3, count)  # files, of which every tile is one
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and files(folder) < least:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.5))
+            process.kill()
+        killed += process.returncode == -signal.SIGKILL
+        if process.returncode == 0:
+            break
+    assert killed
+    code, _, err = run(*words({**options, "resume": True}))
+    assert code == 0, err
+    found, expected = (jl.load_kernel(path / "kernel.zarr") for path in (folder, tmp_path / "whole"))
+    assert found.info == expected.info
+    for block, part in expected.parts.items():
+        np.testing.assert_array_equal(found.parts[block], part)
+    for name in ("spectrum.csv", "table.csv"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_folder_of_another_command_is_left_alone(run, options, tmp_path):

@@ -4,10 +4,8 @@ import errno
 import functools
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -426,22 +424,7 @@ jl.ntk(test_store.tuned(cases.tiny_model()), cases.text_batch(6), store=sys.argv
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_moments_it_ends_the_same(whole, tmp_path, seed):
     """kill -9, several times in one run, in passes and in tiles."""
-    rng, path = np.random.default_rng(seed), tmp_path / "k"
+    path = tmp_path / "k"
     command = [sys.executable, "-c", KILLED, str(path)]
-    killed = []
-    for _ in range(30):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
-        steps, last = 0, rng.integers(1, 20) if len(killed) < 4 else np.inf
-        for _ in process.stdout:
-            steps += 1
-            if steps == last:
-                time.sleep(rng.uniform(0, 0.1))
-                process.send_signal(signal.SIGKILL)
-                break
-        process.stdout.close()
-        if process.wait() == 0:
-            break
-        assert process.returncode == -signal.SIGKILL
-        killed.append(steps)
-    assert len(killed) >= 2
+    assert len(cases.killed_at_random(command, seed, env={**os.environ, "PYTHONPATH": "."})) >= 2
     assert_same(path, whole)

@@ -8,13 +8,10 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import filelock
 import numpy as np
-import zarr
-import zarr.codecs
-import zarr.errors
 from jaxtyping import Float
 
 from jaxlin.errors import NO_SPACE, InputError
@@ -23,6 +20,9 @@ from jaxlin.ntk.kernel import Kernel, KernelInfo
 from jaxlin.ntk.tiles import transposed
 from jaxlin.ntk.work import Plan
 from jaxlin.tunable import Blocks
+
+if TYPE_CHECKING:
+    import zarr
 
 _FORMAT = 1
 _ARRAY, _ATTRIBUTE = "blocks", "jaxlin"
@@ -101,6 +101,9 @@ class KernelStore:
             InputError: If the folder holds something, or cannot be made.
             OSError: If the disk is full.
         """
+        import zarr
+        import zarr.codecs
+
         if path.is_file() or (path.is_dir() and any(path.iterdir())):
             raise InputError(f"store {path} is there already; resume it (resume=True, --resume), or give another path")
         making = path.with_name(f".{path.name}.partial")  # so that a store is there whole or not at all
@@ -148,6 +151,9 @@ class KernelStore:
         Raises:
             InputError: If there is none.
         """
+        import zarr
+        import zarr.errors
+
         try:
             group = zarr.open_group(path, mode=mode)  # type: ignore[arg-type]
             about = group.attrs[_ATTRIBUTE]
@@ -192,6 +198,8 @@ class KernelStore:
 
     def write(self, block: str, left: range, right: range, tile: np.ndarray) -> None:
         """Writes a tile; of a symmetric kernel, its mirror image first."""
+        import zarr
+
         index = self._names.index(block)
         with zarr.config.set({"array.write_empty_chunks": True}):  # a tile of NaN is computed, too
             if self.about["symmetric"] and left != right:
