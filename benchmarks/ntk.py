@@ -7,14 +7,17 @@
 The shape is RoBERTa-base with random weights and tokens, or MiniLM with real text. The limit of a kernel is that of its
 matrix products: N·F forward, N·C·F back through activations (and as much again for weight gradients, in proportion to
 the weights tuned), at the best rate of products of these shapes, forward or transposed, measured in the same run; and
-(NC)²·P for the Gram matrix of large weights in float64, at the rate of a float64 product measured likewise. The first
+(NC)²·P for the Gram matrices in float64 of the P weights whose derivatives are not all zero, at the rate of a float64
+product of a matrix with itself, measured likewise. The first
 call's excess over the median is told apart, as compilation; ε_J is not measured. The peak is of the process during the
 calls (Linux), with the model.
 `--head cls` reads one position, for which the last layer then works alone; `--head mean` reads all.
 
 Beside jaxlin's engines: `one block`, the same engine for the summed kernel alone; `neural_tangents`, the fastest of
-its implementations for LoRA (JACOBIAN_CONTRACTION); `paper's script`, the Jacobian of all parameters, one example at a
-time, twice, of texts padded to 512 tokens as that script pads them (`--length` where tokens are random).
+its implementations for LoRA (JACOBIAN_CONTRACTION), in tiles, and checked; `neural_tangents alone`, the library itself
+with all examples at once, whose program says what memory it needs before it runs; `paper's script`, the Jacobian of all
+parameters, one example at a time, twice, of texts padded to 512 tokens as that script pads them (`--length` where
+tokens are random).
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -38,7 +41,7 @@ import jaxlin as jl
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError
 from jaxlin.models.encoder import EncoderConfig, SequenceClassifier
-from jaxlin.tunable import layer_index
+from jaxlin.tunable import layer_index, leaf_paths
 
 CONFIG = EncoderConfig(50265, 768, 12, 12, 3072, 512, 2)
 CASES: dict[str, tuple[Callable[[Any, int], jl.Tunable], float]] = {
@@ -50,20 +53,28 @@ CASES: dict[str, tuple[Callable[[Any, int], jl.Tunable], float]] = {
 }
 
 
-def timed(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Median time of a call in seconds, after one that compiles; and by how much that one took longer."""
+class Timed(NamedTuple):
+    """Median seconds of a call after one that compiles, by how much that one took longer, and the last result."""
+
+    seconds: float
+    compile_seconds: float
+    result: Any
+
+
+def timed(function: Callable[[], Any], repeats: int) -> Timed:
+    """Calls a function once to compile it, and then so often."""
     times = []
     for _ in range(1 + repeats):
         begin = time.perf_counter()
-        function()
+        result = function()
         times.append(time.perf_counter() - begin)
     middle = statistics.median(times[1:])
-    return middle, max(0.0, times[0] - middle)
+    return Timed(middle, max(0.0, times[0] - middle), result)
 
 
 def median(function: Callable[[], Any], repeats: int) -> float:
     """Median time of a call in seconds, after one that compiles."""
-    return timed(function, repeats)[0]
+    return timed(function, repeats).seconds
 
 
 def peak_memory(reset: bool = False) -> float:
@@ -75,6 +86,12 @@ def peak_memory(reset: bool = False) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def free_memory() -> float:
+    """Memory in GiB that programs may still take (Linux)."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) / 2**20
 
 
 def product_rate(config: EncoderConfig, repeats: int) -> float:
@@ -120,8 +137,30 @@ def minilm(args: argparse.Namespace) -> tuple[Any, Dataset]:
     return model, as_dataset(dict(tokens))
 
 
-def seconds(engine: str, model: Any, tun: jl.Tunable, data: Dataset, args: argparse.Namespace) -> tuple[float, float]:
-    """Median time of a kernel of all examples by one of the ways, and of its compilation."""
+def neural_tangents_alone(tun: jl.Tunable, data: Dataset, repeats: int) -> Timed:
+    """Times a kernel of all examples by the library itself, without tiles and check."""
+    nt, batch = jl.load_neural_tangents(), dict(data.columns)
+    kernel = nt.empirical_ntk_fn(
+        tun.apply,
+        trace_axes=(),
+        vmap_axes=(dict.fromkeys(batch, 0), 0, {}),
+        implementation=nt.NtkImplementation.JACOBIAN_CONTRACTION,
+    )
+    with jax.default_matmul_precision("highest"):
+        begin = time.perf_counter()
+        program = jax.jit(kernel).lower(batch, None, tun.theta0).compile()
+        compiling = time.perf_counter() - begin
+        needed, free = program.memory_analysis().temp_size_in_bytes / 2**30, free_memory()
+        if needed > free:
+            raise InputError(f"the program needs {needed:.0f} GiB, of {free:.0f} that are free")
+        found = timed(lambda: np.asarray(program(batch, None, tun.theta0)), repeats)
+    return found._replace(compile_seconds=compiling)
+
+
+def call(engine: str, model: Any, tun: jl.Tunable, data: Dataset, args: argparse.Namespace) -> Timed:
+    """Times a kernel of all examples by one of the ways."""
+    if engine == "neural_tangents alone":
+        return neural_tangents_alone(tun, data, args.repeats)
     if engine == "paper's script":
         everything = jl.full(model)
         length = 512 if args.text else data["input_ids"].shape[1]
@@ -130,10 +169,8 @@ def seconds(engine: str, model: Any, tun: jl.Tunable, data: Dataset, args: argpa
         one = {"input_ids": ids, "attention_mask": (ids > 0).astype(np.int64), "weight": np.ones(1, np.float32)}
         rows = jax.jit(lambda apply, theta, batch: jax.jacrev(apply)(theta, batch))
         with jax.default_matmul_precision("highest"):
-            each, compiling = timed(
-                lambda: jax.block_until_ready(rows(everything.apply, everything.theta0, one)), args.repeats
-            )
-        return 2 * len(data) * each, compiling
+            each = timed(lambda: jax.block_until_ready(rows(everything.apply, everything.theta0, one)), args.repeats)
+        return each._replace(seconds=2 * len(data) * each.seconds)
     options: dict[str, Any] = {"engine": engine, "memory_budget": int(args.memory_budget * 2**30)}
     if engine != "neural_tangents":
         options["check_examples"] = 0
@@ -152,7 +189,7 @@ def main() -> None:
     parser.add_argument("--outputs", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    engines = ("jacobian", "factored", "one block", "neural_tangents", "paper's script")
+    engines = ("jacobian", "factored", "one block", "neural_tangents", "neural_tangents alone", "paper's script")
     parser.add_argument("--engines", nargs="+", choices=engines, default=engines[:3])
     parser.add_argument("--head", choices=("mean", "cls"), default="mean")
     parser.add_argument("--subsets", type=int, default=0, help="time the spectra of so many subsets of layers")
@@ -164,7 +201,6 @@ def main() -> None:
     rng, c = np.random.default_rng(0), args.outputs
     model, data_all = minilm(args) if args.text else roberta_shape(args, rng)
     config = model.module.config if args.text else CONFIG
-    layer = 4 * config.hidden_size**2 + 2 * config.hidden_size * config.intermediate_size
     apply = jax.jit(model.module.apply)
     with jax.default_matmul_precision("highest"):
         # Of texts of several lengths: the time of all of them, shared out.
@@ -186,16 +222,17 @@ def main() -> None:
         tun, depth = make(model, config.num_layers - 1), 1.0
         if name == "full, last layer":
             share = depth = 1 / config.num_layers
+        sizes = zip(leaf_paths(tun.theta0), jax.tree.leaves(tun.theta0), strict=True)
+        weights = sum(leaf.size for path, leaf in sizes if "lora_A" not in path)  # A's derivatives are zero at θ₀
         for n in args.examples:
             data = data_all.take(np.arange(n))
-            large = share * config.num_layers * layer
             passes = multiply_adds(config, data) * (1 + c * (depth + share)) / rate
-            limit = passes + (n * c) ** 2 * large / gram_rate
+            limit = passes + (n * c) ** 2 * weights / gram_rate
             for engine in args.engines:
                 row = {"tuned": name, "N": n, "C": c, "engine": engine, "limit_seconds": limit}
                 peak_memory(reset=True)
                 try:
-                    row["seconds"], row["compile_seconds"] = seconds(engine, model, tun, data, args)
+                    row["seconds"], row["compile_seconds"], found = call(engine, model, tun, data, args)
                 except InputError as error:
                     row["refused"] = str(error)
                 row["peak_rss_GiB"] = peak_memory()
@@ -204,22 +241,19 @@ def main() -> None:
                     f"{row['seconds'] / n:8.3f} s/example {row['seconds'] / n / forward:6.2f} forwards "
                     f"{limit / row['seconds']:5.2f} of the limit  compiled in {row['compile_seconds']:5.1f} s"
                     if "seconds" in row
-                    else "   does not fit the budget"
+                    else f"   {row['refused']}"
                 )
-                print(f"{name:18} N={n:<4} {engine:16} {taken}  peak {row['peak_rss_GiB']:.1f} GiB", flush=True)
-            if args.subsets:
-                kernel = jl.ntk(tun, data, blocks="layer", check_examples=0)
-                layers = sorted({layer_index(block) for block in kernel.parts} - {None})
-                row = {"tuned": name, "N": n, "C": c, "engine": f"spectra of {args.subsets} subsets of layers"}
-                begin = time.perf_counter()
-                for _ in range(args.subsets):
-                    some = [i for i in layers if rng.random() < 0.5] or layers[:1]
-                    jl.spectrum(kernel.subset([b for b in kernel.parts if layer_index(b) in some]))
-                row["seconds"], row["pass_seconds"] = time.perf_counter() - begin, n * forward * (1 + c)
-                rows.append(row)
-                print(
-                    f"{name:18} N={n:<4} {row['engine']}: {row['seconds']:.1f} s; a pass is {row['pass_seconds']:.1f} s"
-                )
+                print(f"{name:18} N={n:<4} {engine:21} {taken}  peak {row['peak_rss_GiB']:.1f} GiB", flush=True)
+                if args.subsets and engine == "factored" and "seconds" in row:
+                    layers = sorted({layer_index(block) for block in found.parts} - {None})
+                    row = {"tuned": name, "N": n, "C": c, "engine": f"spectra of {args.subsets} subsets of layers"}
+                    begin = time.perf_counter()
+                    for _ in range(args.subsets):
+                        some = [i for i in layers if rng.random() < 0.5] or layers[:1]
+                        jl.spectrum(found.subset([b for b in found.parts if layer_index(b) in some]))
+                    row["seconds"], row["pass_seconds"] = time.perf_counter() - begin, n * forward * (1 + c)
+                    rows.append(row)
+                    print(f"{'':25} {row['engine']}: {row['seconds']:.1f} s; a pass is {row['pass_seconds']:.1f} s")
     if args.json:
         about = {"forward_seconds": forward, "product_rate": rate, "gram_rate": gram_rate, "repeats": args.repeats}
         about |= {"jax": jax.__version__, "length": None if args.text else args.length}

@@ -36,8 +36,10 @@ study.found("in_short")
 # %% [markdown]
 # ## Where the kernel lies
 #
-# Above a line a layer, below a line a module of all layers. Black is everything that LoRA tunes; dotted is the
-# classification head, the last linear map, were it tuned as well.
+# Eigenvalues μᵢ from the largest, i = 1, to the smallest. Above a line a layer, below a line a module of all layers.
+# Black is everything that LoRA tunes; dotted is the classification head, the last linear map, were it tuned as well:
+# its kernel is that of the frozen features, which has no more eigenvalues above zero than there are features, so that
+# its line ends there.
 
 # %%
 study.show("spectra")
@@ -59,9 +61,17 @@ study.found("choice")
 # %% [markdown]
 # ## Between bounds
 #
-# What a further layer can do to the eigenvalues is bounded by its own (Weyl's inequalities, and two others). Black
-# dots are eigenvalues after a layer is added, as multiples of those before; light blue is what the bounds allow. The
-# bottom row is κ with its bounds.
+# What a further layer can do to the eigenvalues is bounded by what its own kernel is
+# ([theory 7](../docs/theory.md#7-layers)):
+#
+# - (a) every eigenvalue rises by at least the layer's smallest and at most its largest (Weyl);
+# - (b) the same, with all of the layer's eigenvalues in place of these two;
+# - (c) it rises by a factor between the smallest and the largest that the layer adds in any direction, relative to
+#   what is there;
+# - (d) so κ, the largest over the smallest, lies between two numbers that follow from (a).
+#
+# Black dots are eigenvalues after a layer is added, as multiples of those before; light blue is what (a) to (c) allow.
+# The bottom row is κ with its bounds.
 
 # %%
 study.show("bounds")

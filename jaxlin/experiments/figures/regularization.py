@@ -200,7 +200,9 @@ def _main(table: Sequence[Row]) -> Figure:
             axes[0, column].set_title(name_of(task))
             axes[-1, column].set_xlabel(f"pull λ/μ₁\n(score: {metric_of(mine)})")
         for axis in axes[:3, 0]:
-            axis.legend(loc="lower left")
+            told_below = list(plots.NAMES.values())
+            handles = [line for line in axis.get_legend_handles_labels()[0] if line.get_label() not in told_below]
+            axis.legend(handles=handles, loc="lower left", fontsize=6, borderpad=0.1, labelspacing=0.2)
         axes[-2, 0].lines[0].set_label("full with linearized")
         axes[-2, 0].legend()
         for arm, style in (*_ARMS, *_BASELINES):
@@ -232,7 +234,7 @@ def _guide(axis: Axes, rows: Sequence[Row], column: str, at: Mapping[float, floa
     large = sorted(share for share in at if share >= 0.1)
     values = values_of(of(rows, lam_over_mu1=large[0]), column) if large else np.array([])
     if len(large) > 1 and len(values):
-        label = f"slope {number(slope)}, descent"
+        label = f"slope {number(slope)}"
         guide = [values.mean() * (share / large[0]) ** slope for share in large]
         axis.plot([at[share] for share in large], guide, color=_GAP, lw=0.9, ls=":", label=label)
 
