@@ -23,7 +23,7 @@ KEPT = ROOT / "notebooks" / "results" / "06_condition_number_predicts"
 @pytest.fixture
 def setting(tmp_path):
     return experiment.ConditionNumberSetting(
-        data_dir=cases.sentiments(tmp_path / "data", 40, 12, ("sst2", "cola")),
+        data_dir=cases.sentiments(tmp_path / "data", 40, 12, ("sst2", "cola", "wnli")),
         model_name_or_path=str(cases.TINY_BERT),
         tasks=("sst2", "cola"),
         layer_sets=("0", "1", "0,1"),

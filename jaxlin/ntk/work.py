@@ -191,9 +191,9 @@ class Work:
         """Whether a pass takes its examples a few at a time; their number is a power of two then."""
         return self.engine == "factored" and jax.default_backend() == "cpu" and not self.on_device
 
-    def _together(self, batch: Batch) -> int:
-        """Examples of a pass that are in the network at a time."""
-        return at_a_time(batch) if self._in_parts else len(batch["weight"])
+    def _together(self, batch: Batch, count: int) -> int:
+        """Examples of a pass that are in the network at a time; last digits depend on `count`, all of this length."""
+        return at_a_time(batch, count) if self._in_parts else len(batch["weight"])
 
     @functools.cached_property
     def _function(self) -> tuple[Callable[..., Any], PyTree]:
@@ -323,13 +323,13 @@ class Work:
         ):
             yield
 
-    def _pass(self, batch: Batch, wanted: int) -> dict[str, Any]:
-        """What one pass gives for the first examples of a batch, on its way on the device if it stays there."""
+    def _pass(self, batch: Batch, wanted: int, count: int) -> dict[str, Any]:
+        """What one pass gives for the first examples of a batch, of `count` of this length; on its way on a device."""
         fetch = (lambda found: found) if self.on_device else jax.device_get
         seeds = self.kind.seeds(self.c).astype(np.float64 if self._dtype == np.float64 else np.float32)
         with self._precisely():
             if self.engine == "factored":
-                given = *self._function, batch, seeds, self.sites, np.int32(wanted), self._together(batch)
+                given = *self._function, batch, seeds, self.sites, np.int32(wanted), self._together(batch, count)
                 return fetch(derivatives_and_factors(*given))
             _, rows = fetch(outputs_and_jacobian(*self._function, batch, seeds))
         leaves = zip(leaf_paths(self.theta), jax.tree.leaves(rows), strict=True)
@@ -347,6 +347,7 @@ class Work:
         """Fills `rows`, of all examples or of some; returns the plan, with smaller chunks where memory ran out."""
         base = 0
         for group in data.groups():
+            count = len(group)
             group = group if only is None else group[np.isin(group, only)]
             start = 0
             running: collections.deque[tuple[int, np.ndarray, Any]] = collections.deque()
@@ -356,7 +357,8 @@ class Work:
                     done = rows.done(base + start) if start < len(group) else 0
                     if start < len(group) and not done:
                         examples = group[start : start + plan.chunk]
-                        running.append((start, examples, self._pass(data.batch(examples, plan.chunk), len(examples))))
+                        found = self._pass(data.batch(examples, plan.chunk), len(examples), count)
+                        running.append((start, examples, found))
                         start += len(examples)
                     ahead = 1 if self.on_device else 0  # there a pass runs while the next is prepared
                     if running and (len(running) > ahead or done or start == len(group)):
@@ -602,10 +604,10 @@ class Work:
             if len(group):
                 examples = group[: plan.chunk]
                 batch = data.batch(examples, plan.chunk)
-                jax.block_until_ready(self._pass(batch, len(examples)))  # compiles
+                jax.block_until_ready(self._pass(batch, len(examples), len(group)))  # compiles
                 begin = time.perf_counter()
-                self._keep(rows, 0, examples, self._pass(batch, len(examples)))
-                together = self._together(batch)
+                self._keep(rows, 0, examples, self._pass(batch, len(examples), len(group)))
+                together = self._together(batch, len(group))
                 rounds = math.ceil(len(group) / together) / math.ceil(len(examples) / together)
                 seconds += (time.perf_counter() - begin) * rounds
         return seconds
