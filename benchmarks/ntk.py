@@ -11,7 +11,8 @@ the weights tuned), at the best rate of products of these shapes, forward or tra
 product of a matrix with itself, measured likewise. The first
 call's excess over the median is told apart, as compilation; ε_J is not measured. The peak is of the process during the
 calls (Linux), with the model.
-`--head cls` reads one position, for which the last layer then works alone; `--head mean` reads all.
+`--head cls` reads one position, for which the last layer then works alone; `--head mean` reads all; `--head both` times
+the factored engine with the two in turn, and says what one position gains.
 
 Beside jaxlin's engines: `one block`, the same engine for the summed kernel alone; `neural_tangents`, the fastest of
 its implementations for LoRA (JACOBIAN_CONTRACTION), in tiles, and checked; `neural_tangents alone`, the library itself
@@ -181,6 +182,31 @@ def call(engine: str, model: Any, tun: jl.Tunable, data: Dataset, args: argparse
     return timed(lambda: jl.ntk(tun, data, **options), args.repeats)
 
 
+def gain_of_one_position(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times kernels of models whose head reads all positions, and one, in turn."""
+    setups = []
+    for head in ("mean", "cls"):
+        own = argparse.Namespace(**{**vars(args), "head": head})
+        setups.append(minilm(own) if args.text else roberta_shape(own, np.random.default_rng(0)))
+    rows = []
+    for name in args.cases:
+        last = (setups[0][0].module.config if args.text else CONFIG).num_layers - 1
+        tuns = [CASES[name][0](model, last) for model, _ in setups]
+        for n in args.examples:
+            times: list[list[float]] = [[], []]
+            for _ in range(1 + args.repeats):
+                for each, tun, (_, data) in zip(times, tuns, setups, strict=True):
+                    some, begin = data.take(np.arange(n)), time.perf_counter()
+                    jl.ntk(tun, some, engine="factored", check_examples=0)
+                    each.append(time.perf_counter() - begin)
+            all_of_them, one = (statistics.median(each[1:]) for each in times)
+            rows.append(
+                {"tuned": name, "N": n, "C": args.outputs, "seconds": one, "seconds_all_positions": all_of_them}
+            )
+            print(f"{name:18} N={n:<4} one position {one / n:.3f} s/example, all {all_of_them / n:.3f}", flush=True)
+    return rows
+
+
 def main() -> None:
     """Prints a table and writes it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -191,13 +217,19 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     engines = ("jacobian", "factored", "one block", "neural_tangents", "neural_tangents alone", "paper's script")
     parser.add_argument("--engines", nargs="+", choices=engines, default=engines[:3])
-    parser.add_argument("--head", choices=("mean", "cls"), default="mean")
+    parser.add_argument("--head", choices=("mean", "cls", "both"), default="mean")
     parser.add_argument("--subsets", type=int, default=0, help="time the spectra of so many subsets of layers")
     parser.add_argument("--text", type=Path, help="TSV with a column `sentence`: MiniLM in place of RoBERTa-base")
     parser.add_argument("--memory_budget", type=float, default=4.0, help="GiB")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
 
+    if args.head == "both":
+        rows = gain_of_one_position(args)
+        if args.json:
+            about = {"repeats": args.repeats, "jax": jax.__version__, "length": None if args.text else args.length}
+            args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=2))
+        return
     rng, c = np.random.default_rng(0), args.outputs
     model, data_all = minilm(args) if args.text else roberta_shape(args, rng)
     config = model.module.config if args.text else CONFIG

@@ -104,6 +104,24 @@ def test_a_few_examples_at_a_time(model, monkeypatch, peft):
         assert cases.relative_error(found, whole) < 1e-6
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="on an accelerator all go together")
+@pytest.mark.parametrize(
+    ("tokens", "count", "width", "together"),
+    [
+        (16, 256, 768, 32),
+        (16, 256, 384, 16),
+        (16, 24, 768, 8),  # not 32, of which 8 would be fillers
+        (32, 7, 768, 8),
+        (34, 1, 768, 1),
+        (128, 16, 768, 4),
+        (1024, 5, 768, 1),
+    ],
+)
+def test_how_many_go_together(tokens, count, width, together):
+    batch = {"input_ids": np.zeros((32, tokens)), "weight": np.ones(32)}
+    assert jacobian.at_a_time(batch, count, width) == together
+
+
 def test_only_examples_that_are_wanted_go_through_the_network(model):
     tun, data = jl.lora(model, rank=2), as_dataset(cases.text_batch(8, longest=8))
     sites, given = find_sites(tun, data, tun.theta0, 3), (tun.apply, tun.theta0, data.batch(np.arange(8)), np.eye(3))

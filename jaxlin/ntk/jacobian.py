@@ -34,6 +34,8 @@ _SMALLEST_PRODUCT = 1 << 22
 
 _CPU_TOKENS = 512
 """Tokens that a network works on together on a CPU, whose caches hold no more; measured by benchmarks/ntk.py."""
+_CPU_WIDTH = 768
+"""Width of the network that this is best for; MiniLM's, half as wide, is best with half of it."""
 _CPU_TOKENS_A_ROUND = 20
 """What each time costs beside its tokens, in tokens: 10 to 26 for MiniLM at lengths of 16 to 64."""
 
@@ -43,7 +45,7 @@ def power_of_two(most: int) -> int:
     return 1 << max(most.bit_length() - 1, 0)
 
 
-def at_a_time(batch: Batch, count: int | None = None) -> int:
+def at_a_time(batch: Batch, count: int | None = None, width: int = _CPU_WIDTH) -> int:
     """Returns how many examples of a batch the network works on together within a program.
 
     On a CPU a few, again and again in the same temporary memory, which XLA asks the system for anew at each call.
@@ -52,6 +54,7 @@ def at_a_time(batch: Batch, count: int | None = None) -> int:
         batch: The examples, and what fills them up.
         count: How many examples of this length there are, in this batch and others of its size, where the last few of
             them are not filled up to a whole batch: then no more together than leaves little of it to fillers.
+        width: Of the network.
 
     Returns:
         The number; on a CPU a power of two, or the batch's size if that is less.
@@ -60,7 +63,8 @@ def at_a_time(batch: Batch, count: int | None = None) -> int:
     if jax.default_backend() != "cpu":
         return size
     tokens = max((value.shape[1] for value in batch.values() if value.ndim > 1), default=1)
-    most = min(size, power_of_two(_CPU_TOKENS // tokens))
+    fitting = _CPU_TOKENS * min(max(width / _CPU_WIDTH, 1 / 4), 2)
+    most = min(size, power_of_two(int(fitting) // tokens))
     if count is None:
         return most
 

@@ -193,7 +193,11 @@ class Work:
 
     def _together(self, batch: Batch, count: int) -> int:
         """Examples of a pass that are in the network at a time; last digits depend on `count`, all of this length."""
-        return at_a_time(batch, count) if self._in_parts else len(batch["weight"])
+        if not self._in_parts:
+            return len(batch["weight"])
+        ends = [(site.inputs, site.outputs) for site in self.sites]
+        widths = [min(read[-1], wrote[-1]) for read, wrote in ends if min(len(read), len(wrote)) > 1]  # of a token
+        return at_a_time(batch, count, *([max(widths)] if widths else []))
 
     @functools.cached_property
     def _function(self) -> tuple[Callable[..., Any], PyTree]:
