@@ -217,10 +217,10 @@ def test_train_test_kinds_and_unsymmetric_kernels_are_stored(model, batch, tmp_p
 def test_out_of_memory_halves_the_chunk_and_says_so(model, batch, monkeypatch, tmp_path):
     tun, run = jl.lora(model, rank=2), work.Work._pass
 
-    def full_at_four(self, batch, wanted):
+    def full_at_four(self, batch, *rest):
         if len(batch["input_ids"]) > 3:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
-        return run(self, batch, wanted)
+        return run(self, batch, *rest)
 
     options = {"engine": "jacobian", "check_examples": 0}
     exact = jl.ntk(tun, batch, **options)
