@@ -45,7 +45,7 @@ def power_of_two(most: int) -> int:
     return 1 << max(most.bit_length() - 1, 0)
 
 
-def at_a_time(batch: Batch, count: int | None = None, width: int = _CPU_WIDTH) -> int:
+def at_a_time(batch: Batch, count: int | None = None, width: int | None = None) -> int:
     """Returns how many examples of a batch the network works on together within a program.
 
     On a CPU a few, again and again in the same temporary memory, which XLA asks the system for anew at each call.
@@ -54,7 +54,7 @@ def at_a_time(batch: Batch, count: int | None = None, width: int = _CPU_WIDTH) -
         batch: The examples, and what fills them up.
         count: How many examples of this length there are, in this batch and others of its size, where the last few of
             them are not filled up to a whole batch: then no more together than leaves little of it to fillers.
-        width: Of the network.
+        width: Of the network; `None` where it is not known.
 
     Returns:
         The number; on a CPU a power of two, or the batch's size if that is less.
@@ -63,7 +63,7 @@ def at_a_time(batch: Batch, count: int | None = None, width: int = _CPU_WIDTH) -
     if jax.default_backend() != "cpu":
         return size
     tokens = max((value.shape[1] for value in batch.values() if value.ndim > 1), default=1)
-    fitting = _CPU_TOKENS * min(max(width / _CPU_WIDTH, 1 / 4), 2)
+    fitting = _CPU_TOKENS * min(max((width or _CPU_WIDTH) / _CPU_WIDTH, 1 / 4), 2)
     most = min(size, power_of_two(int(fitting) // tokens))
     if count is None:
         return most

@@ -197,7 +197,7 @@ class Work:
             return len(batch["weight"])
         ends = [(site.inputs, site.outputs) for site in self.sites]
         widths = [min(read[-1], wrote[-1]) for read, wrote in ends if min(len(read), len(wrote)) > 1]  # of a token
-        return at_a_time(batch, count, *([max(widths)] if widths else []))
+        return at_a_time(batch, count, max(widths, default=None))
 
     @functools.cached_property
     def _function(self) -> tuple[Callable[..., Any], PyTree]:

@@ -12,7 +12,7 @@ from jaxlin import plots
 from jaxlin.data.known import CLASS_METRICS, KNOWN_TASKS
 from jaxlin.experiments.figures.correlations import ALONE, EQUAL_SIZE, LOGARITHMS, PAPER, POOLED, PRIMARY, STABLE
 from jaxlin.experiments.figures.study import Row, Tables
-from jaxlin.experiments.figures.summary import METRICS, counted, distinct, name_of, number, of, poolable
+from jaxlin.experiments.figures.summary import METRICS, counted, distinct, name_of, number, of, poolable, spread
 from jaxlin.theory.criteria import CRITERIA
 
 if TYPE_CHECKING:
@@ -43,15 +43,11 @@ def _counted(rows: Sequence[Row], column: str) -> str:
     return counted(len(distinct(rows, column)), column)
 
 
-def _range(rows: Sequence[Row], column: str) -> str:
-    found = sorted(set(distinct(rows, column)))
-    return f"{found[0]}" if len(found) == 1 else f"{found[0]} to {found[-1]}"
-
-
 def _sizes(rows: Sequence[Row]) -> str:
+    train, kernel, evaluation = (spread(distinct(rows, f"{part}_examples")) for part in ("train", "kernel", "eval"))
     return (
-        f"{_range(rows, 'train_examples')} training examples, {_range(rows, 'kernel_examples')} of them in the kernel, "
-        f"{_range(rows, 'eval_examples')} for validation, {_counted(rows, 'choice')}, {_counted(rows, 'draw')}"
+        f"{train} training examples, {kernel} of them in the kernel, {evaluation} for validation, "
+        f"{_counted(rows, 'choice')}, {_counted(rows, 'draw')}"
     )
 
 
