@@ -8,9 +8,8 @@ The shape is RoBERTa-base with random weights and tokens, or MiniLM with real te
 matrix products: N·F forward, N·C·F back through activations (and as much again for weight gradients, in proportion to
 the weights tuned), at the best rate of products of these shapes, forward or transposed, measured in the same run; and
 (NC)²·P for the Gram matrices in float64 of the P weights whose derivatives are not all zero, at the rate of a float64
-product of a matrix with itself, measured likewise. The first
-call's excess over the median is told apart, as compilation; ε_J is not measured. The peak is of the process during the
-calls (Linux), with the model.
+product of a matrix with itself, measured likewise. The first call's excess over the median is told apart, as
+compilation; ε_J is not measured. The peak is of the process during the calls (Linux), with the model.
 `--head cls` reads one position, for which the last layer then works alone; `--head mean` reads all; `--head both` times
 the factored engine with the two in turn, and says what one position gains.
 

@@ -45,6 +45,22 @@ def test_kernel_times_are_those_measured():
     assert f"kernels at RoBERTa-base’s shape reach {min(shares):.2f} to {max(shares):.2f} of the limit" in README
 
 
+def test_gains_of_kernels_are_those_measured():
+    record = {
+        name: json.loads((ROOT / "benchmarks" / "results" / f"ntk_{name}.json").read_text())
+        for name in ("heads", "growth")
+    }
+    lora, last = (row["seconds"] / row["seconds_all_positions"] for row in record["heads"]["rows"])
+    words = " ".join(BENCHMARKS.split())
+    assert f"LoRA on q, v took {lora:.2f} of the time, of all weights of the last layer {last:.2f}" in words
+    spectra = record["growth"]["rows"][-1]
+    assert spectra["N"] == 256
+    assert (
+        f"take {spectra['seconds']:.0f} s; one pass at the rate of a forward pass takes {spectra['pass_seconds']:.0f} s"
+        in words
+    )
+
+
 def test_kernel_times_on_a_gpu_are_those_measured():
     record = json.loads((ROOT / "benchmarks" / "results" / "gpu.json").read_text())
     rates = {way: f"{rate / 1e12:.0f}" for way, rate in record["about"]["rates"].items()}
