@@ -42,11 +42,13 @@ from jaxlin.theory.logistic import KernelLogisticRegression, kernel_logistic_reg
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.theory.spectrum import Spectrum, spectrum
 from jaxlin.training.checkpoint import Checkpoints, load_checkpoint
+from jaxlin.training.choices import train_choices
 from jaxlin.training.compare import Comparison, compare
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.modes import Prepared, prepare
 from jaxlin.training.report import LinearizationReport, linearization_report
-from jaxlin.training.sweep import Sweep, train_sweep
+from jaxlin.training.sweep import train_sweep
+from jaxlin.training.together import Sweep
 from jaxlin.training.trainer import TrainResult, predict, train
 from jaxlin.trunk import cache_trunk
 from jaxlin.tunable import Tunable
@@ -135,6 +137,7 @@ __all__ = [
     "spectral_density",
     "spectrum",
     "train",
+    "train_choices",
     "train_sweep",
     "with_remat",
 ]

@@ -52,6 +52,8 @@ def closed_forms(names):
 def choose_layers(names):
     assert names["report"].num_params <= 40_000
     assert names["row"]["lower"] <= names["row"]["eigenvalue"] <= names["row"]["upper"]
+    assert [len(blocks) for blocks in names["choices"]] == [4] * 6
+    assert len({result.history[-1]["loss"] for result in names["sweep"].results}) == 6
 
 
 CHECKS = {"kernels": kernels, "closed-forms": closed_forms, "choose-layers": choose_layers}

@@ -153,9 +153,9 @@ def about(setting, cut=None, name="06"):
 
 
 def test_the_setting_is_told():
-    wide = {"tasks": ["cola", "sst2"], "seeds": 3, "num_train": 128, "num_eval": None, "lam_rel": [0.0, 1e-3]}
-    wide |= {"max_seq_length": 48, "wide_draws": 0, "wide_num_train": 100, "stable_factors": []}
-    said = about(wide, {"cola": {"train": 0.0, "eval": 0.0}, "sst2": {"train": 0.25, "eval": 1 / 3}})
+    setting = {"tasks": ["cola", "sst2"], "seeds": 3, "num_train": 128, "num_eval": None, "lam_rel": [0.0, 1e-3]}
+    setting |= {"max_seq_length": 48, "stable_factors": []}
+    said = about(setting, {"cola": {"train": 0.0, "eval": 0.0}, "sst2": {"train": 0.25, "eval": 1 / 3}})
     assert said[:6] == [
         "tasks CoLA, SST-2",
         "draws (seeds) 3",
@@ -166,13 +166,8 @@ def test_the_setting_is_told():
     ]
     assert said[6].startswith("optimizer: Adam, ")
     assert said[7:] == ["texts that are shortened: CoLA none; SST-2 25.0 % of training, 33.3 % of validation"]
-    both = {**wide, "wide_draws": 2, "paper_learning_rates": [0.1], "wide_learning_rates": [0.1, 0.2]}
-    assert about(both)[6:10] == [
-        "learning rate of Adam 0.1",
-        "in the wide part: draws 2",
-        "training examples 100",
-        "learning rate of Adam 0.1, 0.2 (one of them by task)",
-    ]
+    chosen = {**setting, "paper_learning_rates": [0.1, 0.2], "stable_factors": [0.3]}
+    assert about(chosen)[6:8] == ["learning rate of Adam 0.1, 0.2 (one of them by task)", "c 0.3"]
     assert about({"num_train": WHOLE, "steps": 24}, name="03")[:2] == ["training examples all", "steps 24"]
     assert "heavy ball (momentum 0.9)" in about({}, name="03")[-1]
 

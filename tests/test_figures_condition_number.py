@@ -37,15 +37,8 @@ def setting(tmp_path):
         batch_size=8,
         num_train_epochs=1.0,
         resamples=20,
+        paper_learning_rates=(4e-3, 1e-3),
         stable_factors=(0.3,),
-        wide_draws=1,
-        wide_layer_sets=("0", "1", "0,1"),
-        wide_module_sets=("q",),
-        wide_num_train=16,
-        wide_num_eval=10,
-        wide_num_train_epochs=1.0,
-        wide_learning_rates=(4e-3,),
-        wide_stable_factors=(),
     )
 
 
@@ -68,11 +61,8 @@ def test_a_run_and_going_on(setting, tmp_path, monkeypatch):
         [row["spearman"] for row in equal if row["predictor"] == "num_params" and row["way"] == "stable"]
     ).all()
     assert {(row["train_examples"], row["eval_examples"]) for row in table} == {(32, 12)}
-    wide = tables["wide"]
-    assert len(wide) == 2 * 3
-    assert {(row["way"], row["train_examples"], row["eval_examples"]) for row in wide} == {("paper", 16, 10)}
 
-    cases.forbid(monkeypatch, experiment, "train", "ntk")
+    cases.forbid(monkeypatch, experiment, "train_choices", "ntk")
     again = experiment.compute(setting, work_of(setting, tmp_path))
     assert str(again) == str(tables)  # NaN among them
     changed = dataclasses.replace(setting, num_train_epochs=2.0)
@@ -81,7 +71,7 @@ def test_a_run_and_going_on(setting, tmp_path, monkeypatch):
     write_tables(tmp_path, tables)
     read = read_tables(tmp_path)
     assert set(page.draw(read)) == {"scatter", "correlations", "others_loss", "others_metric"}
-    assert set(page.findings(read)) == {"verdict", "table", "wide_verdict", "wide_table", "agreement"}
+    assert set(page.findings(read)) == {"verdict", "table"}
 
 
 @pytest.mark.slow
@@ -92,7 +82,7 @@ def test_one_row_from_its_parts(setting, tmp_path):
     drawn = study.drawn("sst2", 1)
     for way in ("paper", "stable"):
         own = jl.lora(tun_model(setting, drawn, way), 2, 2, ("value",), layers=[0], rng=1, train_head=way == "paper")
-        found = study.run("sst2", 1, choice, way, 1e-3, tuning=True)
+        (_, found) = study.runs("sst2", 1, way, [(study.choices[4], 2e-3), (choice, 1e-3)], tuning=True)
         mu1 = study.predictors("sst2", 1, way)["0:v"]["mu_max"]
         training = experiment._train_config(setting, way, 1e-3, mu1, drawn)
         theta = jl.train(own, drawn.train, None, training).theta
@@ -102,16 +92,6 @@ def test_one_row_from_its_parts(setting, tmp_path):
         kernel = jl.ntk(own, drawn.train.take(np.arange(8))).contrasts()
         assert mu1 == pytest.approx(np.linalg.eigvalsh(kernel.matrix())[-1], rel=1e-4)
         assert found["learning_rate"] == training.learning_rate
-
-
-@pytest.mark.slow
-def test_tasks_with_few_rows_are_left_out(setting, tmp_path):
-    short = {"sst2": 40, "cola": 30}
-    for task, rows in short.items():
-        cases.sentiments(tmp_path / "short", rows, 12, (task,))
-    setting = dataclasses.replace(setting, data_dir=tmp_path / "short", tasks=tuple(short), wide_draws=0, seeds=1)
-    setting = dataclasses.replace(setting, layer_sets=("0", "1"), module_sets=("q", "v"), stable_factors=())
-    assert {row["task"] for row in experiment.compute(setting, work_of(setting, tmp_path))["table"]} == {"sst2"}
 
 
 def tun_model(setting, drawn, way):
@@ -178,7 +158,20 @@ def test_what_it_says_is_what_the_kept_tables_hold():
             == ("lora_condition_number", "paper", "train_loss", task)
         ]
         assert row["spearman"] == pytest.approx(value, rel=1e-4)
-    assert {"scatter", "correlations"} <= set(page.draw(tables))
+    # docs/how-to/choose-layers.md: nothing beyond trace and number of parameters, of the metric.
+    partial = [
+        row
+        for row in found
+        if (row["way"], row["outcome"], row["task"]) == ("paper", "metric", "pooled")
+        and row["predictor"] in page._SHOWN
+        and np.isfinite(row["partial"])
+    ]
+    assert len(partial) == len(page._SHOWN) - 2
+    assert all(row["partial_interval_low"] < 0 < row["partial_interval_high"] for row in partial)
+    assert (len({row["choice"] for row in table}), len(tasks)) == (40, 6)
+    away = [row["distance"] for row in table if row["way"] == "stable"]
+    adam = max(row["distance"] for row in table if row["way"] == "paper")
+    assert f"{100 * np.mean(np.array(away) > adam):.0f} % of them go farther" in said["verdict"]
 
 
 @pytest.mark.parametrize(
@@ -208,8 +201,7 @@ def test_the_verdict_follows_from_the_intervals(plain, partial, expected):
         ({"seeds": 0}, "--seeds 0: expected at least 1"),
         ({"lam_rel": 0.0}, "--lam_rel"),
         ({"tasks": ("wnli",)}, "--tasks wnli: expected one with enough"),
-        ({"num_train": 60}, "none of the tasks sst2, cola has --num_train 60 and --num_tune 8 training rows"),
-        ({"wide_draws": 1, "wide_num_train": 60}, "sst2 has 40 training rows"),
+        ({"num_train": 60}, "sst2 has 40 training rows; expected --num_train 60 and --num_tune 8 of them"),
         ({"layer_sets": ("0", "1", "7")}, "it has 2, from 0"),
     ],
 )
@@ -218,6 +210,6 @@ def test_bad_input(setting, tmp_path, monkeypatch, change, message):
         changed.check()
         experiment.compute(changed, work_of(changed, tmp_path))
 
-    cases.forbid(monkeypatch, experiment, "train")
+    cases.forbid(monkeypatch, experiment, "train_choices")
     with pytest.raises(jl.InputError, match=message):
-        checked_and_computed(dataclasses.replace(setting, **{"wide_draws": 0} | change))
+        checked_and_computed(dataclasses.replace(setting, **change))

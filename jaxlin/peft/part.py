@@ -39,6 +39,13 @@ class Masked:
         check_inputs(self.apply, batch)
 
 
+def mask_of(tun: Tunable, blocks: Collection[str]) -> PyTree:
+    """Returns 1 for every leaf of theta that is in one of the blocks, 0 for the others."""
+    paths = {path for name in blocks for path in tun.blocks[name]}
+    mask = [jnp.float32(path in paths) for path in leaf_paths(tun.theta0)]
+    return jax.tree.unflatten(jax.tree.structure(tun.theta0), mask)
+
+
 def only(tun: Tunable, blocks: Collection[str]) -> Tunable:
     """Returns `tun` with some of its blocks tuned; the rest of theta stays at its start, with zero gradient.
 
@@ -52,10 +59,7 @@ def only(tun: Tunable, blocks: Collection[str]) -> Tunable:
     Returns:
         A Tunable of the same theta.
     """
-    paths = {path for name in blocks for path in tun.blocks[name]}
-    mask = [jnp.float32(path in paths) for path in leaf_paths(tun.theta0)]
-    masked = Masked(tun.apply, tun.theta0, jax.tree.unflatten(jax.tree.structure(tun.theta0), mask))
-    return dataclasses.replace(tun, apply=masked)
+    return dataclasses.replace(tun, apply=Masked(tun.apply, tun.theta0, mask_of(tun, blocks)))
 
 
 @jax.tree_util.register_dataclass

@@ -49,7 +49,9 @@ def _shape(batch: Batch) -> str:
 
 
 @contextlib.contextmanager
-def explained(step: int, config: TrainConfig, tun: Tunable, batch: Batch | Groups, mesh: Mesh | None) -> Iterator[None]:
+def explained(
+    step: int, config: TrainConfig, tun: Tunable, batch: Batch | Groups, mesh: Mesh | None, runs: int = 1
+) -> Iterator[None]:
     """Turns a device's error in a training step into one that says what to do.
 
     Args:
@@ -58,6 +60,7 @@ def explained(step: int, config: TrainConfig, tun: Tunable, batch: Batch | Group
         tun: What is trained.
         batch: Of the step.
         mesh: The devices; `None` for one.
+        runs: How many are trained together.
 
     Raises:
         DeviceMemoryError: If memory ran out.
@@ -71,6 +74,9 @@ def explained(step: int, config: TrainConfig, tun: Tunable, batch: Batch | Group
             groups = batch if isinstance(batch, Groups) else Groups((batch,), (config.gradient_accumulation_steps,))
             shape = ", ".join(map(_shape, groups.batches))
             lower = _to_lower(config, tun, groups.batches[-1], groups.parts[-1], mesh)
+            if runs > 1:
+                shape += f" in each of {runs} runs"
+                lower.insert(0, f"the runs that are trained together, from {runs} to {-(-runs // 2)}")
             raise DeviceMemoryError(
                 f"out of memory in step {step}, a batch of {shape}. Lower, first that which leaves the result as it "
                 f"is: {'; '.join(lower)}. The device said: {str(error).splitlines()[0]}"

@@ -4,43 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
 from jaxlin.data.dataset import Dataset
-from jaxlin.errors import InputError, TrainingDivergedError
+from jaxlin.errors import InputError
 from jaxlin.training.cached import CachedLinear, all_column
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.input import StepSource
 from jaxlin.training.losses import evaluate
-from jaxlin.training.state import Row, TrainState, copied
-from jaxlin.training.step import step_of, strengths
+from jaxlin.training.state import TrainState, copied
+from jaxlin.training.step import step_of
+from jaxlin.training.together import Histories, Sweep, configs_of, one_of, starts, steps_evaluated
 from jaxlin.training.trainer import TrainResult, check_blocks, check_data, predict
 from jaxlin.tunable import Tunable
 
 _STEPS = 256
 """Steps that one call of the device takes."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Sweep:
-    """What `train_sweep` gives.
-
-    Attributes:
-        results: One for each run, as `train` gives it; of one that diverged, what it was before, and θ as it became.
-        diverged: By number, the runs whose loss became NaN or infinite, with the error that says at which step. The
-            others are not touched by them.
-    """
-
-    results: list[TrainResult]
-    diverged: Mapping[int, TrainingDivergedError]
 
 
 @functools.lru_cache(maxsize=32)
@@ -113,7 +97,13 @@ def train_sweep(
         [1.0, 0.5]
     """
     config = config or TrainConfig()
-    configs = _configs(config, lams, learning_rates)
+    given = [len(values) for values in (lams, learning_rates) if values is not None]
+    if len(set(given)) != 1 or not given[0]:
+        sizes = {"lams": lams and len(lams), "learning_rates": learning_rates and len(learning_rates)}
+        raise InputError(
+            f"train_sweep got {sizes}; expected at least one value, and as many of both where both are given"
+        )
+    configs = configs_of(config, given[0], lams, learning_rates)
     if not isinstance(tun.apply, CachedLinear):
         raise InputError(
             "train_sweep trains cached linearized models, such as prepare(linearize(tun), data, mode='cached') makes; "
@@ -130,29 +120,16 @@ def train_sweep(
         raise InputError(f"step {beyond[0]} to keep is none of this run, which has {total}")
     tx, step = step_of(dataclasses.replace(config, gradient_accumulation_steps=1), n)  # no activations to be held
     run = _compiled(step)
-
-    def each(leaf: Any) -> Any:
-        return jnp.repeat(jnp.asarray(leaf)[None], len(configs), axis=0)
-
-    theta = jax.tree.map(each, tun.theta0)
-    dtype = jnp.result_type(*jax.tree.leaves(theta))
-    pulls, rates = zip(*(strengths(c, n) for c in configs), strict=True)
-    state = jax.tree.map(each, tx.init(tun.theta0))._replace(
-        lam=jnp.asarray(pulls, dtype), rate=jnp.asarray(rates, dtype)
-    )
-    evaluated = [] if eval is None else [*range(config.eval_steps or total, total, config.eval_steps or total), total]
+    theta, state = starts(tun, tx, configs, n)
+    evaluated = [] if eval is None else steps_evaluated(config, total)
     source = StepSource(train, config)
     whole = _whole(train, config)
-    histories: list[list[Row]] = [[] for _ in configs]
+    histories = Histories(configs, [f"run {k} of the sweep" for k in range(len(configs))], n)
     states: list[dict[int, TrainState]] = [{} for _ in configs]
-    diverged: dict[int, TrainingDivergedError] = {}
-
-    def one(tree: PyTree, k: int) -> PyTree:
-        return jax.tree.map(lambda leaf: leaf[k], tree)
 
     def kept(i: int) -> None:
         for k in range(len(configs)):
-            states[k][i] = TrainState(copied(one(theta, k)), copied(one(state, k)), i)
+            states[k][i] = TrainState(copied(one_of(theta, k)), copied(one_of(state, k)), i)
 
     if 0 in keep:
         kept(0)
@@ -164,53 +141,17 @@ def train_sweep(
         with jax.default_matmul_precision(config.precision):
             theta, state, metrics = run(tun.apply, theta, state, same, batches, len(steps))
         found = {name: np.asarray(values) for name, values in metrics.items()}
-        for (at, i), k in itertools.product(enumerate(steps, start=0), range(len(configs))):
-            if k in diverged:
-                continue
-            row: Row = {"step": i + 1, "epoch": (i + 1) / config.steps_per_epoch(n)}
-            row |= {name: float(values[at, k]) for name, values in found.items()}
-            if not (math.isfinite(row["loss"]) and math.isfinite(row["distance"])):
-                diverged[k] = TrainingDivergedError(
-                    f"run {k} of the sweep (λ = {configs[k].lam:g}, learning rate {configs[k].learning_rate:g}): the "
-                    f"loss is {row['loss']} and ‖θ−θ₀‖ {row['distance']} at step {i + 1} of {total}; lower the "
-                    "learning rate"
-                )
-                continue
-            histories[k].append(row)
+        for at, i in enumerate(steps):
+            histories.add(i + 1, {name: values[at] for name, values in found.items()})
         last = steps.stop
         if last in evaluated and eval is not None:
-            for k in set(range(len(configs))) - set(diverged):
-                scores = evaluate(predict(tun, one(theta, k), eval), eval["labels"], config.loss)
-                histories[k][-1].update({f"eval_{name}": value for name, value in scores.items()})
+            for k in histories.going():
+                scores = evaluate(predict(tun, one_of(theta, k), eval), eval["labels"], config.loss)
+                histories.rows[k][-1].update({f"eval_{name}": value for name, value in scores.items()})
         if last in keep:
             kept(last)
-    results = [TrainResult(one(theta, k), histories[k], states[k]) for k in range(len(configs))]
-    return Sweep(results, diverged)
-
-
-def _configs(
-    config: TrainConfig, lams: Sequence[float] | None, learning_rates: Sequence[float] | None
-) -> list[TrainConfig]:
-    """Returns the configuration of each run.
-
-    Raises:
-        InputError: If there is none, or one cannot be.
-    """
-    if learning_rates is not None and not isinstance(config.optimizer, str):
-        raise InputError("learning_rates need an optimizer by name; the steps of this one have a rate of their own")
-    given = [values for values in (lams, learning_rates) if values is not None]
-    if not given or not len(given[0]) or len({len(values) for values in given}) > 1:
-        sizes = {"lams": lams and len(lams), "learning_rates": learning_rates and len(learning_rates)}
-        raise InputError(
-            f"train_sweep got {sizes}; expected at least one value, and as many of both where both are given"
-        )
-    out = []
-    for k in range(len(given[0])):
-        lam = config.lam if lams is None else float(lams[k])
-        rate = config.learning_rate if learning_rates is None else float(learning_rates[k])
-        out.append(dataclasses.replace(config, lam=lam, learning_rate=rate))
-        out[-1].check()
-    return out
+    results = [TrainResult(one_of(theta, k), rows, states[k]) for k, rows in enumerate(histories.rows)]
+    return Sweep(results, histories.diverged)
 
 
 def _whole(data: Dataset, config: TrainConfig) -> dict[str, np.ndarray]:

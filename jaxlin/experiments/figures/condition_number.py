@@ -13,22 +13,20 @@ of all that is tuned is nearly that of the head alone: a new head's weights are 
 
 Under (ii) the probe is fitted on the training examples, as what is then trained starts from it: leave-one-out error,
 marginal likelihood and alignment there are of labels that the head has seen.
-
-There are two parts. The *main* one (tables `table`, `correlations`) has as many examples as other studies have, whole
-validation sets and, in the full setting, (i) alone: 288 runs, on those of the tasks that have the rows for it. The
-*wide* one (`wide`, `wide_correlations`) asks the same of more choices and of both ways, with few examples: 1,200 runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from jaxlin.data.dataset import Dataset
-from jaxlin.errors import InputError, TrainingDivergedError
+from jaxlin.errors import InputError
 from jaxlin.experiments.figures import condition_number_page as page
 from jaxlin.experiments.figures.choices import HEAD, Choice, choices_of, depth_of, num_params, tunable
 from jaxlin.experiments.figures.correlations import ALONE, PAPER, STABLE, correlations
@@ -52,13 +50,18 @@ from jaxlin.models.load import load_model
 from jaxlin.models.probe import probe_head
 from jaxlin.ntk.engine import ntk
 from jaxlin.ntk.kinds import contrast_basis
-from jaxlin.peft.part import only
 from jaxlin.theory.criteria import criteria
+from jaxlin.training.choices import train_choices
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.losses import evaluate, targets, to_mean
-from jaxlin.training.trainer import predict, train
+from jaxlin.training.trainer import predict
 from jaxlin.tunable import Tunable
 from jaxlin.versions import versions
+
+_TOKENS = {"cpu": 1 << 13}
+"""Tokens of a step, of all the choices that are trained together; elsewhere four times as many."""
+_CHUNK = 128
+"""Examples that are evaluated at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +79,6 @@ class ConditionNumberSetting(Setting):
         stable_factors: c of η = c/(μ₁ + λ), of which one is chosen a task; none: only the paper's way.
         lam_rel: λ of (ii) in units of μ₁; criteria that need a λ use the same.
         resamples: Bootstrap resamples and permutations.
-        wide_draws: Draws of the wide part; 0: none.
-        wide_layer_sets: Its sets of layers.
-        wide_module_sets: Its sets of modules.
-        wide_num_train: Its training examples.
-        wide_num_eval: Its validation examples; `None`: all.
-        wide_num_train_epochs: Its passes over them.
-        wide_learning_rates: Its fixed rates of Adam.
-        wide_stable_factors: Its c of (ii).
     """
 
     optimizer: ClassVar[str] = (
@@ -91,26 +86,18 @@ class ConditionNumberSetting(Setting):
         "the constant rate c/(μ₁+λ)"
     )
 
-    tasks: tuple[str, ...] = ("cola", "sst2", "mrpc", "rte", "uci_yelp")
-    max_seq_length: int = 48
+    tasks: tuple[str, ...] = ("cola", "sst2", "mrpc", "rte", "qnli", "qqp")
+    max_seq_length: int = 128
     layer_sets: tuple[str, ...] = ("0,1", "2,3", "4,5", "0,5", "0,1,2", "3,4,5", "0,2,4", "0,1,2,3,4,5")
-    module_sets: tuple[str, ...] = ("q", "v", "qkv")
+    module_sets: tuple[str, ...] = ("q", "k", "v", "qv", "qkv")
     num_tune: int = 96
     num_kernel: int = 64
     batch_size: int = 16
     num_train_epochs: float = 2.0
-    paper_learning_rates: tuple[float, ...] = (1e-3,)
-    stable_factors: tuple[float, ...] = ()
+    paper_learning_rates: tuple[float, ...] = (4e-3, 4e-4)
+    stable_factors: tuple[float, ...] = (0.1, 0.3, 1.0)
     lam_rel: float = 1e-3
     resamples: int = 1000
-    wide_draws: int = 3
-    wide_layer_sets: tuple[str, ...] = ("0,1", "2,3", "4,5", "0,5", "0,1,2", "3,4,5", "0,2,4", "0,1,2,3,4,5")
-    wide_module_sets: tuple[str, ...] = ("q", "k", "v", "qv", "qkv")
-    wide_num_train: int = 128
-    wide_num_eval: int | None = 200
-    wide_num_train_epochs: float = 3.0
-    wide_learning_rates: tuple[float, ...] = (4e-3, 4e-4)
-    wide_stable_factors: tuple[float, ...] = (0.1, 0.3, 1.0)
 
     def model_arguments(self) -> ModelArguments:
         """Which model; its head is new, and starts at random."""
@@ -127,8 +114,6 @@ class ConditionNumberSetting(Setting):
             InputError: If something is.
         """
         super().check()
-        if self.wide_draws:
-            self.wide().check()
         self.require_positive("num_tune", "num_kernel", "batch_size", "resamples")
         if not set(self.tasks) - set(NEVER_POOLED):
             raise InputError(f"--tasks {' '.join(self.tasks)}: expected one with enough examples to conclude from")
@@ -137,21 +122,6 @@ class ConditionNumberSetting(Setting):
         if not self.lam_rel > 0:
             raise InputError(f"--lam_rel {self.lam_rel}: expected above 0")
         choices_of(self.layer_sets, self.module_sets)
-
-    def wide(self) -> ConditionNumberSetting:
-        """Returns the wide part as a setting of its own."""
-        return dataclasses.replace(
-            self,
-            seeds=self.wide_draws,
-            num_train=self.wide_num_train,
-            num_eval=self.wide_num_eval,
-            layer_sets=self.wide_layer_sets,
-            module_sets=self.wide_module_sets,
-            num_train_epochs=self.wide_num_train_epochs,
-            paper_learning_rates=self.wide_learning_rates,
-            stable_factors=self.wide_stable_factors,
-            wide_draws=0,
-        )
 
 
 def tuned(choice: Choice, way: str) -> tuple[str, ...]:
@@ -173,36 +143,28 @@ class _Draw:
     identity: Mapping[str, Any]
 
 
-def _load(setting: ConditionNumberSetting, task: str) -> Loaded:
-    loaded = load_draw(setting, task, 0)
-    if loaded.task.num_labels < 2:
-        raise InputError(f"task {task} has {loaded.task.num_labels} output; expected classes")
-    return loaded
-
-
 def _num_train(setting: ConditionNumberSetting, loaded: Loaded) -> int:
     """Training examples: those asked for, or all but those on which rates are chosen."""
     return setting.num_train if setting.num_train < WHOLE else len(loaded.data["train"]) - setting.num_tune
 
 
-def _has_rows(setting: ConditionNumberSetting, loaded: Loaded) -> bool:
-    return len(loaded.data["train"]) >= max(_num_train(setting, loaded), 1) + setting.num_tune
-
-
-def _check_rows(setting: ConditionNumberSetting, loaded: Loaded) -> None:
-    if not _has_rows(setting, loaded):
+def _load(setting: ConditionNumberSetting, task: str) -> Loaded:
+    loaded = load_draw(setting, task, 0)
+    if loaded.task.num_labels < 2:
+        raise InputError(f"task {task} has {loaded.task.num_labels} output; expected classes")
+    rows = len(loaded.data["train"])
+    if rows < max(_num_train(setting, loaded), 1) + setting.num_tune:
         raise InputError(
-            f"task {loaded.task.name} has {len(loaded.data['train'])} training rows; expected --num_train "
-            f"{setting.num_train} and --num_tune {setting.num_tune} of them"
+            f"task {task} has {rows} training rows; expected --num_train {setting.num_train} and --num_tune "
+            f"{setting.num_tune} of them"
         )
+    return loaded
 
 
 def _drawn(setting: ConditionNumberSetting, loaded: Loaded, draw: int) -> _Draw:
     """Draws A and head, and groups what is tuned by module."""
-    classes, whole = loaded.task.num_labels, loaded.data["train"]
-    _check_rows(setting, loaded)
+    classes, whole, n = loaded.task.num_labels, loaded.data["train"], _num_train(setting, loaded)
     order = np.random.default_rng(0).permutation(len(whole))
-    n = _num_train(setting, loaded)
     parts = whole.take(order[:n]), whole.take(order[n:])
     model = load_model(setting.model_name_or_path, classes, head=loaded.model.module.head, new_head=True, rng=draw)
     probed = probe_head(model, parts[0], np.asarray(targets(parts[0]["labels"], classes), np.float64))
@@ -266,27 +228,50 @@ def _train_config(setting: ConditionNumberSetting, way: str, strength: float, mu
     return TrainConfig(loss="squared", optimizer="sgd", learning_rate=rate, lam=lam, **common)
 
 
-def _fine_tune(drawn: _Draw, choice: Choice, way: str, config: TrainConfig, held_out: Dataset) -> dict[str, Any]:
-    """Trains one choice; what diverged has no numbers."""
-    tun = only(drawn.tuns[way], tuned(choice, way))
-    try:
-        result = train(tun, drawn.train, None, config)
-    except TrainingDivergedError:
-        return {"diverged": True, "train_loss": None, "eval_loss": None, "metric": None, "distance": None}
-    on_train, on_held_out = (
-        evaluate(predict(tun, result.theta, part), part["labels"], config.loss) for part in (drawn.train, held_out)
+def _fine_tune(
+    drawn: _Draw, choices: Sequence[Choice], way: str, configs: Sequence[TrainConfig], held_out: Dataset, size: int
+) -> list[dict[str, Any]]:
+    """Trains choices together, each by its own λ and rate; what diverged has no numbers."""
+    tun, loss = drawn.tuns[way], configs[0].loss
+    every = [*range(len(choices)), *[len(choices) - 1] * (size - len(choices))]  # always as many: one program
+    sweep = train_choices(
+        tun,
+        drawn.train,
+        config=configs[0],
+        choices=[tuned(choices[k], way) for k in every],
+        lams=[configs[k].lam for k in every],
+        learning_rates=[configs[k].learning_rate for k in every],
     )
-    return {
-        "diverged": False,
-        "train_loss": on_train["loss"],
-        "eval_loss": on_held_out["loss"],
-        "metric": on_held_out[drawn.metric],
-        "distance": result.history[-1]["distance"],
-    }
+    found: list[dict[str, Any]] = []
+    for k, result in enumerate(sweep.results[: len(choices)]):
+        if k in sweep.diverged:
+            found.append({"diverged": True, "train_loss": None, "eval_loss": None, "metric": None, "distance": None})
+            continue
+        on_train, on_held_out = (
+            evaluate(predict(tun, result.theta, part, chunk=_CHUNK), part["labels"], loss)
+            for part in (drawn.train, held_out)
+        )
+        found.append(
+            {
+                "diverged": False,
+                "train_loss": on_train["loss"],
+                "eval_loss": on_held_out["loss"],
+                "metric": on_held_out[drawn.metric],
+                "distance": result.history[-1]["distance"],
+            }
+        )
+    return found
+
+
+def _at_once(drawn: _Draw, choices: int, batch_size: int) -> int:
+    """How many of the choices are trained together: as many as memory, and on a CPU its caches, take well."""
+    longest = drawn.train.buckets[-1] if drawn.train.buckets else 1
+    most = max(1, _TOKENS.get(jax.default_backend(), 1 << 15) // (batch_size * longest))
+    return -(-choices // -(-choices // most))
 
 
 class Runs:
-    """One part of the study, a result at a time through the cache."""
+    """The runs of the study, as many at a time as are trained together, through the cache."""
 
     def __init__(self, setting: ConditionNumberSetting, work: Work) -> None:
         """Loads nothing yet."""
@@ -300,8 +285,7 @@ class Runs:
         """A task's data, and the model."""
         if task not in self._loaded:
             self._loaded[task] = _load(self.setting, task)
-            if task not in self.work.cut:  # the record tells of the main part, which comes first
-                self.work.note(task, 0, self._loaded[task])
+            self.work.note(task, 0, self._loaded[task])
         return self._loaded[task]
 
     def drawn(self, task: str, draw: int) -> _Draw:
@@ -324,16 +308,26 @@ class Runs:
         }
         return dict(self.work.cache.get(key, lambda: _predictors(setting, drawn, way, self.choices)))
 
-    def run(self, task: str, draw: int, choice: Choice, way: str, strength: float, *, tuning: bool) -> dict[str, Any]:
-        """What fine-tuning of a choice gives."""
-        drawn = self.drawn(task, draw)
-        mu1 = self.predictors(task, draw, way)[choice.name]["mu_max"]
-        training = _train_config(self.setting, way, strength, mu1, drawn)
-        key = {"what": "run", "of": dict(drawn.identity), "choice": choice.name, "way": way, "tuning": tuning}
-        key["training"] = dataclasses.asdict(training)
+    def runs(
+        self, task: str, draw: int, way: str, wanted: Sequence[tuple[Choice, float]], *, tuning: bool
+    ) -> Iterator[dict[str, Any]]:
+        """Yields what fine-tuning gives for choices with their strengths, evaluated on the rows to tune on or not."""
+        drawn, said = self.drawn(task, draw), self.predictors(task, draw, way)
         held_out = drawn.tune if tuning else drawn.eval
-        result = self.work.cache.get(key, lambda: _fine_tune(drawn, choice, way, training, held_out))
-        return {**result, "learning_rate": training.learning_rate}
+        size = _at_once(drawn, len(self.choices), self.setting.batch_size)
+        for part in (wanted[k : k + size] for k in range(0, len(wanted), size)):
+            configs = [
+                _train_config(self.setting, way, strength, said[choice.name]["mu_max"], drawn)
+                for choice, strength in part
+            ]
+            choices = [choice for choice, _ in part]
+            key = {"what": "runs", "of": dict(drawn.identity), "way": way, "tuning": tuning}
+            key |= {"choices": [choice.name for choice in choices], "training": list(map(dataclasses.asdict, configs))}
+            results = self.work.cache.get(
+                key, functools.partial(_fine_tune, drawn, choices, way, configs, held_out, size)
+            )
+            for result, config in zip(results, configs, strict=True):
+                yield {**result, "learning_rate": config.learning_rate}
 
     def strengths(self, task: str) -> dict[str, float]:
         """The rate of (i) and the c of (ii) whose held-out loss is least, over the smallest, a middle and all.
@@ -353,29 +347,30 @@ class Runs:
         for way, values in given.items():
             if len(values) < 2:
                 continue
-            losses = {}
-            for value in values:
-                rows = [self.run(task, 0, choice, way, value, tuning=True) for choice in some]
-                each = [np.inf if row["diverged"] else row["eval_loss"] for row in rows]
-                losses[value] = float(np.mean(each)) if np.isfinite(each).all() else np.inf
+            wanted = [(choice, value) for value in values for choice in some]
+            rows = self.runs(task, 0, way, wanted, tuning=True)
+            each = np.array([np.inf if row["diverged"] else row["eval_loss"] for row in rows])
+            losses = dict(zip(values, each.reshape(len(values), -1).mean(axis=1), strict=True))
             if not np.isfinite(min(losses.values())):
                 raise InputError(f"task {task}: every strength {list(values)} of {way!r} diverges; give smaller ones")
             chosen[way] = min(values, key=losses.__getitem__)
         self._strengths[task] = chosen
         return chosen
 
-    def rows(self, what: str) -> Iterator[Row]:
-        """Yields a row a task, draw, choice and way; `what` is this part, for progress."""
+    def rows(self) -> Iterator[Row]:
+        """Yields a row a task, draw, way and choice."""
         setting = self.setting
-        total, done = setting.seeds * len(setting.tasks) * len(self.choices), 0
-        for draw in range(setting.seeds):
-            for task in setting.tasks:
-                strengths = self.strengths(task)
-                predictors = {way: self.predictors(task, draw, way) for way in strengths}
-                drawn = self.drawn(task, draw)
-                for choice in self.choices:
-                    for way, tun in drawn.tuns.items():
-                        result = self.run(task, draw, choice, way, strengths[way], tuning=False)
+        ways = 2 if setting.stable_factors else 1
+        total, done = setting.seeds * len(setting.tasks) * ways * len(self.choices), 0
+        for task in setting.tasks:
+            for draw in range(setting.seeds):
+                strengths, drawn = self.strengths(task), self.drawn(task, draw)
+                for way, tun in drawn.tuns.items():
+                    predictors = self.predictors(task, draw, way)
+                    results = self.runs(
+                        task, draw, way, [(choice, strengths[way]) for choice in self.choices], tuning=False
+                    )
+                    for choice, result in zip(self.choices, results, strict=True):
                         yield {
                             "task": task,
                             "draw": draw,
@@ -385,35 +380,23 @@ class Runs:
                             "way": way,
                             "strength": strengths[way],
                             **result,
-                            **predictors[way][choice.name],
+                            **predictors[choice.name],
                             "train_examples": len(drawn.train),
                             "eval_examples": len(drawn.eval),
                             "kernel_examples": min(setting.num_kernel, len(drawn.train)),
                         }
-                    done += 1
-                    self.work.progress(what, done, total)
+                        done += 1
+                        self.work.progress("runs", done, total)
 
 
 def compute(setting: ConditionNumberSetting, work: Work) -> Tables:
-    """Runs both parts, and correlates every criterion with every outcome in each."""
-    main = Runs(setting, work)
-    enough = tuple(task for task in setting.tasks if _has_rows(setting, main.loaded(task)))
-    if not set(enough) - set(NEVER_POOLED):
-        raise InputError(
-            f"none of the tasks {', '.join(setting.tasks)} has --num_train {setting.num_train} and --num_tune "
-            f"{setting.num_tune} training rows; give fewer examples"
-        )
-    main.setting = dataclasses.replace(setting, tasks=enough)
-    wider = Runs(setting.wide(), work) if setting.wide_draws else None
-    if wider:
-        for task in setting.tasks:
-            _check_rows(wider.setting, wider.loaded(task))
-    table = list(main.rows("runs"))
-    tables: dict[str, Sequence[Row]] = {"table": table, "correlations": correlations(table, setting.resamples)}
-    if wider:
-        wide = list(wider.rows("wide runs"))
-        tables |= {"wide": wide, "wide_correlations": correlations(wide, setting.resamples)}
-    return tables
+    """Runs all, and correlates every criterion with every outcome."""
+    runs = Runs(setting, work)
+    for task in setting.tasks:  # for its error, before the first task's hours
+        runs.loaded(task)
+    table = list(runs.rows())
+    found = correlations(table, setting.resamples, functools.partial(work.progress, "correlations"))
+    return {"table": table, "correlations": found}
 
 
 STUDY = Study(
@@ -427,14 +410,8 @@ STUDY = Study(
         module_sets=("q", "v"),
         num_train_epochs=1.0,
         resamples=100,
-        wide_draws=1,
-        wide_layer_sets=("0,1", "4,5"),
-        wide_module_sets=("q", "v"),
-        wide_num_train=32,
-        wide_num_eval=32,
-        wide_num_train_epochs=1.0,
-        wide_learning_rates=(4e-3,),
-        wide_stable_factors=(0.3,),
+        paper_learning_rates=(4e-3,),
+        stable_factors=(0.3,),
     ),
     full=ConditionNumberSetting(),
     paper=ConditionNumberSetting(
@@ -449,10 +426,6 @@ STUDY = Study(
             *("0,1,2,3", "4,5,6,7", "8,9,10,11", "0,11", "0,1,2,3,4,5", "6,7,8,9,10,11", "0,2,4,6,8,10"),
             "0,1,2,3,4,5,6,7,8,9,10,11",
         ),
-        module_sets=("q", "k", "v", "qv", "qkv"),
-        paper_learning_rates=(4e-3, 4e-4),
-        stable_factors=(0.1, 0.3, 1.0),
-        wide_draws=0,
     ),
     compute=compute,
     draw=page.draw,

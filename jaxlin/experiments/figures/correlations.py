@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,9 @@ def _values(table: Sequence[Mapping[str, Any]], task: str, way: str, column: str
     return np.log(np.maximum(found, 1e-300)) if column.removeprefix(ALONE) in LOGARITHMS else found
 
 
-def correlations(table: Sequence[Mapping[str, Any]], resamples: int) -> list[dict[str, Any]]:
+def correlations(
+    table: Sequence[Mapping[str, Any]], resamples: int, progress: Callable[[int, int], None] = lambda *_: None
+) -> list[dict[str, Any]]:
     """Correlates every predictor with every outcome, by task and pooled.
 
     Partial correlations hold the ranks of log trace (of the same kernel) and of the number of parameters constant.
@@ -51,6 +53,7 @@ def correlations(table: Sequence[Mapping[str, Any]], resamples: int) -> list[dic
     Args:
         table: Rows of `condition_number`; whole draws only.
         resamples: Bootstrap resamples and permutations.
+        progress: Called with predictors done and in all.
 
     Returns:
         A row a predictor, way, outcome and task, `"pooled"` among them; `primary` marks the one named beforehand,
@@ -59,12 +62,14 @@ def correlations(table: Sequence[Mapping[str, Any]], resamples: int) -> list[dic
     tasks = list(dict.fromkeys(row["task"] for row in table))
     predictors = [prefix + name for prefix in ("", ALONE) for name in CRITERIA] + ["num_params"]
     out = []
-    for way in dict.fromkeys(row["way"] for row in table):
+    ways = list(dict.fromkeys(row["way"] for row in table))
+    for way in ways:
         columns = {
             name: {task: _values(table, task, way, name) for task in tasks}
             for name in {*predictors, *OUTCOMES, "num_modules"}
         }
-        for predictor in predictors:
+        for place, predictor in enumerate(predictors, start=ways.index(way) * len(predictors)):
+            progress(place, len(ways) * len(predictors))
             own_trace = "trace" if predictor in CRITERIA else f"{ALONE}trace"
             for outcome in OUTCOMES:
                 names = (predictor, outcome, own_trace, "num_params", "num_modules")

@@ -149,12 +149,11 @@ def _condition(tables: Tables) -> tuple[str, str]:
         f"{condition.cell(loss, 'partial')}; against the validation metric {condition.cell(metric, 'spearman')} "
         f"({condition.widest(tables['table'], correlations)})"
     )
-    if of(tables.get("wide_correlations", ()), way=condition.STABLE):
-        stable = condition.one(tables["wide_correlations"], condition.KAPPA, "train_loss", condition.STABLE)
-        sizes = " to ".join(str(size) for size in sorted(distinct(tables["wide"], "train_examples")))
+    if of(correlations, way=condition.STABLE):
+        stable = condition.one(correlations, condition.KAPPA, "train_loss", condition.STABLE)
         measured += (
-            f"; with {sizes} examples, under descent at c/(μ₁+λ), against training loss "
-            f"{condition.cell(stable, 'spearman')}, partial {condition.cell(stable, 'partial')}"
+            f"; under descent at c/(μ₁+λ), against training loss {condition.cell(stable, 'spearman')}, partial "
+            f"{condition.cell(stable, 'partial')}"
         )
     return measured, condition.verdict(correlations)
 

@@ -257,24 +257,16 @@ _WORDS = {
     "num_kernel": "examples of a kernel {}",
     "profile_examples": "examples of a profile {}",
     "select_examples": "examples that layers are chosen on {}",
-    "wide_draws": "in the wide part: draws {}",
-    "wide_num_train": "training examples {}",
-    "wide_num_eval": "validation examples {}",
-    "wide_num_train_epochs": "epochs {}",
-    "wide_learning_rates": "learning rate of Adam {}",
-    "wide_stable_factors": "c {}",
 }
 """What a notebook tells of a setting, in words."""
 
-_CHOSEN_FROM = ("paper_learning_rates", "stable_factors", "wide_learning_rates", "wide_stable_factors")
+_CHOSEN_FROM = ("paper_learning_rates", "stable_factors")
 """Options of which a task chooses one value where there are several."""
 
 
 def _in_words(setting: Mapping[str, Any], optimizer: str, cut: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Writes what `_WORDS` knows of a setting, the optimizer, and the shares of texts that are cut."""
     names = [name for name in _WORDS if name in setting and setting[name] not in (0, [], ())]
-    if not setting.get("wide_draws"):
-        names = [name for name in names if not name.startswith("wide")]
     found = [
         _WORDS[name].format(_value(setting[name]))
         + " (one of them by task)" * (name in _CHOSEN_FROM and len(setting[name]) > 1)
@@ -313,9 +305,13 @@ class Picture:
     figure: Figure
 
     def _repr_png_(self) -> bytes:
-        stream = io.BytesIO()
-        self.figure.savefig(stream, format="png", dpi=130)
-        return stream.getvalue()
+        from PIL import Image
+
+        drawn, small = io.BytesIO(), io.BytesIO()
+        self.figure.savefig(drawn, format="png", dpi=130)
+        palette = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        palette.save(small, format="png", optimize=True)  # a notebook keeps it as text
+        return small.getvalue()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
