@@ -140,7 +140,8 @@ for name, value in trace.items():
 # much is a component that all examples share.
 
 # %%
-Picture(plots.spectrum(spectrum, f"Spectrum of K₀: {len(train)} training examples, {len(mu)} eigenvalues, 1 seed"))
+title = f"Spectrum of K₀: {len(train)} training examples, {len(mu)} eigenvalues, 1 seed"
+Picture(plots.spectrum(spectrum, title), vector=True)
 
 # %% [markdown]
 # ## 4. Predictions without training
@@ -182,7 +183,7 @@ print(
 # %%
 history = {key: run.history for key, run in result.results.items()}
 title = f"Full against linearized: {len(train)} training and {len(held_out)} validation examples, 1 seed"
-Picture(plots.comparison(result.table, history, title))
+Picture(plots.comparison(result.table, history, title), vector=True)
 
 # %% [markdown]
 # ## Where to go from here

@@ -73,8 +73,9 @@ study.found("leave_one_out")
 #
 # The regression is the mean of a Gaussian process, whose variance gives intervals for the targets. In (a) and (b) a
 # line below the diagonal is of intervals that are too narrow, above it too wide. The targets are 0 and 1, not Gaussian,
-# so that no interval can be right at every level. (c) is of the probabilities of kernel *logistic* regression: below
-# the diagonal it is surer than it should be.
+# so that no interval can be right at every level. The others are of probabilities, eight bins of equally many examples
+# each: below the diagonal a model is surer than it should be. (c) is of kernel *logistic* regression, (d) of the
+# regression above, (e) of fine-tuning, (f) of the linear probe that it starts from.
 
 # %%
 study.show("calibration")

@@ -1,6 +1,7 @@
 """The experiment on small data: every number of its table is what its parts give, and a second run computes nothing."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,10 @@ def test_what_it_says_is_what_the_kept_tables_hold():
             == ("lora_condition_number", "paper", "train_loss", task)
         ]
         assert row["spearman"] == pytest.approx(value, rel=1e-4)
+    record = json.loads((KEPT / "record.json").read_text())
+    written = " ".join((ROOT / "docs" / "benchmarks.md").read_text().split())
+    assert f"the {len(table):,} runs of" in written
+    assert f"took {record['seconds']:.0f} s with the {6 * 3 * (2 + 3)} that choose rates" in written
     # docs/how-to/choose-layers.md: nothing beyond trace and number of parameters, of the metric.
     partial = [
         row

@@ -127,7 +127,7 @@ def test_logistic_regression_and_its_bins(small, parts):
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     nats = -np.mean(np.log(p[np.arange(10), held_out["labels"]]))
     assert one(tables, "calibration", arm="kernel_logistic")["cross_entropy"] == pytest.approx(nats, rel=1e-3)
-    bins = summary.of(tables["reliability"], task="cola")
+    bins = summary.of(tables["reliability"], task="cola", arm="kernel_logistic")
     assert [row["examples"] for row in bins] == [4, 3, 3]
     sorted_confidence = np.sort(p.max(axis=1))
     for row, part in zip(bins, np.split(sorted_confidence, [4, 7]), strict=True):
@@ -157,6 +157,12 @@ def test_fine_tuning_and_pairs_are_what_training_gives(small, parts):
         assert row["loss_eval"] == pytest.approx(loss(outputs, held_out["labels"]), rel=1e-3)
         right[arm] = outputs.argmax(1) == held_out["labels"]
         assert row["accuracy_eval"] == np.mean(right[arm])
+        cut = np.clip(outputs, 1e-6, 1)
+        confidence = np.sort((cut / cut.sum(1, keepdims=True)).max(axis=1))
+        bins = summary.of(tables["reliability"], task="cola", arm=arm)
+        for found, part in zip(bins, np.split(confidence, [4, 7]), strict=True):
+            assert found["confidence"] == pytest.approx(part.mean(), rel=1e-3)
+        assert sum(found["examples"] * found["accuracy"] for found in bins) == pytest.approx(right[arm].sum())
     right["linear_probe"] = jl.predict(tun, tun.theta0, held_out).argmax(1) == held_out["labels"]
     assert one(tables, "table", arm="full")["lam_over_mu1"] == 0
     for arm in ("full", "full_pulled"):

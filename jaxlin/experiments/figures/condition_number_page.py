@@ -337,7 +337,7 @@ def _verdict(table: Sequence[Row], correlations: Sequence[Row]) -> str:
             f"{signs[_sign(stable, 'spearman')]}: ρ = {cell(stable, 'spearman')}; with trace and number of parameters "
             f"held constant {cell(stable, 'partial')}. {_far(poolable(table))}"
         )
-    return " ".join(lines)
+    return f"{lines[0]}\n\n" + "\n".join(f"- {line}" for line in lines[1:])
 
 
 def _far(table: Sequence[Row]) -> str:

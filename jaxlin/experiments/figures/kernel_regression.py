@@ -164,15 +164,24 @@ def least(rows: Sequence[Row], column: str) -> float:
     return min(rows, key=lambda row: row[column])["lam_over_mu1"]
 
 
-def _reliability(log_odds: np.ndarray, labels: np.ndarray, bins: int) -> list[Row]:
-    """Returns mean confidence and accuracy by bins of the likeliest class's probability, equally many in each."""
+def _probabilities(arm: str, outputs: np.ndarray) -> np.ndarray:
+    """Of the classes: softmax of logits; of outputs fitted to 0 and 1 those, cut to [0, 1] and made to sum to 1."""
     from scipy.special import softmax
 
-    probability = softmax(log_odds, axis=1)
-    confidence, right = probability.max(axis=1), predicted(log_odds) == labels
+    if arm == LOGISTIC:
+        return np.asarray(softmax(outputs, axis=1))
+    cut = np.clip(outputs, 1e-6, 1)
+    return cut / cut.sum(axis=1, keepdims=True)
+
+
+def _reliability(arm: str, outputs: np.ndarray, labels: np.ndarray, bins: int) -> list[Row]:
+    """Returns mean confidence and accuracy by bins of the likeliest class's probability, equally many in each."""
+    probability = _probabilities(arm, outputs)
+    confidence, right = probability.max(axis=1), predicted(outputs) == labels
     parts = np.array_split(np.argsort(confidence, kind="stable"), min(bins, len(labels)))
     return [
         {
+            "arm": arm,
             "bin": k,
             "examples": len(part),
             "confidence": float(confidence[part].mean()),
@@ -212,9 +221,10 @@ def _kernel(setting: KernelRegressionSetting, problem: Problem, work: Work) -> d
             coverage.append(
                 {"arm": arm, "level": float(level), "coverage": float(covered), "coverage_error": float(error)}
             )
-    result: dict[str, Any] = {"mu_1": known.mu1, "lam_over_mu1": share, "curve": curve, "reliability": []}
+    classes = bool(problem.loaded.task.label_names)
+    result: dict[str, Any] = {"mu_1": known.mu1, "lam_over_mu1": share, "curve": curve}
     scores = {arm: _scores(found, labels) for arm, found in outputs.items()}
-    if problem.loaded.task.label_names:
+    if classes:
         zero = np.zeros_like(y)
         with clock.timed(LOGISTIC, "Newton steps", len(y)):
             logistic = kernel_logistic_regression(
@@ -224,9 +234,10 @@ def _kernel(setting: KernelRegressionSetting, problem: Problem, work: Work) -> d
         scores[LOGISTIC] = {**_scores(outputs[LOGISTIC], labels), "loss": None}  # its outputs are logits
         nats = evaluate(outputs[LOGISTIC], labels, "cross_entropy")["loss"]
         calibrated.append({"arm": LOGISTIC, "cross_entropy": nats})
-        result["reliability"] = _reliability(outputs[LOGISTIC], labels, setting.bins)
+    binned = [arm for arm in outputs if arm != MAJORITY] if classes else []
     return {
         **result,
+        "reliability": [row for arm in binned for row in _reliability(arm, outputs[arm], labels, setting.bins)],
         "scores": scores,
         "decisions": {arm: predicted(found).tolist() for arm, found in outputs.items()},
         "calibration": calibrated,
@@ -242,7 +253,7 @@ def _training_kernel(known: _Known) -> Kernel:
     return dataclasses.replace(known.kernel_eval, parts={"all": array}, symmetric=True, of_two_sets=False)
 
 
-def _fine_tuned(problem: Problem, arm: str, config: TrainConfig, work: Work) -> dict[str, Any]:
+def _fine_tuned(problem: Problem, arm: str, config: TrainConfig, bins: int, work: Work) -> dict[str, Any]:
     """Fine-tunes in full."""
     clock, labels = _Clock(), problem.eval["labels"]
     total = config.total_steps(len(problem.train))
@@ -257,7 +268,12 @@ def _fine_tuned(problem: Problem, arm: str, config: TrainConfig, work: Work) -> 
         ).theta
     with clock.timed(arm, "validation", len(labels)):
         outputs = predict(problem.tun, theta, problem.eval)
-    return {"scores": _scores(outputs, labels), "decisions": predicted(outputs).tolist(), "times": clock.rows}
+    return {
+        "scores": _scores(outputs, labels),
+        "decisions": predicted(outputs).tolist(),
+        "reliability": _reliability(arm, outputs, labels, bins) if problem.loaded.task.label_names else [],
+        "times": clock.rows,
+    }
 
 
 def _pair(arm: str, other: str, scores: Mapping[str, Row], right: Mapping[str, np.ndarray], metric: str) -> Row:
@@ -285,8 +301,8 @@ def _results(setting: KernelRegressionSetting, work: Work, problem: Problem) -> 
     tuned = {}
     for arm, share in ((FULL, 0.0), (PULLED, kernel["lam_over_mu1"])):
         config = setting.training(problem.seed, lam=share * kernel["mu_1"])
-        key = {"what": "full", "training": dataclasses.asdict(config), "rank": setting.lora_rank}
-        tuned[arm] = work.get(problem, key, functools.partial(_fine_tuned, problem, arm, config, work))
+        key = {"what": "full", "training": dataclasses.asdict(config), "rank": setting.lora_rank, "bins": setting.bins}
+        tuned[arm] = work.get(problem, key, functools.partial(_fine_tuned, problem, arm, config, setting.bins, work))
     return kernel, tuned
 
 
@@ -315,7 +331,7 @@ def _rows(problem: Problem, kernel: Mapping[str, Any], tuned: Mapping[str, Any])
             {"arm": row["arm"], **{name: row.get(name) for name in _CALIBRATED}} for row in kernel["calibration"]
         ],
         "coverage": kernel["coverage"],
-        "reliability": kernel["reliability"],
+        "reliability": [*kernel["reliability"], *(row for found in tuned.values() for row in found["reliability"])],
         "pairs": [
             {"metric": metric, **_pair(arm, other, scores, right, metric)}
             for arm, other in PAIRS

@@ -106,14 +106,17 @@ def _curves(curve: Sequence[Row]) -> Figure:
 
 
 def _calibration(tables: Tables) -> Figure:
-    """Draws coverage of predictive intervals, from nothing and from the probe, and reliability of probabilities."""
+    """Draws coverage of predictive intervals, from nothing and from the probe, and reliability of four arms."""
     coverage, reliability = tables["coverage"], tables["reliability"]
     panels = [
         (of(coverage, arm=ALONE), "level", "coverage", "(a) Intervals, kernel alone"),
         (of(coverage, arm=REGRESSION), "level", "coverage", "(b) Intervals, from the probe"),
-        (reliability, "confidence", "accuracy", "(c) Probabilities, logistic"),
+        *(
+            (of(reliability, arm=arm), "confidence", "accuracy", f"({letter}) {NAMES[arm]}")
+            for letter, arm in zip("cdef", (LOGISTIC, REGRESSION, FULL, PROBE), strict=True)
+        ),
     ]
-    figure, axes = plots.canvas(1, len(panels), 7.0, 2.9)
+    figure, axes = plots.canvas(2, 3, 7.0, 5.0)
     tasks = distinct(coverage, "task")
     with plots.drawing():
         for axis, (rows, across, column, title) in zip(axes.flat, panels, strict=True):
@@ -129,7 +132,8 @@ def _calibration(tables: Tables) -> Figure:
                     axis.plot(x, y, style, color=colour, label=name_of(task))
             words = ("nominal coverage", "share covered") if across == "level" else ("mean probability", "accuracy")
             axis.set(title=title, xlabel=words[0], ylabel=words[1])
-        axes[0, 2].set(xlim=_around(reliability, "confidence"), ylim=_around(reliability, "accuracy"))
+            if across == "confidence":
+                axis.set(xlim=_around(reliability, "confidence"), ylim=_around(reliability, "accuracy"))
         axes[0, 0].legend()
         figure.suptitle(f"Calibration on validation examples (dotted: perfect)\n{sizes(coverage)}", fontsize=8)
     return figure

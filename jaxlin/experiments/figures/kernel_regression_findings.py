@@ -164,7 +164,7 @@ def calibration_error(rows: Sequence[Row]) -> float:
 
 
 def _of_calibration(tables: Tables) -> str:
-    coverage, reliability = of(tables["coverage"], level=COVERED), tables["reliability"]
+    coverage = of(tables["coverage"], level=COVERED)
     lines, words = [], {}
     for task in distinct(tables["coverage"], "task"):
         cells = [name_of(task)]
@@ -172,9 +172,6 @@ def _of_calibration(tables: Tables) -> str:
             cells.append(written(values_of(of(coverage, task=task, arm=arm), "coverage")))
             rows = of(tables["calibration"], task=task, arm=arm)
             cells.append(written(values_of(rows, "squared_residual"), ".2f"))
-        mine = of(reliability, task=task)
-        errors = [calibration_error(of(mine, seed=seed)) for seed in distinct(mine, "seed")]
-        cells.append(written(errors, ".3f") if errors else "")
         lines.append(cells)
     for arm in (ALONE, REGRESSION):
         rows = of(coverage, arm=arm)
@@ -190,9 +187,32 @@ def _of_calibration(tables: Tables) -> str:
         head += [f"{NAMES[arm]}: covered by 90 % intervals", "squared residual"]
     return (
         f"Of the kernel alone, 90 % intervals are {words[ALONE]}; from the probe they are {words[REGRESSION]}. The "
-        "squared residual, in units of the variance that is predicted, is 1 where that is right. The last column is "
-        "the expected calibration error of the probabilities of kernel logistic regression.\n\n"
-        f"{_table([*head, 'calibration error'], lines)}"
+        "squared residual, in units of the variance that is predicted, is 1 where that is right.\n\n"
+        f"{_table(head, lines)}{_of_probabilities(tables['reliability'])}"
+    )
+
+
+def _of_probabilities(reliability: Sequence[Row]) -> str:
+    """The expected calibration error of every arm whose outputs are read as probabilities."""
+    arms = [arm for arm in ARMS if of(reliability, arm=arm)]
+    if not arms:
+        return ""
+    errors = {
+        (task, arm): [calibration_error(of(mine, seed=seed)) for seed in distinct(mine, "seed")]
+        for task in distinct(reliability, "task")
+        for arm in arms
+        for mine in [of(reliability, task=task, arm=arm)]
+    }
+    tasks = distinct(reliability, "task")
+    lines = [[name_of(task), *(written(errors[task, arm], ".3f") for arm in arms)] for task in tasks]
+    means = {arm: float(np.mean([np.mean(errors[task, arm]) for task in tasks])) for arm in arms}
+    order = sorted(arms, key=means.__getitem__)
+    ranked = ", ".join(f"{NAMES[arm]} {means[arm]:.3f}" for arm in order)
+    return (
+        "\n\nThe expected calibration error, the mean distance between the probability of the class that is "
+        "answered and the share of these answers that is right; outputs fitted to 0 and 1 are taken for probabilities, "
+        f"cut to [0, 1] and made to sum to 1, those of logistic regression by softmax. Mean over tasks: {ranked}.\n\n"
+        f"{_table(['Task', *(NAMES[arm] for arm in arms)], lines)}"
     )
 
 

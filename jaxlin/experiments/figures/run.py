@@ -300,9 +300,15 @@ class Text(str):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Picture:
-    """A figure that a notebook shows, whatever its backend."""
+    """A figure that a notebook shows, whatever its backend.
+
+    Attributes:
+        figure: It.
+        vector: Keep it as SVG, too; those of studies lie beside their tables.
+    """
 
     figure: Figure
+    vector: bool = False
 
     def _repr_png_(self) -> bytes:
         from PIL import Image
@@ -312,6 +318,14 @@ class Picture:
         palette = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         palette.save(small, format="png", optimize=True)  # a notebook keeps it as text
         return small.getvalue()
+
+    def _repr_svg_(self) -> str | None:
+        if not self.vector:
+            return None
+        stream = io.StringIO()
+        with plots.drawing():
+            self.figure.savefig(stream, format="svg", metadata={"Date": None})
+        return stream.getvalue()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
