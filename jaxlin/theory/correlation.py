@@ -67,11 +67,9 @@ def _cosine(a: Float[np.ndarray, "B C"], b: Float[np.ndarray, "B C"]) -> Float[n
 
 def _kendall(x: Float[np.ndarray, "B C"], y: Float[np.ndarray, "B C"]) -> Float[np.ndarray, " B"]:
     """τ_b of every row: the cosine of the signs of all pairs' differences."""
-    found = np.empty(len(x))
-    for i, (a, b) in enumerate(zip(x, y, strict=True)):
-        signs = [np.sign(side[:, None] - side[None, :]).reshape(1, -1) for side in (a, b)]
-        found[i] = _cosine(*signs)[0]
-    return found
+    i, j = np.triu_indices(x.shape[1], 1)
+    parts = [(x[k : k + 128], y[k : k + 128]) for k in range(0, len(x), 128)]  # signs take memory
+    return np.concatenate([_cosine(*(np.sign(side[:, i] - side[:, j]) for side in part)) for part in parts])
 
 
 def _residual(ranks: Float[np.ndarray, "B C"], controls: Float[np.ndarray, "B C k"]) -> Float[np.ndarray, "B C"]:
