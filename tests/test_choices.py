@@ -96,6 +96,17 @@ def test_in_half_precision(model):
     assert [row["loss"] for row in found.history] == pytest.approx([row["loss"] for row in expected.history], rel=0.02)
 
 
+def test_the_rest_stays_whatever_the_optimizer_does():
+    tun = jl.Tunable(cases.mlp_apply, cases.mlp().theta0, {name: (name,) for name in leaf_paths(cases.mlp().theta0)})
+    first, *others = tun.blocks
+    config = jl.TrainConfig(optimizer=optax.adamw(0.1, weight_decay=0.5), batch_size=4, max_steps=3)
+    (result,) = jl.train_choices(tun, cases.vectors(8), config=config, choices=[[first]]).results
+    for name in others:
+        np.testing.assert_array_equal(leaves(result.theta)[name], leaves(tun.theta0)[name])
+    moved = np.linalg.norm(leaves(result.theta)[first] - leaves(tun.theta0)[first])
+    assert result.history[-1]["distance"] == pytest.approx(moved, rel=1e-5)
+
+
 def test_memory_that_runs_out(model, batch, monkeypatch):
     def full(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import PyTree
 
 from jaxlin.data.dataset import Dataset, as_dataset
@@ -32,7 +33,11 @@ def _every(step: Callable[..., Any]) -> Callable[..., Any]:
     """A step of several choices as one program; `step` is one of one choice."""
 
     def one(apply: Any, theta0: PyTree, mask: PyTree, theta: PyTree, state: Any, batch: Any) -> Any:
-        return step(Masked(apply, theta0, mask), theta, state, batch)
+        theta, state, metrics = step(Masked(apply, theta0, mask), theta, state, batch)
+        # An optimizer may move what has no gradient, as weight decay does.
+        theta = jax.tree.map(lambda p, p0, on: jnp.where(on > 0, p, p0), theta, theta0, mask)
+        distance = optax.tree.norm(jax.tree.map(jnp.subtract, theta, theta0))
+        return theta, state, {**metrics, "distance": distance}
 
     return jax.jit(jax.vmap(one, in_axes=(None, None, 0, 0, 0, None)), donate_argnums=(3, 4))
 
