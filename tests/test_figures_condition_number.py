@@ -72,7 +72,7 @@ def test_a_run_and_going_on(setting, tmp_path, monkeypatch):
     write_tables(tmp_path, tables)
     read = read_tables(tmp_path)
     assert set(page.draw(read)) == {"scatter", "correlations", "others_loss", "others_metric"}
-    assert set(page.findings(read)) == {"verdict", "table"}
+    assert set(page.findings(read)) == {"verdict", "table", "whole_table"}
 
 
 @pytest.mark.slow
@@ -172,11 +172,15 @@ def test_what_it_says_is_what_the_kept_tables_hold():
         and np.isfinite(row["partial"])
     ]
     assert len(partial) == len(page._SHOWN) - 2
+    whole = [page.one(found, name, "metric") for name in page._WHOLE if name != "num_params"]
+    assert [row["predictor"] for row in whole if page._sign(row, "partial")] == ["residual_share"]
+    assert sum(np.isfinite(row["partial"]) for row in whole) == 9
     assert all(row["partial_interval_low"] < 0 < row["partial_interval_high"] for row in partial)
     assert (len({row["choice"] for row in table}), len(tasks)) == (40, 6)
     away = [row["distance"] for row in table if row["way"] == "stable"]
     adam = max(row["distance"] for row in table if row["way"] == "paper")
-    assert f"{100 * np.mean(np.array(away) > adam):.0f} % of them go farther" in said["verdict"]
+    assert f"{100 * np.mean(np.array(away) > adam):.0f} % of these runs it is no test" in said["verdict"]
+    assert said["verdict"].count("on every task") == 1
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,10 @@ from jaxlin.training.config import TrainConfig
 from jaxlin.training.failure import explained
 from jaxlin.training.groups import spread_groups
 from jaxlin.training.input import StepSource
-from jaxlin.training.losses import evaluate
 from jaxlin.training.precision import in_dtype
 from jaxlin.training.step import step_of
 from jaxlin.training.together import Histories, Sweep, configs_of, one_of, starts, steps_evaluated
-from jaxlin.training.trainer import TrainResult, check_blocks, check_data, predict
+from jaxlin.training.trainer import TrainResult, check_blocks, check_data
 from jaxlin.tunable import Tunable
 
 
@@ -54,9 +53,11 @@ def train_choices(
 ) -> Sweep:
     """Trains several choices of a model's blocks at once, each as `train` would train those blocks alone.
 
-    All of them are one program, compiled once, in which the activations of all meet a frozen weight in one product.
-    Activations take the memory of one run times the number of choices. Numbers are those of one run at a time, to
-    rounding.
+    All of them are one program, compiled once for each length of text, in which the activations of all meet a frozen
+    weight in one product. Activations, theta and the optimizer's state, those of blocks that a choice leaves out too,
+    take the memory of one run times the number of choices. Numbers are those of one run at a time, to rounding, with
+    every optimizer that has a name; one of optax's that moves what has no gradient may differ (weight decay within a
+    norm that is clipped).
 
     Args:
         tun: What is tuned in part.
@@ -86,7 +87,7 @@ def train_choices(
         [[1.0, 0.0], [0.5, 0.5]]
     """
     config = config or TrainConfig()
-    _check_choices(tun, choices)
+    choices = _checked(tun, choices)
     configs = configs_of(config, len(choices), lams, learning_rates)
     if mesh_of((tun.apply, tun.theta0)) is not None:
         raise InputError("the model lies on a mesh; choices are trained on one device, or by `train` one at a time")
@@ -104,7 +105,7 @@ def train_choices(
     every = _every(step)
     evaluated = [] if held_out is None else steps_evaluated(config, total)
     source, waiting = StepSource(data, config), []
-    histories = Histories(configs, [f"choice {k}, {', '.join(blocks)}" for k, blocks in enumerate(choices)], n)
+    histories = Histories(configs, [f"choice {k}, {_listed(blocks)}" for k, blocks in enumerate(choices)], n)
     for i in range(1, total + 1):
         batch = spread_groups(source[i - 1][1], None, config.gradient_accumulation_steps)
         with (
@@ -120,18 +121,25 @@ def train_choices(
             histories.add(at, {name: np.asarray(values) for name, values in found.items()})
         waiting = []
         if held_out is not None:
-            for k in histories.going():
-                scores = evaluate(predict(tun, one_of(theta, k), held_out), held_out["labels"], config.loss)
-                histories.rows[k][-1].update({f"eval_{name}": value for name, value in scores.items()})
+            histories.evaluate(tun, theta, held_out)
     return Sweep([TrainResult(one_of(theta, k), rows) for k, rows in enumerate(histories.rows)], histories.diverged)
 
 
-def _check_choices(tun: Tunable, choices: Sequence[Collection[str]]) -> None:
+def _listed(names: Collection[str]) -> str:
+    """The first few names."""
+    return ", ".join(list(names)[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _checked(tun: Tunable, choices: Sequence[Collection[str]]) -> list[tuple[str, ...]]:
+    """The names of every choice, where there is something and all are blocks."""
     if not choices:
         raise InputError("choices is empty; expected at least one, the names of the blocks that a run tunes")
+    checked = []
     for k, blocks in enumerate(choices):
-        given = [blocks] if isinstance(blocks, str) else list(blocks)
-        unknown = [name for name in given if name not in tun.blocks]
-        if unknown or not given or isinstance(blocks, str):
-            named = ", ".join(list(tun.blocks)[:6]) + (", …" if len(tun.blocks) > 6 else "")
-            raise InputError(f"choice {k} is {blocks!r}; expected names of blocks, some of {named}")
+        names = (blocks,) if isinstance(blocks, str) else tuple(blocks)
+        if isinstance(blocks, str) or not names:
+            raise InputError(f"choice {k} is {blocks!r}; expected names of blocks, some of {_listed(tun.blocks)}")
+        if unknown := [name for name in names if name not in tun.blocks]:
+            raise InputError(f"choice {k} has {unknown[0]!r}, which is no block; there are {_listed(tun.blocks)}")
+        checked.append(names)
+    return checked

@@ -16,16 +16,16 @@ from jaxlin.training.groups import Groups
 from jaxlin.tunable import Batch, Tunable, text_config
 
 
-def _to_lower(config: TrainConfig, tun: Tunable, batch: Batch, parts: int, mesh: Mesh | None) -> list[str]:
+def _to_lower(config: TrainConfig, tun: Tunable, batch: Batch, parts: int, mesh: Mesh | None, runs: int) -> list[str]:
     """What makes a step take less memory, that which leaves the result as it is first; a batch in some parts."""
     devices = 1 if mesh is None else mesh.shape[DATA]
     held = len(batch["weight"]) // (parts * devices)
     parts = config.gradient_accumulation_steps
-    listed = []
+    listed = [f"the runs that are trained together, from {runs} to {-(-runs // 2)}"] if runs > 1 else []
     if held > 1:
         listed.append(
             f"gradient_accumulation_steps from {parts} to {2 * parts} (a device then holds the activations of "
-            f"{-(-held // 2)} examples at a time in place of {held}; the step stays the same)"
+            f"{runs * -(-held // 2)} examples at a time in place of {runs * held}; the step stays the same)"
         )
     if getattr(text_config(tun.apply), "remat", None) is False:
         listed.append("--gradient_checkpointing (with_remat(model)), for a third more time")
@@ -35,6 +35,8 @@ def _to_lower(config: TrainConfig, tun: Tunable, batch: Batch, parts: int, mesh:
         listed.append("compute_dtype='bfloat16', which halves activations")
     if "input_ids" in batch and held == 1:
         listed.append(f"max_seq_length from {batch['input_ids'].shape[1]} to {batch['input_ids'].shape[1] // 2}")
+    if runs > 1:  # which no mesh takes
+        return listed
     split = "a mesh with more devices on its axis 'model'" if mesh is not None else "a mesh with an axis 'model'"
     rules = "rules (ENCODER_RULES, DECODER_RULES)"
     listed.append(f"the parameters on each device, by {split} and {rules}, where they are what is large")
@@ -73,10 +75,8 @@ def explained(
         if "RESOURCE_EXHAUSTED" in str(error):
             groups = batch if isinstance(batch, Groups) else Groups((batch,), (config.gradient_accumulation_steps,))
             shape = ", ".join(map(_shape, groups.batches))
-            lower = _to_lower(config, tun, groups.batches[-1], groups.parts[-1], mesh)
-            if runs > 1:
-                shape += f" in each of {runs} runs"
-                lower.insert(0, f"the runs that are trained together, from {runs} to {-(-runs // 2)}")
+            shape += f" in each of {runs} runs" if runs > 1 else ""
+            lower = _to_lower(config, tun, groups.batches[-1], groups.parts[-1], mesh, runs)
             raise DeviceMemoryError(
                 f"out of memory in step {step}, a batch of {shape}. Lower, first that which leaves the result as it "
                 f"is: {'; '.join(lower)}. The device said: {str(error).splitlines()[0]}"

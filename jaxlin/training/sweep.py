@@ -16,11 +16,10 @@ from jaxlin.errors import InputError
 from jaxlin.training.cached import CachedLinear, all_column
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.input import StepSource
-from jaxlin.training.losses import evaluate
 from jaxlin.training.state import TrainState, copied
 from jaxlin.training.step import step_of
 from jaxlin.training.together import Histories, Sweep, configs_of, one_of, starts, steps_evaluated
-from jaxlin.training.trainer import TrainResult, check_blocks, check_data, predict
+from jaxlin.training.trainer import TrainResult, check_blocks, check_data
 from jaxlin.tunable import Tunable
 
 _STEPS = 256
@@ -99,9 +98,9 @@ def train_sweep(
     config = config or TrainConfig()
     given = [len(values) for values in (lams, learning_rates) if values is not None]
     if len(set(given)) != 1 or not given[0]:
-        sizes = {"lams": lams and len(lams), "learning_rates": learning_rates and len(learning_rates)}
         raise InputError(
-            f"train_sweep got {sizes}; expected at least one value, and as many of both where both are given"
+            f"train_sweep got {' and '.join(map(str, given)) or 'no'} values of λ and learning rate; expected at least "
+            "one value, and as many of both where both are given"
         )
     configs = configs_of(config, given[0], lams, learning_rates)
     if not isinstance(tun.apply, CachedLinear):
@@ -145,9 +144,7 @@ def train_sweep(
             histories.add(i + 1, {name: values[at] for name, values in found.items()})
         last = steps.stop
         if last in evaluated and eval is not None:
-            for k in histories.going():
-                scores = evaluate(predict(tun, one_of(theta, k), eval), eval["labels"], config.loss)
-                histories.rows[k][-1].update({f"eval_{name}": value for name, value in scores.items()})
+            histories.evaluate(tun, theta, eval)
         if last in keep:
             kept(last)
     results = [TrainResult(one_of(theta, k), rows, states[k]) for k, rows in enumerate(histories.rows)]

@@ -12,11 +12,13 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
+from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError, TrainingDivergedError
 from jaxlin.training.config import TrainConfig
+from jaxlin.training.losses import evaluate
 from jaxlin.training.state import Row
 from jaxlin.training.step import strengths
-from jaxlin.training.trainer import TrainResult
+from jaxlin.training.trainer import TrainResult, predict
 from jaxlin.tunable import Tunable
 
 
@@ -124,6 +126,9 @@ class Histories:
                 f"{row['loss']} and ‖θ−θ₀‖ {row['distance']} at step {step} of {self._total}; lower the learning rate"
             )
 
-    def going(self) -> list[int]:
-        """Returns the runs that have not diverged."""
-        return [k for k in range(len(self._configs)) if k not in self.diverged]
+    def evaluate(self, tun: Tunable, theta: PyTree, held_out: Dataset) -> None:
+        """Adds to the last rows what held-out examples say of `theta`, that of all runs; not of those that diverged."""
+        for k, config in enumerate(self._configs):
+            if k not in self.diverged:
+                scores = evaluate(predict(tun, one_of(theta, k), held_out), held_out["labels"], config.loss)
+                self.rows[k][-1].update({f"eval_{name}": value for name, value in scores.items()})

@@ -263,6 +263,15 @@ def _fine_tune(
     return found
 
 
+def _majority(drawn: _Draw) -> float:
+    """The metric on validation examples of answering with the training examples' most frequent class."""
+    classes, counts = np.unique(drawn.train["labels"], return_counts=True)
+    outputs = np.zeros((len(drawn.eval), 1 + int(classes.max())))
+    outputs[:, int(classes[counts.argmax()])] = 1.0
+    found = evaluate(outputs, drawn.eval["labels"], "squared")[drawn.metric]
+    return np.nan if found is None else float(found)
+
+
 def _at_once(drawn: _Draw, choices: int, batch_size: int) -> int:
     """How many of the choices are trained together: as many as memory, and on a CPU its caches, take well."""
     longest = drawn.train.buckets[-1] if drawn.train.buckets else 1
@@ -365,6 +374,7 @@ class Runs:
         for task in setting.tasks:
             for draw in range(setting.seeds):
                 strengths, drawn = self.strengths(task), self.drawn(task, draw)
+                majority = _majority(drawn)
                 for way, tun in drawn.tuns.items():
                     predictors = self.predictors(task, draw, way)
                     results = self.runs(
@@ -380,6 +390,7 @@ class Runs:
                             "way": way,
                             "strength": strengths[way],
                             **result,
+                            "majority_metric": majority,
                             **predictors[choice.name],
                             "train_examples": len(drawn.train),
                             "eval_examples": len(drawn.eval),

@@ -27,6 +27,8 @@ _OUTCOMES = {
     (STABLE, "train_loss"): "training squared loss, descent at c/(μ₁+λ)",
 }
 _SHOWN = (KAPPA, *(f"{ALONE}{name}" for name in CRITERIA if f"{ALONE}{name}" != KAPPA), "num_params")
+_WHOLE = tuple(name.removeprefix(ALONE) for name in _SHOWN)
+"""The same of the kernel of all that is tuned, the head too."""
 
 
 def name_of_predictor(predictor: str) -> str:
@@ -244,12 +246,28 @@ def verdict(correlations: Sequence[Row]) -> str:
 
 
 def _scores(table: Sequence[Row]) -> str:
-    """The range over choices of each task's validation score, means over draws."""
+    """The range over choices of each task's validation score, means over draws, and what a constant answer has."""
     found = []
     for task in distinct(poolable(table), "task"):
-        _, scores, _ = _points(of(table, way=PAPER, task=task), "metric")
-        found.append(f"{name_of(task)} {number(scores.min(), '.2f')} to {number(scores.max(), '.2f')}")
+        rows = of(table, way=PAPER, task=task)
+        _, scores, _ = _points(rows, "metric")
+        constant = number(rows[0]["majority_metric"], ".2f")
+        found.append(f"{name_of(task)} {number(scores.min(), '.2f')} to {number(scores.max(), '.2f')} ({constant})")
     return ", ".join(found)
+
+
+def _strengths(table: Sequence[Row]) -> str:
+    """What held-out rows chose among: rates of Adam, and c of descent; empty where there is one way and one rate."""
+    said = []
+    for way, name in ((PAPER, "Adam’s rate"), (STABLE, "c")):
+        rows = of(table, way=way)
+        tasks = {value: distinct(of(rows, strength=value), "task") for value in sorted(distinct(rows, "strength"))}
+        if len(tasks) == 1:
+            said.append(f"{name} {next(iter(tasks)):g} on every task")
+        elif tasks:
+            each = (f"{value:g} on {', '.join(map(name_of, names))}" for value, names in tasks.items())
+            said.append(f"{name} {' and '.join(each)}")
+    return "; ".join(said)
 
 
 def widest(table: Sequence[Row], correlations: Sequence[Row]) -> str:
@@ -304,26 +322,26 @@ def _verdict(table: Sequence[Row], correlations: Sequence[Row]) -> str:
     lines = [
         f"**The paper’s claim {verdict(correlations)}** in this setting ({_sizes(table)}, "
         f"{_counted(poolable(table), 'task')}). log κ against final training loss (cross-entropy): "
-        f"ρ = {cell(primary, 'spearman')} — " + (directions[plain] if plain else "the interval holds 0") + ".",
-        f"The validation scores, from the worst choice to the best: {_scores(table)}; those that a constant answer "
-        "would have, too, say little. With that in mind: for the validation metric κ "
+        f"ρ = {cell(primary, 'spearman')} — " + (directions[plain] if plain else "the interval holds 0") + ". "
+        f"Chosen on held-out rows: {_strengths(table)}.",
+        f"The validation scores, from the worst choice to the best (a constant answer’s): {_scores(table)}. For the "
+        "validation metric κ "
         f"{metrics[on_metric]}, ρ = {cell(metric, 'spearman')}; {widest(table, correlations)}.",
     ]
     if np.isfinite(primary["partial"]):
         held = cell(primary, "partial")
         lines.insert(1, f"With trace and number of parameters held constant: {held}, so {left[partial]}.")
-    known = [
-        row for row in of(correlations, way=PAPER, outcome="train_loss", task=POOLED) if row["predictor"] in _SHOWN
-    ]
-    best = max(known, key=lambda row: abs(row["spearman"]) if np.isfinite(row["spearman"]) else -1)
     every = one(correlations, KAPPA.removeprefix(ALONE), "train_loss")
     lines.append(
         "κ is here of the kernel of LoRA’s factors; that of all that is tuned, the new head too, has "
         f"ρ = {cell(every, 'spearman')} with training loss."
     )
+    named = {"LoRA’s factors": _SHOWN, "all that is tuned": _WHOLE}
+    best = (f"{_strongest(correlations, names)} of the kernel of {what}" for what, names in named.items())
+    size = one(correlations, "num_params", "train_loss")
     lines.append(
-        f"The strongest predictor of training loss is {name_of_predictor(best['predictor'])} "
-        f"(ρ = {cell(best, 'spearman')})."
+        f"The strongest predictors of training loss are {' and '.join(best)}; the number of parameters, for which no "
+        f"kernel is needed, has ρ = {cell(size, 'spearman')}."
     )
     equal = of(correlations, predictor=KAPPA, way=PAPER, outcome="train_loss", task=EQUAL_SIZE)
     if equal:
@@ -340,37 +358,57 @@ def _verdict(table: Sequence[Row], correlations: Sequence[Row]) -> str:
     return f"{lines[0]}\n\n" + "\n".join(f"- {line}" for line in lines[1:])
 
 
+def _distances(table: Sequence[Row], way: str) -> np.ndarray:
+    return np.array([row["distance"] for row in of(table, way=way) if row["distance"] is not None], float)
+
+
+def beyond(table: Sequence[Row]) -> float:
+    """Share of the runs of descent at c/(μ₁+λ) that go farther from θ₀ than any of Adam's."""
+    by_adam, by_descent = _distances(table, PAPER), _distances(table, STABLE)
+    return float(np.mean(by_descent > by_adam.max())) if by_adam.size and by_descent.size else 0.0
+
+
 def _far(table: Sequence[Row]) -> str:
-    """How far descent at c/(μ₁+λ) goes, against Adam: theory speaks of what is near θ₀."""
-    by_adam, by_descent = (
-        np.array([row["distance"] for row in of(table, way=way) if row["distance"] is not None], float)
-        for way in (PAPER, STABLE)
-    )
-    if not (by_adam.size and by_descent.size):
+    """How far descent at c/(μ₁+λ) goes: what theory says is of what is near θ₀."""
+    if not beyond(table):
         return ""
-    beyond = 100 * float(np.mean(by_descent > by_adam.max()))
+    by_adam, by_descent = _distances(table, PAPER), _distances(table, STABLE)
     return (
-        f"But its runs end at ‖θ−θ₀‖ from {by_descent.min():.2g} to {by_descent.max():.2g}, Adam’s from "
-        f"{by_adam.min():.2g} to {by_adam.max():.2g}: where μ₁ is small the rate is large, and {beyond:.0f} % of them "
-        "go farther than any of Adam’s, out of the neighbourhood that the theory speaks of."
+        f"Of {100 * beyond(table):.0f} % of these runs it is no test of the theory, which is of what is near θ₀: they "
+        f"go farther than any of Adam’s, up to {by_descent.max():.2g} against {by_adam.max():.2g}, since the rate is "
+        "large where μ₁ is small."
     )
 
 
-def _table(correlations: Sequence[Row]) -> str:
-    has_stable = bool(of(correlations, way=STABLE))
-    lines = []
-    for predictor in _SHOWN:
-        loss, metric = (one(correlations, predictor, outcome) for outcome in ("train_loss", "metric"))
-        cells = [cell(loss, "spearman"), cell(loss, "partial"), cell(metric, "spearman")]
-        if has_stable:
-            cells.append(cell(one(correlations, predictor, "train_loss", STABLE), "spearman"))
-        lines.append(f"| {name_of_predictor(predictor)} | " + " | ".join(cells) + " |")
-    heads = [_OUTCOMES[PAPER, "train_loss"], "partial", _OUTCOMES[PAPER, "metric"]]
-    heads += [_OUTCOMES[STABLE, "train_loss"]] if has_stable else []
+def _strongest(correlations: Sequence[Row], predictors: Sequence[str]) -> str:
+    """The predictor of training loss with the largest |ρ|, the number of parameters aside."""
+    rows = [one(correlations, name, "train_loss") for name in predictors if name != "num_params"]
+    best = max(rows, key=lambda row: abs(row["spearman"]) if np.isfinite(row["spearman"]) else -1)
+    return f"{name_of_predictor(best['predictor'])} (ρ = {cell(best, 'spearman')})"
+
+
+def _table(correlations: Sequence[Row], predictors: Sequence[str], ways: Sequence[str]) -> str:
+    columns = [
+        (name + partial, way, outcome, key)
+        for (way, outcome), name in _OUTCOMES.items()
+        if way in ways
+        for partial, key in (("", "spearman"), ("; partial", "partial"))
+    ]
+    lines = [
+        f"| {name_of_predictor(predictor)} | "
+        + " | ".join(cell(one(correlations, predictor, outcome, way), key) for _, way, outcome, key in columns)
+        + " |"
+        for predictor in predictors
+    ]
+    heads = [name for name, *_ in columns]
     return f"| At θ₀ | {' | '.join(heads)} |\n{'|---' * (len(heads) + 1)}|\n" + "\n".join(lines)
 
 
 def findings(tables: Tables) -> dict[str, str]:
     """Says whether the paper's claim holds, and what each predictor's correlations are."""
     table, found = tables["table"], tables["correlations"]
-    return {"verdict": _verdict(table, found), "table": _table(found)}
+    return {
+        "verdict": _verdict(table, found),
+        "table": _table(found, _SHOWN, distinct(table, "way")),
+        "whole_table": _table(found, _WHOLE, (PAPER,)),
+    }

@@ -68,8 +68,7 @@ def correlations(
             name: {task: _values(table, task, way, name) for task in tasks}
             for name in {*predictors, *OUTCOMES, "num_modules"}
         }
-        for place, predictor in enumerate(predictors, start=ways.index(way) * len(predictors)):
-            progress(place, len(ways) * len(predictors))
+        for place, predictor in enumerate(predictors, start=ways.index(way) * len(predictors) + 1):
             own_trace = "trace" if predictor in CRITERIA else f"{ALONE}trace"
             for outcome in OUTCOMES:
                 names = (predictor, outcome, own_trace, "num_params", "num_modules")
@@ -93,6 +92,7 @@ def correlations(
                     found = rank_correlation(x, y, [trace], groups=groups, resamples=resamples)
                     row = _flat(predictor, way, outcome, EQUAL_SIZE, found) | {"primary": False}
                     out.append(row | _caveats(table, predictor, way, list(counted)))
+            progress(place, len(ways) * len(predictors))
     return out
 
 

@@ -296,7 +296,7 @@ _CALIBRATED = ("squared_residual", "squared_residual_error", "negative_log_densi
 def _results(setting: KernelRegressionSetting, work: Work, problem: Problem) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns what the kernel says, and what each fine-tuning gives by its arm."""
     options: dict[str, Any] = {"what": "kernel", "lam_rel": list(setting.lam_rel), "levels": list(setting.levels)}
-    options |= {"bins": setting.bins, "rank": setting.lora_rank}
+    options |= {"bins": setting.bins, "rank": setting.lora_rank, "probabilities": "of every arm"}
     kernel = work.get(problem, options, lambda: _kernel(setting, problem, work))
     tuned = {}
     for arm, share in ((FULL, 0.0), (PULLED, kernel["lam_over_mu1"])):

@@ -205,9 +205,9 @@ def _of_probabilities(reliability: Sequence[Row]) -> str:
     }
     tasks = distinct(reliability, "task")
     lines = [[name_of(task), *(written(errors[task, arm], ".3f") for arm in arms)] for task in tasks]
-    means = {arm: float(np.mean([np.mean(errors[task, arm]) for task in tasks])) for arm in arms}
-    order = sorted(arms, key=means.__getitem__)
-    ranked = ", ".join(f"{NAMES[arm]} {means[arm]:.3f}" for arm in order)
+    counted = [task for task in tasks if task not in NEVER_POOLED]
+    means = {arm: float(np.mean([np.mean(errors[task, arm]) for task in counted])) for arm in arms if counted}
+    ranked = ", ".join(f"{NAMES[arm]} {means[arm]:.3f}" for arm in sorted(means, key=means.__getitem__)) or "none"
     return (
         "\n\nThe expected calibration error, the mean distance between the probability of the class that is "
         "answered and the share of these answers that is right; outputs fitted to 0 and 1 are taken for probabilities, "

@@ -155,6 +155,8 @@ def _condition(tables: Tables) -> tuple[str, str]:
             f"; under descent at c/(μ₁+λ), against training loss {condition.cell(stable, 'spearman')}, partial "
             f"{condition.cell(stable, 'partial')}"
         )
+        if far := condition.beyond(tables["table"]):
+            measured += f", but {100 * far:.0f} % of those runs go farther from θ₀ than any of Adam’s"
     return measured, condition.verdict(correlations)
 
 
