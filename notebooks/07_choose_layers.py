@@ -24,7 +24,8 @@
 # pass over some labelled examples. The criterion asked about is the leave-one-out loss: how well the linearized model,
 # trained on all examples but one, would predict that one. Here its choice is really fine-tuned, and so
 # are the choice by the condition number κ, the last layers, random choices, and everything. All but the last keep to
-# one budget of parameters, which the last layers and the random choices use up, and the kernel's choice need not.
+# one budget of parameters, that of LoRA on query, key and value of two layers; the last layers and the random choices
+# use it up, and the kernel's choice need not.
 #
 # All begin from the same head, a probe on the frozen features that stays as it is: whatever differs comes from the
 # layers.

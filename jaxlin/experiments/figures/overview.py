@@ -264,7 +264,8 @@ def caption(setting: Mapping[str, Any]) -> str:
     return (
         f"*{setting['model_name_or_path']} with LoRA of rank {setting['lora_rank']} on {', '.join(tasks)} and {last}: "
         f"{setting['num_train']} training examples, {setting['seeds']} draws of training examples, A and data order, "
-        "where table and notebook do not say otherwise; bands and intervals are over draws, or over tasks, and in "
+        "where table and notebook do not say otherwise (06 is of more tasks, 09 of another model); bands and "
+        "intervals are over draws, or over tasks, and in "
         f"({letter}) over choices of layers and draws with the tasks as they are. One panel a notebook, in their "
         "order.*"
     )

@@ -67,7 +67,7 @@ class FiguresConfig:
             spectra and layers, 06 condition number, 07 choose layers, 08 kernel regression, 09 a language model (of the
             folder JAXLIN_MODELS); default: all.
         fast: One to three minutes a study, on embedded data.
-        full: The setting of the results that are kept.
+        full: The setting of the results that are kept: needs the data (--data_dir), and hours; 06 a GPU.
         paper: The paper's model and training, roberta-base on whole data sets (03 and 08: 1,000 training examples):
             for a GPU, and hours.
         output_dir: Folder for tables and figures, one folder a study in it.
@@ -82,7 +82,7 @@ class FiguresConfig:
         debug: Show tracebacks.
     """
 
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME ...]")] = ()
     fast: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     full: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     paper: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
