@@ -23,7 +23,7 @@ from jaxlin.training.input import StepSource
 from jaxlin.training.precision import in_dtype
 from jaxlin.training.step import step_of
 from jaxlin.training.together import Histories, Sweep, configs_of, one_of, starts, steps_evaluated
-from jaxlin.training.trainer import TrainResult, check_blocks, check_data
+from jaxlin.training.trainer import TrainResult, check_run
 from jaxlin.tunable import Tunable
 
 
@@ -92,10 +92,7 @@ def train_choices(
     if mesh_of((tun.apply, tun.theta0)) is not None:
         raise InputError("the model lies on a mesh; choices are trained on one device, or by `train` one at a time")
     data, held_out = as_dataset(train), None if eval is None else as_dataset(eval)
-    for part in (data, held_out):
-        if part is not None:
-            check_data(tun, part, config.loss)
-    check_blocks(tun, config)
+    check_run(tun, data, held_out, config)
     n = len(data)
     total = config.total_steps(n)
     tx, step = step_of(config, n)

@@ -19,7 +19,7 @@ from jaxlin.training.input import StepSource
 from jaxlin.training.state import TrainState, copied
 from jaxlin.training.step import step_of
 from jaxlin.training.together import Histories, Sweep, configs_of, one_of, starts, steps_evaluated
-from jaxlin.training.trainer import TrainResult, check_blocks, check_data
+from jaxlin.training.trainer import TrainResult, check_run
 from jaxlin.tunable import Tunable
 
 _STEPS = 256
@@ -108,10 +108,7 @@ def train_sweep(
             "train_sweep trains cached linearized models, such as prepare(linearize(tun), data, mode='cached') makes; "
             f"the apply of this one is a {type(tun.apply).__name__}"
         )
-    for part in (train, eval):
-        if part is not None:
-            check_data(tun, part, config.loss)
-    check_blocks(tun, config)
+    check_run(tun, train, eval, config)
     n = len(train)
     total = config.total_steps(n)
     beyond = [k for k in keep if not 0 <= k <= total]

@@ -97,6 +97,18 @@ def check_data(tun: Tunable, data: Dataset, loss: str) -> None:
     check_labels(data["labels"], num_outputs(tun, data), loss)
 
 
+def check_run(tun: Tunable, data: Dataset, held_out: Dataset | None, config: TrainConfig) -> None:
+    """Checks that model, data and configuration of a run fit each other.
+
+    Raises:
+        InputError: If they do not; says what.
+    """
+    for part in (data, held_out):
+        if part is not None:
+            check_data(tun, part, config.loss)
+    check_blocks(tun, config)
+
+
 def _nothing(*_: Any) -> None:
     return None
 
@@ -175,10 +187,7 @@ def train(
     config.check()
     data = as_dataset(train)
     held_out = None if eval is None else as_dataset(eval)
-    for part in (data, held_out):
-        if part is not None:
-            check_data(tun, part, config.loss)
-    check_blocks(tun, config)
+    check_run(tun, data, held_out, config)
     n = len(data)
     total = config.total_steps(n)
     tx, step = step_of(config, n)
