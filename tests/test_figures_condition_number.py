@@ -181,6 +181,7 @@ def test_what_it_says_is_what_the_kept_tables_hold():
     adam = max(row["distance"] for row in table if row["way"] == "paper")
     assert f"{100 * np.mean(np.array(away) > adam):.0f} % of these runs it is no test" in said["verdict"]
     assert said["verdict"].count("on every task") == 1
+    assert {"scatter", "correlations"} <= set(page.draw(tables))
 
 
 @pytest.mark.parametrize(

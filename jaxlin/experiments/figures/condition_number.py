@@ -54,6 +54,7 @@ from jaxlin.theory.criteria import criteria
 from jaxlin.training.choices import train_choices
 from jaxlin.training.config import TrainConfig
 from jaxlin.training.losses import evaluate, targets, to_mean
+from jaxlin.training.metrics import metrics
 from jaxlin.training.trainer import predict
 from jaxlin.tunable import Tunable
 from jaxlin.versions import versions
@@ -263,13 +264,10 @@ def _fine_tune(
     return found
 
 
-def _majority(drawn: _Draw) -> float:
+def _majority(drawn: _Draw, classes: int) -> float | None:
     """The metric on validation examples of answering with the training examples' most frequent class."""
-    classes, counts = np.unique(drawn.train["labels"], return_counts=True)
-    outputs = np.zeros((len(drawn.eval), 1 + int(classes.max())))
-    outputs[:, int(classes[counts.argmax()])] = 1.0
-    found = evaluate(outputs, drawn.eval["labels"], "squared")[drawn.metric]
-    return np.nan if found is None else float(found)
+    shares = np.asarray(targets(drawn.train["labels"], classes), np.float64).mean(axis=0)
+    return metrics(np.tile(shares, (len(drawn.eval), 1)), drawn.eval["labels"])[drawn.metric]
 
 
 def _at_once(drawn: _Draw, choices: int, batch_size: int) -> int:
@@ -374,7 +372,7 @@ class Runs:
         for task in setting.tasks:
             for draw in range(setting.seeds):
                 strengths, drawn = self.strengths(task), self.drawn(task, draw)
-                majority = _majority(drawn)
+                majority = _majority(drawn, self.loaded(task).task.num_labels)
                 for way, tun in drawn.tuns.items():
                     predictors = self.predictors(task, draw, way)
                     results = self.runs(

@@ -124,11 +124,16 @@ def _keys(figure: Figure, axes: np.ndarray, image: Any, rows: Sequence[Row]) -> 
     )
 
 
+def _width(tasks: Sequence[str]) -> float:
+    """Of a figure with a column a task, in inches."""
+    return min(max(1.35 * len(tasks) + 0.6, 4.4), 7.2)
+
+
 def _scatter(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
     """κ against final training loss and metric, a point a choice, a column a task."""
     rows = of(table, way=PAPER)
     tasks, counts = distinct(rows, "task"), distinct(rows, "num_modules")
-    figure, axes = plots.canvas(2, len(tasks), min(max(1.35 * len(tasks) + 0.6, 4.4), 7.2), 4.0, sharex="col")
+    figure, axes = plots.canvas(2, len(tasks), _width(tasks), 4.0, sharex="col")
     with plots.drawing():
         for column, task in enumerate(tasks):
             for axis, outcome in zip(axes[:, column], ("train_loss", "metric"), strict=True):
@@ -149,9 +154,7 @@ def _scatter_others(table: Sequence[Row], correlations: Sequence[Row], outcome: 
     rows = of(table, way=PAPER)
     tasks, counts = distinct(rows, "task"), distinct(rows, "num_modules")
     others = [name for name in _SHOWN if name != KAPPA]
-    figure, axes = plots.canvas(
-        len(others), len(tasks), min(max(1.35 * len(tasks) + 0.6, 4.4), 7.2), 0.95 * len(others) + 0.8, sharey="col"
-    )
+    figure, axes = plots.canvas(len(others), len(tasks), _width(tasks), 0.95 * len(others) + 0.8, sharey="col")
     with plots.drawing():
         for place, predictor in enumerate(others):
             for axis, task in zip(axes[place], tasks, strict=True):
@@ -257,7 +260,7 @@ def _scores(table: Sequence[Row]) -> str:
 
 
 def _strengths(table: Sequence[Row]) -> str:
-    """What held-out rows chose among: rates of Adam, and c of descent; empty where there is one way and one rate."""
+    """Rates of Adam and c of descent, with the tasks that were trained with each."""
     said = []
     for way, name in ((PAPER, "Adam’s rate"), (STABLE, "c")):
         rows = of(table, way=way)
@@ -323,7 +326,7 @@ def _verdict(table: Sequence[Row], correlations: Sequence[Row]) -> str:
         f"**The paper’s claim {verdict(correlations)}** in this setting ({_sizes(table)}, "
         f"{_counted(poolable(table), 'task')}). log κ against final training loss (cross-entropy): "
         f"ρ = {cell(primary, 'spearman')} — " + (directions[plain] if plain else "the interval holds 0") + ". "
-        f"Chosen on held-out rows: {_strengths(table)}.",
+        f"Trained with {_strengths(table)}.",
         f"The validation scores, from the worst choice to the best (a constant answer’s): {_scores(table)}. For the "
         "validation metric κ "
         f"{metrics[on_metric]}, ρ = {cell(metric, 'spearman')}; {widest(table, correlations)}.",

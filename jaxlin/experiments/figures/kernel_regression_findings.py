@@ -197,13 +197,13 @@ def _of_probabilities(reliability: Sequence[Row]) -> str:
     arms = [arm for arm in ARMS if of(reliability, arm=arm)]
     if not arms:
         return ""
+    tasks = distinct(reliability, "task")
     errors = {
         (task, arm): [calibration_error(of(mine, seed=seed)) for seed in distinct(mine, "seed")]
-        for task in distinct(reliability, "task")
+        for task in tasks
         for arm in arms
         for mine in [of(reliability, task=task, arm=arm)]
     }
-    tasks = distinct(reliability, "task")
     lines = [[name_of(task), *(written(errors[task, arm], ".3f") for arm in arms)] for task in tasks]
     counted = [task for task in tasks if task not in NEVER_POOLED]
     means = {arm: float(np.mean([np.mean(errors[task, arm]) for task in counted])) for arm in arms if counted}
