@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import textwrap
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -113,18 +114,23 @@ CRITERIA = {
     "validation_error": "held-out loss",
 }
 """Criteria that layers are chosen by, in words."""
+COLUMN = 5.5
+"""Inches: the width of the text of a page of one column, as NeurIPS and ICLR have it."""
 _STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.titlesize": 8.5,
+    "font.size": 7,
+    "axes.titlesize": 7.5,
+    "figure.titlesize": 7,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
     "grid.linewidth": 0.5,
     "legend.frameon": False,
-    "legend.fontsize": 7,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 4,
+    "legend.fontsize": 6.5,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 3.5,
     "svg.fonttype": "none",
     "svg.hashsalt": "jaxlin",  # the same ids whenever it is drawn
     "figure.constrained_layout.use": True,
@@ -140,6 +146,18 @@ def canvas(rows: int, columns: int, width: float, height: float, **options: Any)
 
     with drawing():
         return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, **options)
+
+
+def width_of(columns: int) -> float:
+    """Returns the width in inches of a figure of several small panels side by side, with a legend or colour bar."""
+    return min(max(1.3 * columns + 0.6, 3.5), COLUMN)
+
+
+def headline(figure: Figure, text: str) -> None:
+    """Writes what a figure is of above it, in lines that fit its width."""
+    most = int(19 * figure.get_figwidth())  # characters of 7 points
+    with drawing():
+        figure.suptitle("\n".join(textwrap.fill(line, most) for line in text.splitlines()))
 
 
 def drawing() -> AbstractContextManager[None]:
@@ -244,7 +262,7 @@ def late(table: Sequence[Row], title: str) -> Figure:
     Returns:
         The figure, for `save`.
     """
-    figure, axes = canvas(1, 1, 4.4, 2.9)
+    figure, axes = canvas(1, 1, 4.0, 2.6)
     axis, (column, label) = axes[0, 0], strength(table)
     rows = late_rows(table)
     with drawing():
@@ -260,7 +278,7 @@ def late(table: Sequence[Row], title: str) -> Figure:
         axis.set(xlabel="linearized at step k of full fine-tuning", ylabel="‖f−f̄‖ / ‖f−f₀‖, evaluation", yscale="log")
         axis.set_xticks(sorted({row["linearize_at"] for row in rows}))
         axis.legend(title=f"pull {label}", loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.suptitle(title, fontsize=7)
+        headline(figure, title)
     return figure
 
 
@@ -281,11 +299,11 @@ def linearization(table: Sequence[Row], top: int, title: str) -> Figure:
         "trajectory_gap_relative": ("(c) Trajectory gap, training examples", "‖f(θ)−f̄(θ̄)‖ / ‖f(θ)−f₀‖"),
         "eigenspace_angle": (f"(d) Turn of the top-{top} eigenspace", "largest principal angle in °"),
     }
-    figure, axes = canvas(2, 2, 7.0, 4.8)
+    figure, axes = canvas(2, 2, COLUMN, 3.9)
     column, name = strength(table)
     looks = _lam_looks(table)
     with drawing():
-        figure.suptitle(title, fontsize=8.5)
+        headline(figure, title)
         for axis, (key, (heading, unit)) in zip(axes.flat, panels.items(), strict=True):
             for lam, (shade, marker) in looks.items():
                 rows = [row for row in table if row["lam"] == lam]
@@ -310,10 +328,10 @@ def comparison(table: Sequence[Row], history: Mapping[tuple[str, float], Sequenc
     Returns:
         The figure, for `save`.
     """
-    figure, axes = canvas(2, 2, 7.0, 5.2)
+    figure, axes = canvas(2, 2, COLUMN, 4.3)
     full, linear = COLOURS["full"], COLOURS["linearized"]
     with drawing():
-        figure.suptitle(title, fontsize=8.5)
+        headline(figure, title)
         (parameters, outputs), (losses, training) = axes
         parameters.set_yscale("log")
         gap = "#000000"
@@ -372,7 +390,7 @@ def comparison(table: Sequence[Row], history: Mapping[tuple[str, float], Sequenc
 
 def spectrum(spec: Spectrum, title: str) -> Figure:
     """Draws the eigenvalues, and what of their noise is not far below them."""
-    figure, axes = canvas(1, 1, 4.4, 2.9)
+    figure, axes = canvas(1, 1, 4.0, 2.6)
     axis = axes[0, 0]
     with drawing():
         index = np.arange(1, len(spec.eigenvalues) + 1)
@@ -391,7 +409,7 @@ def spectrum(spec: Spectrum, title: str) -> Figure:
             axis.set_ylim(bottom=bottom)
         axis.set(xlabel="index", ylabel="eigenvalue")
         axis.legend(loc="lower left")
-        figure.suptitle(title, fontsize=7)
+        headline(figure, title)
     return figure
 
 
@@ -428,9 +446,9 @@ def bounds(table: Sequence[Row], title: str) -> Figure:
     Returns:
         The figure, for `save`.
     """
-    figure, axes = canvas(2, 2, 7.0, 5.4)
+    figure, axes = canvas(2, 2, COLUMN, 4.4)
     with drawing():
-        figure.suptitle(title, fontsize=8)
+        headline(figure, title)
         for axis, (heading, lines) in zip(axes.flat, _BOUND_PANELS, strict=True):
             axis.set_yscale("log")
             for measured, colour, names in lines:
@@ -501,7 +519,7 @@ def candidates(table: Sequence[Row], criterion: str, title: str) -> Figure:
     Returns:
         The figure, for `save` or `svg`.
     """
-    figure, axes = canvas(1, 2, 7.0, 2.9)
+    figure, axes = canvas(1, 2, COLUMN, 2.4)
     wanted = ("validation_error", "leave_one_out_error", "condition_number")
     other = next(name for name in wanted if name in table[0] and name != criterion)
     params, values, others = (np.array([row[key] for row in table], float) for key in ("num_params", criterion, other))
@@ -519,7 +537,7 @@ def candidates(table: Sequence[Row], criterion: str, title: str) -> Figure:
         axes[0, 1].set(title="(b) Against another criterion", xlabel=CRITERIA[criterion], ylabel=CRITERIA[other])
         axes[0, 1].set(xscale=_scale(values), yscale=_scale(others))
         axes[0, 0].legend()
-        figure.suptitle(title, fontsize=8)
+        headline(figure, title)
     return figure
 
 
@@ -603,7 +621,7 @@ def lam_curve(curve: Sequence[Mapping[str, float]], chosen: float, title: str) -
     Returns:
         The figure, for `save` or `svg`.
     """
-    figure, axes = canvas(1, 2, 7.0, 2.5)
+    figure, axes = canvas(1, 2, COLUMN, 2.0)
     x = [row["lam_rel"] for row in curve]
     panels = (("leave_one_out_error", "leave-one-out loss"), ("log_marginal_likelihood", "log marginal likelihood"))
     with drawing():
@@ -612,5 +630,5 @@ def lam_curve(curve: Sequence[Mapping[str, float]], chosen: float, title: str) -
             axis.axvline(chosen, color=COLOURS["chosen"], lw=1.2, ls="--", label=f"suggested, {chosen:.2g}")
             axis.set(xlabel="pull λ/μ₁", ylabel=label)
             axis.legend()
-        figure.suptitle(title, fontsize=8)
+        headline(figure, title)
     return figure

@@ -244,8 +244,7 @@ def test_whole_training_sets(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["99", "--fast"], "there is no study '99'; expected some of 02_regularization_and_linearity"),
-        (["01", "--fast"], "'01' is the notebook notebooks/01_quickstart.ipynb alone"),
+        (["99", "--fast"], "there is no study '99'; expected some of 01_quickstart, 02_regularization_and_linearity"),
         (["--fast"], "JAXLIN_MODELS names no folder that holds stories260K"),
         (["02"], "give one of --fast"),
         (["02", "--fast", "--full"], "give one of --fast"),
@@ -282,8 +281,8 @@ def test_what_is_asked_for_changes_the_setting():
     assert command_of(study, config) == (
         "jaxlin figures 02_regularization_and_linearity --full --tasks rte sst2 --model_name_or_path m --seeds 2"
     )
-    assert run.chosen(()) == run.STUDIES
-    names = [study.name for study in run.STUDIES]
+    assert run.chosen(()) == (run.QUICKSTART, *run.STUDIES)
+    names = [study.name for study in run.chosen(())]
     assert names == sorted(set(names))
 
 

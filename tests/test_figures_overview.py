@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
+from jaxlin import plots
 from jaxlin.experiments.figures import dynamics, lipschitz, llm, overview
 from jaxlin.experiments.figures.run import STUDIES
 
@@ -49,6 +50,34 @@ def test_every_study_has_a_claim_and_a_panel(page):
         assert [title[:3] for title in titles] == [f"({'abcdefgh'[i]})" for i in range(len(studies))]
     finally:
         plt.close(figure)
+
+
+def written(figure):
+    """What is written in a figure, tick labels aside, of which matplotlib holds some that it does not draw."""
+    legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
+    texts = [figure._suptitle, *(text for legend in legends for text in legend.get_texts())]
+    for axis in figure.axes:
+        texts += [axis.title, axis.xaxis.label, axis.yaxis.label, *axis.texts]
+    return [text for text in texts if text is not None and text.get_text() and text.get_visible()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_kept_figures_are_readable_at_the_width_of_a_column(page, study):
+    for name, figure in study.draw(page.tables_of(page.kept_studies())[study.name]).items():
+        try:
+            figure.canvas.draw()
+            assert figure.get_figwidth() <= plots.COLUMN, name
+            inside = figure.bbox.padded(1)
+            for text in written(figure):
+                ends = text.get_window_extent()
+                assert text.get_fontsize() >= 6, (name, text)
+                corners = [(x, y) for x in (ends.x0, ends.x1) for y in (ends.y0, ends.y1)]
+                assert all(inside.contains(*corner) for corner in corners), (name, text)
+            for axis in figure.axes:
+                assert all(label.get_fontsize() >= 6 for label in [*axis.get_xticklabels(), *axis.get_yticklabels()])
+        finally:
+            plt.close(figure)
 
 
 def answer(study, tables, which=0):

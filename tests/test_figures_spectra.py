@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -46,6 +47,24 @@ def test_a_text_that_is_drawn_twice_counts_once(ran):
     assert found.train.sha256() == problem.train.take(np.array([3, 1, 2])).sha256()
     assert found.identity["data"] == [found.train.sha256()] != problem.identity["data"]
     assert study.without_repetitions(found) is found
+
+
+def test_another_text_is_drawn_for_one_that_came_twice(setting, tmp_path):
+    def drawn(data, size):
+        some = dataclasses.replace(setting, data_dir=data, num_train=size, seeds=1)
+        work = Work(some, Cache(tmp_path / "runs"), lambda *_: None)
+        return work, study._distinct(some, work, "sst2", 0)
+
+    file = setting.data_dir / "sst2" / "train.tsv"
+    header, *lines = file.read_text().splitlines()
+    data = shutil.copytree(setting.data_dir, tmp_path / "data")
+    (data / "sst2" / "train.tsv").write_text("\n".join([header, *lines, *lines]) + "\n")
+    work, problem = drawn(data, 14)
+    assert len(study.without_repetitions(work.problem("sst2", 0)).train) < 14
+    assert len(problem.train) == 14
+    assert study.without_repetitions(problem) is problem
+    work, problem = drawn(data, 1000)  # more than there are
+    assert len(work.problem("sst2", 0).train) == 2 * len(problem.train) > 14
 
 
 def test_no_order_is_made_of_singular_kernels(ran):

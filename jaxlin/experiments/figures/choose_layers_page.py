@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -94,7 +95,7 @@ def _difference_figure(table: Sequence[Row]) -> Figure:
     """Paired differences, a line an arm, a row a task and one for the mean of the tasks."""
     tasks = distinct(table, "task")
     lines = len(tasks) + (len(tasks) > 1)
-    figure, axes = plots.canvas(lines, 3, 7.0, 1.5 * lines + 1.0, sharey=True)
+    figure, axes = plots.canvas(lines, 3, plots.COLUMN, 1.2 * lines + 0.8, sharey=True)
     with plots.drawing():
         for line in range(lines):
             own = line < len(tasks)
@@ -104,18 +105,17 @@ def _difference_figure(table: Sequence[Row]) -> Figure:
                     values = (differences if own else pooled)(rows, other, column)
                     points(axis, values, at, plots.COLOURS[other])
                 axis.axvline(0, color="#000000", lw=0.7)
-                axis.tick_params(labelsize=7)
-                axis.locator_params(axis="x", nbins=5)
+                axis.locator_params(axis="x", nbins=3)
                 if line == lines - 1:
-                    axis.set_xlabel(f"{name}: chosen − other\n({'more' if better > 0 else 'less'} is better)")
+                    axis.set_xlabel(f"{name}:\nchosen − other\n({'more' if better > 0 else 'less'} is better)")
             title = name_of(tasks[line]) if own else "mean of the tasks, interval over tasks"
             axes[line, 1].set_title(f"{title} ({metric_of(of(table, task=tasks[line]))})" if own else title)
         axes[0, 0].set_yticks(range(len(OTHERS)), [NAMES[other] for other in OTHERS])
         axes[0, 0].set_ylim(len(OTHERS) - 0.5, -0.5)
-        figure.suptitle(
+        plots.headline(
+            figure,
             "Layers chosen by leave-one-out loss against others: paired differences, each panel on its own scale\n"
             f"(mean and 95 % interval; below them a circle a seed or task); {sizes(table, banded=False)}",
-            fontsize=8,
         )
     return figure
 
@@ -140,7 +140,7 @@ def _where(table: Sequence[Row], chosen: Sequence[Row]) -> Figure:
     tasks, letters = distinct(table, "task"), list(MODULES)
     every = Choice.parse(of(table, arm=EVERYTHING)[0]["choice"])
     depth = len(every.layers)
-    figure, axes = plots.canvas(2, len(tasks), max(1.65 * len(tasks) + 0.7, 4.0), 3.1, sharex=True, sharey=True)
+    figure, axes = plots.canvas(2, len(tasks), plots.width_of(len(tasks)), 2.6, sharex=True, sharey=True)
     with plots.drawing():
         for line, arm in enumerate((BY_LOSS, BY_KAPPA)):
             for column, task in enumerate(tasks):
@@ -158,13 +158,13 @@ def _where(table: Sequence[Row], chosen: Sequence[Row]) -> Figure:
                     axis.set_title(name_of(task))
                 else:
                     axis.set_xlabel("layer")
-            axes[line, 0].set_ylabel(NAMES[arm].removeprefix("chosen "))
+            axes[line, 0].set_ylabel(textwrap.fill(NAMES[arm].removeprefix("chosen "), 13))
         figure.colorbar(image, ax=axes, label="share of draws")
         train, draws = spread(distinct(table, "train_examples")), counted(len(distinct(table, "seed")), "draw")
-        figure.suptitle(
+        plots.headline(
+            figure,
             f"What was chosen, on {chosen[0]['select_examples']} of {train} training examples, in {draws} a task:\n"
             + "; ".join(_most_taken(table, arm) for arm in (BY_KAPPA, BY_LOSS)),
-            fontsize=8,
         )
     return figure
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -61,111 +61,106 @@ def _is_logarithmic(predictor: str) -> bool:
     return predictor.removeprefix(ALONE) in LOGARITHMS
 
 
-def _points(rows: Sequence[Row], outcome: str, predictor: str = KAPPA) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Predictor, outcome and number of modules of every choice, means over draws; without what diverged.
+class _Points(NamedTuple):
+    """Choices, with an entry each: predictor, outcome, number of modules, and which modules they are."""
 
-    Returns:
-        Three arrays `[choices]`; the mean is the geometric one of predictors that correlations take the logarithm of.
-    """
+    predictor: np.ndarray
+    outcome: np.ndarray
+    num_modules: np.ndarray
+    kind: np.ndarray
+
+
+def _points(rows: Sequence[Row], outcome: str, predictor: str = KAPPA) -> _Points:
+    """Means over draws of every choice, without what diverged; the geometric one where correlations take logarithms."""
     found = []
     for name in distinct(rows, "choice"):
         mine = [row for row in of(rows, choice=name) if row[outcome] is not None]
         if mine:
             said, values = (np.array([row[column] for row in mine], float) for column in (predictor, outcome))
             middle = np.exp(np.log(said).mean()) if _is_logarithmic(predictor) else said.mean()
-            found.append((middle, values.mean(), mine[0]["num_modules"]))
-    middles, values, modules = np.array(found, float).reshape(-1, 3).T
-    return middles, values, modules
+            found.append((middle, values.mean(), mine[0]["num_modules"], name.partition(":")[2]))
+    columns = zip(*found, strict=True) if found else ((),) * 4
+    return _Points(*map(np.array, columns))
 
 
 _MARKS = {"q": "o", "k": "^", "v": "s", "qv": "v", "qkv": "D"}
 """Of the kinds of modules that a choice takes in its layers."""
+_SCATTERED = {"train_loss": "final training loss", "metric": "validation score"}
+"""Outcomes that choices are scattered by, in words."""
 
 
-def _kind(row: Row) -> str:
-    """The modules that a choice takes, such as `qkv` of `0,1:qkv`."""
-    return str(row["choice"]).partition(":")[2]
-
-
-def _of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
-    return [row for row in rows if _kind(row) == kind]
-
-
-def _panel(axis: Axes, rows: Sequence[Row], outcome: str, predictor: str, size: float, counts: Sequence[int]) -> Any:
-    """Scatters an outcome of one task against a predictor, a point a choice; returns what a colour bar is made of."""
+def _dots(axis: Axes, points: _Points, counts: Sequence[int]) -> Any:
+    """Scatters choices, coloured by how many modules they tune; returns what a colour bar is made of."""
     scale: dict[str, Any] = {"cmap": plots.COUNT_MAP, "norm": "log", "vmin": min(counts), "vmax": max(counts)}
-    for kind in dict.fromkeys(map(_kind, rows)):
-        x, value, modules = _points(_of_kind(rows, kind), outcome, predictor)
-        image = axis.scatter(
-            x, value, c=modules, marker=_MARKS.get(kind, "o"), s=size, zorder=3, clip_on=False, **scale
-        )
-    if _is_logarithmic(predictor):
-        axis.set_xscale("log")
-        axis.xaxis.set_minor_formatter("")
-    else:
-        axis.locator_params(axis="x", nbins=3)
-    if predictor == "num_params":
-        axis.xaxis.set_major_formatter(lambda count, _: f"{count / 1000:g}k")
+    image = axis.scatter([], [], c=[], **scale)  # of a task where every choice diverged
+    for kind in dict.fromkeys(points.kind.tolist()):
+        x, y, tuned = (values[points.kind == kind] for values in points[:3])
+        image = axis.scatter(x, y, c=tuned, marker=_MARKS.get(kind, "o"), s=9, zorder=3, clip_on=False, **scale)
     return image
 
 
-def _keys(figure: Figure, axes: np.ndarray, image: Any, rows: Sequence[Row]) -> None:
-    """Tells what colours and marks of panels mean, and of how many examples and draws they are."""
-    ticks, kinds = sorted(distinct(rows, "num_modules")), list(dict.fromkeys(map(_kind, rows)))
-    bar = figure.colorbar(image, ax=axes[:, -1], label="modules tuned", aspect=15 * len(axes))
+def _keys(figure: Figure, axes: np.ndarray, image: Any, rows: Sequence[Row], what: str) -> None:
+    """Tells what colours and marks of panels mean, what they show, and of how many examples and draws they are."""
+    ticks = sorted(distinct(rows, "num_modules"))
+    kinds = dict.fromkeys(str(row["choice"]).partition(":")[2] for row in rows)
+    bar = figure.colorbar(image, ax=axes[:, -1], label="modules tuned", aspect=15 * len(axes), pad=0.1)
     bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
     bar.minorticks_off()
     for kind in kinds:
         axes[0, 0].plot([], [], _MARKS.get(kind, "o"), color="#555555", ms=3.5, label=kind)
     figure.legend(loc="outside lower center", ncols=len(kinds))
-    figure.suptitle(
-        f"A point a choice of layers and modules, Adam at a fixed rate, mean over draws;\n{_sizes(rows)}",
-        fontsize=8,
-    )
+    plots.headline(figure, f"{what}, Adam at a fixed rate, mean over draws;\n{_sizes(rows)}")
 
 
-def _width(tasks: Sequence[str]) -> float:
-    """Of a figure with a column a task, in inches."""
-    return min(max(1.35 * len(tasks) + 0.6, 4.4), 7.2)
+_TASKS_ACROSS = 3
 
 
 def _scatter(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
-    """κ against final training loss and metric, a point a choice, a column a task."""
+    """κ against final training loss and metric, a point a choice, a panel a task."""
     rows = of(table, way=PAPER)
     tasks, counts = distinct(rows, "task"), distinct(rows, "num_modules")
-    figure, axes = plots.canvas(2, len(tasks), _width(tasks), 4.0, sharex="col")
+    columns = min(len(tasks), _TASKS_ACROSS)
+    lines = 2 * -(-len(tasks) // columns)
+    figure, axes = plots.canvas(lines, columns, plots.COLUMN, 1.5 * lines + 0.7)
+    for unused in axes[-2:, columns - (-len(tasks)) % columns :].flat:
+        unused.set_axis_off()
     with plots.drawing():
-        for column, task in enumerate(tasks):
-            for axis, outcome in zip(axes[:, column], ("train_loss", "metric"), strict=True):
-                image = _panel(axis, of(rows, task=task), outcome, KAPPA, 11, counts)
-                found = one(correlations, KAPPA, outcome, task=task)
+        for place, task in enumerate(tasks):
+            line, column = 2 * (place // columns), place % columns
+            for axis, outcome in zip(axes[line : line + 2, column], _SCATTERED, strict=True):
+                image = _dots(axis, _points(of(rows, task=task), outcome), counts)
+                rho = f"ρ = {_signed(one(correlations, KAPPA, outcome, task=task)['spearman'])}"
                 above = name_of(task) if outcome == "train_loss" else _metric(task)
-                axis.set_title(f"{above}\nρ = {_signed(found['spearman'])}", fontsize=8)
-                axis.tick_params(labelsize=7)
-            axes[1, column].set_xlabel("κ at θ₀")
-        axes[0, 0].set_ylabel("final training cross-entropy")
-        axes[1, 0].set_ylabel("validation score")
-        _keys(figure, axes, image, rows)
+                axis.set(xscale="log", title=f"{above}\n{rho}")
+                axis.xaxis.set_minor_formatter("")
+                if not column:
+                    axis.set_ylabel(_SCATTERED[outcome])
+            axes[line + 1, column].set_xlabel("κ at θ₀")
+        _keys(figure, axes, image, rows, "A point a choice of layers and modules")
     return figure
 
 
 def _scatter_others(table: Sequence[Row], correlations: Sequence[Row], outcome: str) -> Figure:
-    """Every predictor but κ against one outcome, a row a predictor, a column a task."""
+    """Ranks of every predictor but κ against those of one outcome, a row a predictor, a column a task."""
+    from scipy.stats import rankdata
+
     rows = of(table, way=PAPER)
     tasks, counts = distinct(rows, "task"), distinct(rows, "num_modules")
     others = [name for name in _SHOWN if name != KAPPA]
-    figure, axes = plots.canvas(len(others), len(tasks), _width(tasks), 0.95 * len(others) + 0.8, sharey="col")
+    width, height = plots.width_of(len(tasks)), 0.72 * len(others) + 1.2
+    figure, axes = plots.canvas(len(others), len(tasks), width, height, sharex=True, sharey=True)
     with plots.drawing():
         for place, predictor in enumerate(others):
             for axis, task in zip(axes[place], tasks, strict=True):
-                image = _panel(axis, of(rows, task=task), outcome, predictor, 5, counts)
-                axis.minorticks_off()
+                points = _points(of(rows, task=task), outcome, predictor)
+                x, y = map(rankdata, points[:2])
+                image = _dots(axis, points._replace(predictor=x, outcome=y), counts)
                 rho = f"ρ = {_signed(one(correlations, predictor, outcome, task=task)['spearman'])}"
-                above = name_of(task) if outcome == "train_loss" else f"{name_of(task)}\n{_metric(task)}"
-                axis.set_title(rho if place else f"{above}\n{rho}", fontsize=7, pad=4)
-                axis.tick_params(labelsize=6)
-            axes[place, 0].set_ylabel(textwrap.fill(name_of_predictor(predictor), 15), fontsize=7)
-        _keys(figure, axes, image, rows)
+                axis.set_title(rho if place else f"{name_of(task)}\n{rho}", fontsize=7, pad=2)
+                axis.set(xticks=(1, len(x)), yticks=(1, len(x)))
+            axes[place, 0].set_ylabel(textwrap.fill(name_of_predictor(predictor), 12), fontsize=6.5)
+        what = f"Choices of layers and modules ranked by a predictor (across) and by {_SCATTERED[outcome]} (up)"
+        _keys(figure, axes, image, rows, what)
     return figure
 
 
@@ -181,7 +176,7 @@ def _forest(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
     """Every predictor's correlations, plain and partial, with their intervals."""
     pooled = of(correlations, task=POOLED)
     panels = [(key, name) for key, name in _OUTCOMES.items() if of(pooled, way=key[0], outcome=key[1])]
-    figure, axes = plots.canvas(1, len(panels), 1.4 + 1.85 * len(panels), 3.7, sharey=True, sharex=True)
+    figure, axes = plots.canvas(1, len(panels), plots.COLUMN, 3.0, sharey=True, sharex=True)
     plain, partial = plots.COLOURS["plain"], plots.COLOURS["partial"]
     with plots.drawing():
         for axis, ((way, outcome), name) in zip(axes[0], panels, strict=True):
@@ -196,10 +191,10 @@ def _forest(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
         axes[0, 0].plot([], [], "o-", color=plain, label="plain")
         axes[0, 0].plot([], [], "s-", color=partial, mfc="white", label="trace and size held constant")
         figure.legend(loc="outside lower center", ncols=2)
-        figure.suptitle(
+        plots.headline(
+            figure,
             f"Spearman’s ρ over choices, {_counted(poolable(table), 'task')} averaged, 95 % intervals;\n"
             f"{_sizes(table)}",
-            fontsize=8,
         )
     return figure
 
@@ -253,7 +248,7 @@ def _scores(table: Sequence[Row]) -> str:
     found = []
     for task in distinct(poolable(table), "task"):
         rows = of(table, way=PAPER, task=task)
-        _, scores, _ = _points(rows, "metric")
+        scores = _points(rows, "metric").outcome
         constant = number(rows[0]["majority_metric"], ".2f")
         found.append(f"{name_of(task)} {number(scores.min(), '.2f')} to {number(scores.max(), '.2f')} ({constant})")
     return ", ".join(found)
@@ -290,8 +285,9 @@ def _by_kind(table: Sequence[Row]) -> list[str]:
     from scipy.stats import spearmanr
 
     rows, found = of(table, way=PAPER), {}
-    for kind in dict.fromkeys(map(_kind, rows)):
-        points = [_points(of(_of_kind(rows, kind), task=task), "train_loss")[:2] for task in distinct(rows, "task")]
+    whole = [_points(of(rows, task=task), "train_loss") for task in distinct(rows, "task")]
+    for kind in dict.fromkeys(whole[0].kind.tolist()):
+        points = [tuple(values[one.kind == kind] for values in one[:2]) for one in whole]
         if min(len(kappa) for kappa, _ in points) < _FEWEST:
             return []
         middle = np.exp(np.mean([np.log(kappa).mean() for kappa, _ in points]))

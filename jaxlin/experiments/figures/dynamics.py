@@ -67,7 +67,7 @@ class DynamicsSetting(Setting):
     every: int = 2
     late_steps: tuple[int, ...] = (4, 12)
     drift_steps: tuple[int, ...] = (2, 4, 8, 12, 18, 24)
-    drift_examples: int = 96
+    drift_examples: int = 1000
     step_size: float = 1.0
     parts: int = 8
 
@@ -254,7 +254,7 @@ def panel(axis: Axes, rows: Sequence[Row], column: str) -> None:
 def _curves(rows: Sequence[Row]) -> Figure:
     """Loss and score against steps, a column a λ, for each task."""
     tasks, shares = distinct(rows, "task"), sorted(distinct(rows, "lam_over_mu1"))
-    figure, axes = plots.canvas(4 * len(tasks), len(shares), 7.0, 6.6 * len(tasks), sharex=True, sharey="row")
+    figure, axes = plots.canvas(4 * len(tasks), len(shares), plots.COLUMN, 5.2 * len(tasks), sharex=True, sharey="row")
     with plots.drawing():
         for block, task in enumerate(tasks):
             for column, share in enumerate(shares):
@@ -267,7 +267,7 @@ def _curves(rows: Sequence[Row]) -> Figure:
         for axis in axes[-1]:
             axis.set_xlabel("step")
         axes[0, -1].legend()
-        figure.suptitle(f"Full-batch heavy ball; {sizes(rows)}", fontsize=8)
+        plots.headline(figure, f"Full-batch heavy ball; {sizes(rows)}")
     return figure
 
 
@@ -288,7 +288,7 @@ def _against(
 ) -> Figure:
     """Draws some columns against another, a line a λ, a row a task."""
     tasks, shares = distinct(rows, "task"), sorted(distinct(rows, "lam_over_mu1"))
-    figure, axes = plots.canvas(len(tasks), len(panels), 7.0, 2.5 * len(tasks) + 0.3)
+    figure, axes = plots.canvas(len(tasks), len(panels), plots.COLUMN, 2.0 * len(tasks) + 0.3)
     with plots.drawing():
         for line, task in enumerate(tasks):
             for column, (key, name, unit) in enumerate(panels):
@@ -303,7 +303,7 @@ def _against(
                 if scale == "linear":
                     axis.set_ylim(bottom=0)
         axes[0, 0].legend()
-        figure.suptitle(title, fontsize=8)
+        plots.headline(figure, title)
     return figure
 
 

@@ -50,8 +50,8 @@ def _panels(rows: Sequence[Row], height: float, title: str, sharey: bool) -> tup
     tasks = distinct(rows, "task")
     columns = min(len(tasks), 4)
     lines = math.ceil(len(tasks) / columns)
-    figure, axes = plots.canvas(lines, columns, 7.0 if columns > 1 else 3.8, height * lines + 0.4, sharey=sharey)
-    figure.suptitle(title, fontsize=8)
+    figure, axes = plots.canvas(lines, columns, plots.width_of(columns), height * lines + 0.4, sharey=sharey)
+    plots.headline(figure, title)
     for unused in axes.flat[len(tasks) :]:
         unused.set_axis_off()
     return figure, list(axes.flat[: len(tasks)]), tasks
@@ -69,14 +69,13 @@ def _scores(table: Sequence[Row]) -> Figure:
                 values = values_of(of(mine, arm=arm), "score_eval")
                 if len(values) and far_below(values.mean(), others):
                     text = f"← {number(values.mean(), '.2f')}"
-                    axis.text(0.02, place, text, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
+                    axis.text(0.02, place, text, transform=axis.get_yaxis_transform(), va="center", fontsize=6.5)
                 elif len(values):
                     colour = plots.COLOURS[arm]
                     axis.plot([values.min(), values.max()], [place] * 2, color=colour, lw=4, alpha=0.35)
                     axis.plot(values.mean(), place, _MARKERS[arm], color=colour, ms=5)
             axis.set_yticks(range(len(arms)), [NAMES[arm] for arm in reversed(arms)])
             axis.set(title=name_of(task), xlabel=metric_of(mine))
-            axis.tick_params(labelsize=7)
     return figure
 
 
@@ -95,7 +94,6 @@ def _curves(curve: Sequence[Row]) -> Figure:
             for share in distinct(of(mine, arm=ALONE, chosen=True), "lam_over_mu1"):
                 axis.axvline(at[share], color=plots.COLOURS["start"], lw=0.9, ls="-.")
             axis.set(title=name_of(task))
-            axis.tick_params(labelsize=7)
         axes[0].set_ylabel("mean squared loss ½‖f−y‖²")
         axes[0].plot([], [], "k-", label="validation")
         axes[0].plot([], [], "k--", label="leave-one-out")
@@ -116,7 +114,7 @@ def _calibration(tables: Tables) -> Figure:
             for letter, arm in zip("cdef", (LOGISTIC, REGRESSION, FULL, PROBE), strict=True)
         ),
     ]
-    figure, axes = plots.canvas(2, 3, 7.0, 5.0)
+    figure, axes = plots.canvas(2, 3, plots.COLUMN, 4.0)
     tasks = distinct(coverage, "task")
     with plots.drawing():
         for axis, (rows, across, column, title) in zip(axes.flat, panels, strict=True):
@@ -135,7 +133,7 @@ def _calibration(tables: Tables) -> Figure:
             if across == "confidence":
                 axis.set(xlim=_around(reliability, "confidence"), ylim=_around(reliability, "accuracy"))
         axes[0, 0].legend()
-        figure.suptitle(f"Calibration on validation examples (dotted: perfect)\n{sizes(coverage)}", fontsize=8)
+        plots.headline(figure, f"Calibration on validation examples (dotted: perfect)\n{sizes(coverage)}")
     return figure
 
 
@@ -163,7 +161,7 @@ def seconds_of(times: Sequence[Row], task: str, which: Callable[[Row], bool], pr
 def _times(times: Sequence[Row]) -> Figure:
     """Draws the processor's time of fitting and of predicting, medians over seeds."""
     tasks = distinct(times, "task")
-    figure, axes = plots.canvas(1, 2, 7.0, 0.45 * len(tasks) + 1.5, sharey=True)
+    figure, axes = plots.canvas(1, 2, plots.COLUMN, 0.38 * len(tasks) + 1.3, sharey=True)
     with plots.drawing():
         for axis, predicting in zip(axes.flat, (False, True), strict=True):
             for line, (name, which, colour) in enumerate(STAGES):
@@ -171,7 +169,7 @@ def _times(times: Sequence[Row]) -> Figure:
                 places = np.arange(len(tasks)) + 0.27 * (line - 1)
                 bars = axis.barh(places, found, height=0.25, color=plots.COLOURS[colour], label=name)
                 shown = [f"{value:.2g}" if value < 10 else f"{value:.0f}" for value in found]
-                axis.bar_label(bars, shown, padding=2, fontsize=7)
+                axis.bar_label(bars, shown, padding=2, fontsize=6.5)
             axis.set(xlabel="seconds of processor time", title="(b) Predicting" if predicting else "(a) Fitting")
             axis.margins(x=0.12)
         axes[0, 0].set_yticks(range(len(tasks)), [name_of(task) for task in tasks])
@@ -179,9 +177,9 @@ def _times(times: Sequence[Row]) -> Figure:
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
         train, held = distinct(times, "train_examples"), distinct(times, "eval_examples")
-        figure.suptitle(
+        plots.headline(
+            figure,
             f"Processor time (median of {_seeds(times)}): {_range(train)} training, {_range(held)} validation examples",
-            fontsize=8,
         )
     return figure
 

@@ -143,9 +143,9 @@ def compute(setting: LipschitzSetting, work: Work) -> Tables:
 
 
 _ROWS = (
-    (STACKED, "stacked: ‖J(θ)−J₀‖₂ / r"),
-    (PER_EXAMPLE, "largest ‖J(θ;x)−J(θ₀;x)‖₂ / r"),
-    (PER_PAIR, "largest ‖K(x,x′)−K₀(x,x′)‖₂ / r"),
+    (STACKED, "stacked\n‖J(θ)−J₀‖₂ / r"),
+    (PER_EXAMPLE, "largest of an example\n‖J(θ;x)−J(θ₀;x)‖₂ / r"),
+    (PER_PAIR, "largest of a pair\n‖K(x,x′)−K₀(x,x′)‖₂ / r"),
 )
 
 
@@ -177,8 +177,7 @@ def draw(tables: Tables) -> dict[str, Figure]:
     """Draws the three quantities against the radius, a column a task."""
     rows, reached = tables["profile"], tables["reached"]
     tasks = distinct(rows, "task")
-    width = max(1.75 * len(tasks), 7.0)
-    figure, axes = plots.canvas(len(_ROWS), len(tasks), width, 6.4, sharex=True, sharey="row")
+    figure, axes = plots.canvas(len(_ROWS), len(tasks), plots.COLUMN, 5.2, sharex=True, sharey="row")
     with plots.drawing():
         for column, task in enumerate(tasks):
             for line, (quantity, name) in enumerate(_ROWS):
@@ -191,10 +190,10 @@ def draw(tables: Tables) -> dict[str, Figure]:
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
         models = max(row["directions"] for row in rows)
         some = max(distinct(rows, "profile_examples"))
-        figure.suptitle(
+        plots.headline(
+            figure,
             f"Lipschitz profiles on {some} training examples, {models} random directions a radius: lower estimates.\n"
             f"Fine-tuning, the radius it reaches shaded: {sizes(reached)}",
-            fontsize=7,
         )
     return {"profile": figure}
 

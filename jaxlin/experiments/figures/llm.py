@@ -215,7 +215,7 @@ def _kernels(tables: Tables) -> Figure:
     """Spectra of the first seed, and the shares of the trace by layer."""
     values, shares = tables["spectrum"], tables["shares"]
     tasks = distinct(values, "task")
-    figure, axes = plots.canvas(2, len(tasks), 3.5 * max(len(tasks), 2), 4.8)
+    figure, axes = plots.canvas(2, len(tasks), plots.COLUMN, 3.9)
     with plots.drawing():
         for column, task in enumerate(tasks):
             top, bottom = axes[:, column]
@@ -240,7 +240,7 @@ def _kernels(tables: Tables) -> Figure:
         figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         examples = max(row["index"] for row in values)
         title = f"Tangent kernels at the start, {examples} training examples (contrasts of the logits)\n{sizes(values)}"
-        figure.suptitle(title, fontsize=8)
+        plots.headline(figure, title)
     return figure
 
 
@@ -255,7 +255,7 @@ _ARMS = {
 
 def _choices(table: Sequence[Row]) -> Figure:
     tasks, names = distinct(table, "task"), distinct(table, "choice")
-    figure, axes = plots.canvas(1, len(tasks), 3.2 * max(len(tasks), 2), 2.6)
+    figure, axes = plots.canvas(1, len(tasks), plots.COLUMN, 2.1)
     with plots.drawing():
         for column, task in enumerate(tasks):
             axis = axes[0, column]
@@ -266,7 +266,7 @@ def _choices(table: Sequence[Row]) -> Figure:
             axis.set_xticks(range(len(names)), names, rotation=20)
             axis.set(title=name_of(task), ylabel="validation accuracy")
         title = "Layers tuned through the prompt; points: runs, bars: their means"
-        figure.suptitle(f"{title}\n{sizes(table, banded=False)}", fontsize=8)
+        plots.headline(figure, f"{title}\n{sizes(table, banded=False)}")
     return figure
 
 

@@ -411,12 +411,11 @@ def draw(studies: Mapping[str, Tables]) -> Figure:
     shown = [name for name in _PANELS if name in studies]
     columns = min(len(shown), 2)
     lines = -(-len(shown) // columns)
-    figure, axes = plots.canvas(lines, columns, 3.5 * columns, 2.3 * lines)
+    figure, axes = plots.canvas(lines, columns, plots.COLUMN if columns > 1 else 3.5, 1.9 * lines)
     with plots.drawing():
         for axis, name, letter in zip(axes.flat, shown, string.ascii_lowercase, strict=False):
             _PANELS[name](axis, studies[name])
             axis.title.set_text(f"({letter}) {axis.get_title()}")
-            axis.tick_params(labelsize=8)
         for unused in axes.flat[len(shown) :]:
             unused.set_axis_off()
     return figure

@@ -164,7 +164,7 @@ def _main(table: Sequence[Row]) -> Figure:
     """Everything against λ under the coupled pull, a column a task."""
     rows = of(table, pull="coupled")
     tasks = distinct(rows, "task")
-    figure, axes = plots.canvas(len(_ROWS), len(tasks), max(1.75 * len(tasks), 5.0), 9.8, sharex=True)
+    figure, axes = plots.canvas(len(_ROWS), len(tasks), plots.COLUMN, 8.0, sharex=True)
     for line in axes[:-1]:  # scores are of other kinds from task to task
         for axis in line[1:]:
             axis.sharey(line[0])
@@ -194,7 +194,6 @@ def _main(table: Sequence[Row]) -> Figure:
                 if key in plots.SCALINGS or key == "output_gap_eval":
                     _guide(axis, of(mine, arm=FULL), key, at)
                 axis.set_xlabel("pull λ/μ₁" if line == len(_ROWS) - 1 else "")
-                axis.tick_params(labelsize=7)
                 if not column:
                     axis.set_ylabel(name)
             axes[0, column].set_title(name_of(task))
@@ -208,10 +207,10 @@ def _main(table: Sequence[Row]) -> Figure:
         for arm, style in (*_ARMS, *_BASELINES):
             axes[-1, 0].plot([], [], style, color=plots.COLOURS[arm], label=plots.NAMES[arm])
         figure.legend(handles=axes[-1, 0].lines[-4:], loc="outside lower center", ncols=4)
-        figure.suptitle(
+        plots.headline(
+            figure,
             "Full (θ, f) against linearized (θ̄, f̄), trained by Adam, validation outputs; dotted: theory 5’s slopes for"
             " descent\n" + sizes(rows),
-            fontsize=8,
         )
     return figure
 
@@ -222,8 +221,8 @@ def _baselines(axis: Axes, rows: Sequence[Row]) -> None:
     for arm, style in _BASELINES:
         values = values_of(of(rows, arm=arm), "score_eval")
         if len(values) and far_below(values.mean(), others):
-            text = f"{plots.NAMES[arm]} {number(values.mean(), '.2f')} ↓"
-            axis.text(0.98, 0.98, text, transform=axis.transAxes, fontsize=7, ha="right", va="top")
+            text = f"{plots.NAMES[arm].removesuffix(' class')} {number(values.mean(), '.2f')} ↓"
+            axis.text(0.98, 0.98, text, transform=axis.transAxes, fontsize=6, ha="right", va="top")
         elif len(values):
             axis.axhline(values.mean(), color=plots.COLOURS[arm], lw=0.9, ls=style)
 

@@ -26,6 +26,7 @@ from jaxlin.experiments.figures import (
     kernel_regression,
     lipschitz,
     llm,
+    quickstart,
     regularization,
     spectra,
 )
@@ -49,10 +50,10 @@ STUDIES: tuple[Study, ...] = (
     kernel_regression.STUDY,
     llm.STUDY,
 )
-"""In the order of their numbers."""
+"""Those whose results are kept, in the order of their numbers."""
 
-QUICKSTART = ("01_quickstart", "01", "quickstart")
-"""Names of the notebook that is no study."""
+QUICKSTART = quickstart.STUDY
+"""That of the first notebook, which computes what it shows: no results of it are kept."""
 
 FAST_SWITCH = "JAXLIN_NOTEBOOKS"
 """Environment variable; `fast` makes notebooks compute their study in small in place of reading kept tables."""
@@ -63,9 +64,9 @@ class FiguresConfig:
     """Make the paper's figures again, from computing to drawing; what is computed already is not computed again.
 
     Attributes:
-        names: Studies, by number or name: 02 regularization and linearity, 03 dynamics, 04 Lipschitz profile, 05
-            spectra and layers, 06 condition number, 07 choose layers, 08 kernel regression, 09 a language model (of the
-            folder JAXLIN_MODELS); default: all.
+        names: Studies, by number or name: 01 quickstart, 02 regularization and linearity, 03 dynamics, 04 Lipschitz
+            profile, 05 spectra and layers, 06 condition number, 07 choose layers, 08 kernel regression, 09 a language
+            model (of the folder JAXLIN_MODELS); default: all.
         fast: One to three minutes a study, on embedded data.
         full: The setting of the results that are kept: needs the data (--data_dir), and hours; 06 a GPU.
         paper: The paper's model and training, roberta-base on whole data sets (03 and 08: 1,000 training examples):
@@ -103,15 +104,13 @@ def chosen(names: Sequence[str]) -> tuple[Study, ...]:
     Raises:
         InputError: If there is none of a name.
     """
-    found = []
+    studies, found = (QUICKSTART, *STUDIES), []
     for name in names:
-        fitting = [study for study in STUDIES if name in (study.name, study.name[:2], study.name[3:])]
-        if not fitting and name in QUICKSTART:
-            raise InputError(f"{name!r} is the notebook notebooks/{QUICKSTART[0]}.ipynb alone: it keeps no results")
+        fitting = [study for study in studies if name in (study.name, study.name[:2], study.name[3:])]
         if not fitting:
-            raise InputError(f"there is no study {name!r}; expected some of {', '.join(s.name for s in STUDIES)}")
+            raise InputError(f"there is no study {name!r}; expected some of {', '.join(s.name for s in studies)}")
         found += fitting
-    return tuple({study.name: study for study in found}.values()) or STUDIES
+    return tuple({study.name: study for study in found}.values()) or studies
 
 
 SIZES = {

@@ -33,7 +33,8 @@ QKV = "".join(MODULES)
 class SpectraSetting(Setting):
     """Spectra of block kernels; there is no training, and no validation examples are read.
 
-    A text that is drawn twice counts once: two equal rows of J make every kernel singular, whatever is tuned.
+    A text that is drawn twice counts once, and another is drawn: two equal rows of J make every kernel singular,
+    whatever is tuned.
 
     Attributes:
         lam_rel: λ in units of each kernel's own μ₁, for κ_λ and the effective dimension.
@@ -174,13 +175,25 @@ def without_repetitions(problem: Problem) -> Problem:
     return dataclasses.replace(problem, loaded=dataclasses.replace(problem.loaded, data=data), identity=identity)
 
 
+def _distinct(setting: SpectraSetting, work: Work, task: str, seed: int) -> Problem:
+    """Draws as many different texts as asked for, if the task has them; a larger draw holds the smaller ones."""
+    drawn, problem = setting.num_train, work.problem(task, seed)
+    while True:
+        distinct = without_repetitions(problem)
+        missing = setting.num_train - len(distinct.train)
+        if not missing or len(problem.train) < drawn:
+            return distinct
+        drawn += missing
+        problem = work.made(dataclasses.replace(setting, num_train=drawn), task, seed)
+
+
 def compute(setting: SpectraSetting, work: Work) -> Tables:
     """Computes the kernels of every task and draw, two of each."""
     tables: dict[str, list[Row]] = {}
     problems = [(task, seed) for task in setting.tasks for seed in range(setting.seeds)]
     for done, (task, seed) in enumerate(problems):
         work.progress("kernels", done, len(problems))
-        problem = without_repetitions(work.problem(task, seed))
+        problem = _distinct(setting, work, task, seed)
         options = {"study": "spectra", "rank": setting.lora_rank, "lam_rel": setting.lam_rel, "kept": setting.kept}
         found = work.get(problem, options, functools.partial(_of_problem, setting, problem))
         labels = {"task": task, "seed": seed, "train_examples": len(problem.train)}

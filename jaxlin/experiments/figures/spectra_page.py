@@ -31,7 +31,7 @@ def _sizes(rows: Sequence[Row]) -> str:
 
 def _grid(rows: Sequence[Row], lines: int, height: float, **options: Any) -> tuple[Figure, Any, list[str]]:
     tasks = distinct(rows, "task")
-    figure, axes = plots.canvas(lines, len(tasks), max(1.75 * len(tasks), 5.0), height, **options)
+    figure, axes = plots.canvas(lines, len(tasks), plots.COLUMN, height, **options)
     for column, task in enumerate(tasks):
         axes[0, column].set_title(name_of(task))
     return figure, axes, tasks
@@ -50,7 +50,7 @@ def _layer(name: str) -> int:
 def _spectra(rows: Sequence[Row]) -> Figure:
     """Eigenvalues by layer, and by module, a column a task."""
     with plots.drawing():
-        figure, axes, tasks = _grid(rows, 2, 5.0, sharex=True, sharey=True)
+        figure, axes, tasks = _grid(rows, 2, 4.0, sharex=True, sharey=True)
         for column, task in enumerate(tasks):
             mine = of(rows, task=task)
             layers = distinct(of(mine, kind=LAYER), "choice")
@@ -73,7 +73,7 @@ def _spectra(rows: Sequence[Row]) -> Figure:
             axis.set_ylabel(f"μᵢ, {name}")
         for line in axes:
             line[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.suptitle(f"Eigenvalues of LoRA’s kernels, probe head;\n{_sizes(rows)} (mean and range)", fontsize=8)
+        plots.headline(figure, f"Eigenvalues of LoRA’s kernels, probe head;\n{_sizes(rows)} (mean and range)")
     return figure
 
 
@@ -91,7 +91,7 @@ def _by_choice(rows: Sequence[Row]) -> Figure:
     """κ of single layers by module, and as layers are added from either end."""
     rows = of(rows, head=PROBE)
     with plots.drawing():
-        figure, axes, tasks = _grid(rows, 2, 4.6, sharey=True)
+        figure, axes, tasks = _grid(rows, 2, 3.8, sharey=True)
         for column, task in enumerate(tasks):
             mine = of(rows, task=task)
             single, added = axes[:, column]
@@ -111,8 +111,8 @@ def _by_choice(rows: Sequence[Row]) -> Figure:
         axes[1, 0].set_ylabel("κ, query, key, value")
         for line in axes:
             line[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.suptitle(
-            f"κ by choice of layers and modules, probe head;\n{_sizes(rows)} (geometric mean, range)", fontsize=8
+        plots.headline(
+            figure, f"κ by choice of layers and modules, probe head;\n{_sizes(rows)} (geometric mean, range)"
         )
     return figure
 
@@ -142,7 +142,7 @@ def _bound_figure(rows: Sequence[Row], kappas: Sequence[Row]) -> Figure:
     rows, kappas = of(rows, seed=0), of(kappas, seed=0)
     steps = sorted({1, max(row["step"] for row in rows)})
     with plots.drawing():
-        figure, axes, tasks = _grid(rows, len(steps) + 1, 2.0 * (len(steps) + 1) + 0.4, sharey="row")
+        figure, axes, tasks = _grid(rows, len(steps) + 1, 1.6 * (len(steps) + 1) + 0.4, sharey="row")
         for column, task in enumerate(tasks):
             for axis, step in zip(axes[:, column], steps, strict=False):
                 mine = of(rows, task=task, step=step)
@@ -155,14 +155,14 @@ def _bound_figure(rows: Sequence[Row], kappas: Sequence[Row]) -> Figure:
             ends = [[row[name] if row[name] is not None else np.nan for row in mine] for name in ("lower", "upper")]
             axis.fill_between(at, *ends, color=plots.COLOURS["bound"], alpha=0.6, lw=0)
             axis.plot(at, [row["condition_number"] for row in mine], "o", color="#000000", ms=3.5)
-            axis.set(yscale="log", xlabel="layers tuned, from the top")
+            axis.set(yscale="log", xlabel="layers tuned,\nfrom the top")
             axis.set_xticks(at)
         axes[-1, 0].set_ylabel("κ")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-        figure.suptitle(
+        plots.headline(
+            figure,
             "Eigenvalues (over those before) and κ between the bounds of theory 7, probe head;\n"
             f"{spread(distinct(rows, 'train_examples'))} training examples, first draw",
-            fontsize=8,
         )
     return figure
 
@@ -171,7 +171,7 @@ def _draws(rows: Sequence[Row]) -> Figure:
     """κ of each layer in each draw, below a probe and below a random head."""
     rows = of(rows, kind=LAYER)
     with plots.drawing():
-        figure, axes, tasks = _grid(rows, 1, 2.6, sharey=True)
+        figure, axes, tasks = _grid(rows, 1, 2.2, sharey=True)
         for axis, task in zip(axes[0], tasks, strict=True):
             for shift, head, marker in ((-0.12, PROBE, "o"), (0.12, NEW, "s")):
                 for seed in distinct(rows, "seed"):
@@ -183,7 +183,7 @@ def _draws(rows: Sequence[Row]) -> Figure:
             axis.set(yscale="log", xlabel="layer", xticks=sorted({_layer(row["choice"]) for row in rows}))
         axes[0, 0].set_ylabel("κ, query, key, value")
         axes[0, -1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        figure.suptitle(f"κ of each layer, a line a draw;\n{_sizes(rows)}", fontsize=8)
+        plots.headline(figure, f"κ of each layer, a line a draw;\n{_sizes(rows)}")
     return figure
 
 

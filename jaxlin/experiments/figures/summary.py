@@ -263,7 +263,7 @@ def against_the_pull(
         The figure.
     """
     tasks = distinct(table, "task")
-    figure, axes = plots.canvas(len(tasks), len(panels), 7.0, 2.1 * len(tasks) + 0.6, sharex=True)
+    figure, axes = plots.canvas(len(tasks), len(panels), plots.COLUMN, 1.7 * len(tasks) + 0.6, sharex=True)
     with plots.drawing():
         for line, task in enumerate(tasks):
             mine = of(table, task=task)
@@ -278,9 +278,8 @@ def against_the_pull(
                     band(axis, of(mine, **values), "lam_over_mu1", key, at, style, **look)
                 name = metric_of(mine) if key == "score_eval" else name
                 axis.set(ylabel=name, xlabel="pull λ/μ₁", title=name_of(task) if column == len(panels) // 2 else "")
-                axis.tick_params(labelsize=7)
         drawn = {line.get_label(): line for axis in axes[0] for line in axis.lines}
         shown = [drawn[label] for _, label, *_ in lines if label in drawn]
         figure.legend(handles=shown, loc="outside lower center", ncols=3)
-        figure.suptitle(title, fontsize=8)
+        plots.headline(figure, title)
     return figure
