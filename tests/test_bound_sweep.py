@@ -75,10 +75,12 @@ def descend(tun, data, lam, eta, steps, selective=False):
     return states
 
 
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("method", ["dense", "products"])
-def test_what_is_measured_against_descent_in_numpy(method):
+def test_what_is_measured_against_descent_in_numpy(method, parts):
     tun, data = cases.mlp(), cases.vectors(5)
-    sweep = bound_sweep(tun, data, lam_rel=[0.5], steps=6, selective_steps=4, directions=1, method=method)
+    options = {"steps": 6, "selective_steps": 4, "directions": 1, "gradient_accumulation_steps": parts}
+    sweep = bound_sweep(tun, data, lam_rel=[0.5], method=method, **options)
     lam, eta = sweep.table[0]["lam"], sweep.table[0]["learning_rate"]
     states = descend(tun, data, lam, eta, 6)
     first, constants = states[0], sweep.summary["constants"][0]
@@ -116,6 +118,21 @@ def test_what_is_measured_against_descent_in_numpy(method):
     risks = [state["risk"] for state in states]
     np.testing.assert_allclose(step.measured, risks[1:], rtol=1e-9)
     np.testing.assert_allclose(monotone.value, risks[:-1], rtol=1e-9)
+
+
+def test_parts_of_like_length_change_nothing():
+    tun, data = jl.lora(cases.tiny_model(), rank=2), cases.text_batch(5, longest=40)
+    data = jl.Dataset.from_columns(data)
+    assert len(data.buckets) > 1
+    options = {"lam_rel": [0.5], "steps": 2, "selective_steps": 1, "directions": 1}
+    whole, parts = (bound_sweep(tun, data, gradient_accumulation_steps=k, **options) for k in (1, 3))
+    for row, other in zip(whole.measurements, parts.measurements, strict=True):
+        assert row == pytest.approx(other, rel=1e-6)
+    for row, other in zip(whole.table, parts.table, strict=True):
+        assert [row[key] for key in ("bound", "applies", "holds")] == [
+            other[key] for key in ("bound", "applies", "holds")
+        ]
+        assert row["value"] == pytest.approx(other["value"], rel=1e-3)
 
 
 def test_a_sweep_compiles_once(caplog):
@@ -177,6 +194,7 @@ BAD = {
     "steps": ({"steps": 0}, "steps=0; expected at least 1"),
     "selective": ({"selective_steps": 0}, "selective_steps=0; expected at least 1"),
     "directions": ({"directions": 0}, "directions=0; expected at least 1"),
+    "parts": ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0; expected at least 1"),
     "share": ({"share": 1.5}, "share=1.5; expected above 0 and at most 1"),
     "method": ({"method": "exact"}, "method='exact' is unknown"),
 }

@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 import jaxlin as jl
 from jaxlin.linearize import remainder
 from jaxlin.ntk.change import DenseChange, ProductChange, change, distance
-from jaxlin.ntk.jacobian import to_float64
+from jaxlin.ntk.jacobian import jacobian_bytes, to_float64
 from jaxlin.ntk.lipschitz import moved, random_direction
 from jaxlin.training.losses import targets
 from jaxlin.training.smoothness import smoothness
@@ -74,6 +74,27 @@ def test_every_norm_against_dense_float64(problem, method):
             assert norm.value == pytest.approx(expected[name], rel=1e-9), name
             assert 0 <= norm.residual <= 1e-7
             assert method == "products" or norm.residual == 0
+
+
+def test_norms_in_the_dtype_of_the_parameters_against_dense_float64(problem):
+    tun, data = problem
+    c = np.asarray(tun.apply(tun.theta0, data)).shape[1]
+    data = jl.Dataset.from_columns(data)
+    measure = change(tun, data, dtype=None)
+    assert isinstance(measure, DenseChange)
+    assert {rows.dtype for rows in measure.start.rows.values()} == {np.dtype(np.float32)}
+    theta = cases.moved(tun)
+    found = measure.norms(to_float64(theta), [*QUANTITIES, "drift"])
+    expected = reference(tun, data.columns, theta, c)
+    for name, norm in found.items():
+        assert norm.value == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_jacobians_that_are_held_fit_the_budget_in_their_own_dtype():
+    tun, data = cases.mlp(), jl.Dataset.from_columns(cases.vectors(6))
+    budget = 3 * jacobian_bytes(tun, data, "float32")
+    assert isinstance(change(tun, data, memory_budget=budget, dtype=None), DenseChange)
+    assert isinstance(change(tun, data, memory_budget=budget), ProductChange)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -167,6 +188,7 @@ BAD = {
     "quantity": ({"quantity": "hessian"}, "quantity 'hessian' is unknown"),
     "no quantity": ({"quantity": []}, "no quantity is given"),
     "method": ({"method": "exact"}, "method='exact' is unknown"),
+    "dtype": ({"dtype": "bfloat16"}, "dtype='bfloat16'; expected 'float64', or None"),
     "tolerance": ({"tolerance": 0.0}, "tolerance=0.0; expected above 0"),
     "other theta": ({"along": [{"w": np.zeros(3)}]}, r"along\[0\] must have the structure"),
     "examples": ({"examples": [9], "quantity": "jacobian"}, "examples must be indices of the 4 examples"),

@@ -33,6 +33,8 @@ class BoundsArguments:
         selective_steps: Steps with the selective pull.
         share: The step η as a share of the largest that the bounds allow at θ₀, 1/(max(β, σ²)+λ).
         directions: Random directions at the radius of each run, in which H is sampled beside the run's own points.
+        gradient_accumulation_steps: Parts that a step over all examples is computed in, of like length, for less
+            memory and padding.
         method: Hold Jacobians (dense), or use products with them only; auto: dense where they fit.
         memory_budget: GiB for Jacobians.
         seed: Of head, A, subset and directions.
@@ -44,6 +46,7 @@ class BoundsArguments:
     selective_steps: int = 6
     share: float = 0.5
     directions: int = 2
+    gradient_accumulation_steps: int = 1
     method: Literal["auto", "dense", "products"] = "auto"
     memory_budget: float = 4.0
     seed: int = 0
@@ -90,7 +93,15 @@ def run(config: BoundsConfig) -> BoundSweep:
     train = loaded.data["train"]
     options: dict[str, Any] = {
         name: getattr(arguments, name)
-        for name in ("lam_rel", "steps", "selective_steps", "share", "directions", "method")
+        for name in (
+            "lam_rel",
+            "steps",
+            "selective_steps",
+            "share",
+            "directions",
+            "method",
+            "gradient_accumulation_steps",
+        )
     }
     check_sweep(tune(loaded.model, config.tuned, arguments.seed, False)[0], train, **options)
     if starts_as_probe(loaded.model, config.model):

@@ -1,4 +1,4 @@
-"""How far derivatives at some θ are from those at θ₀: norms of `J(θ) − J₀` and `K_θ − K₀`, in float64.
+"""How far derivatives at some θ are from those at θ₀: norms of `J(θ) − J₀` and `K_θ − K₀`.
 
 From Jacobians where they fit in memory (one pass over the examples for all norms), else from products alone: then
 `J(θ) − J₀` is the Jacobian of `f − f̄` (`jaxlin.linearize.Remainder`), and Lanczos finds its norm.
@@ -98,7 +98,7 @@ def _own(array: Float[np.ndarray, "N N C C"]) -> Float[np.ndarray, "N C C"]:
 class DenseChange:
     """Norms from Jacobians that are held."""
 
-    def __init__(self, tun: Tunable, data: Dataset, sample: Sample, memory_budget: int) -> None:
+    def __init__(self, tun: Tunable, data: Dataset, sample: Sample, memory_budget: int, dtype: str | None) -> None:
         """Computes J₀.
 
         Args:
@@ -106,11 +106,18 @@ class DenseChange:
             data: The examples.
             sample: Of the norms per example and per pair.
             memory_budget: Largest size of a Jacobian in bytes.
+            dtype: `"float64"`, or `None` for the parameters' own.
         """
         self.sample = sample
-        tun = to_float64(tun)  # once
-        self._jacobian = functools.partial(jacobian, tun, data, dtype="float64", memory_budget=memory_budget)
-        self.start = self._jacobian()
+        self._tun = to_float64(tun) if dtype == "float64" else tun  # once
+        self._options: dict[str, Any] = {"dtype": dtype, "memory_budget": memory_budget}
+        self._data = data
+        self.start = jacobian(self._tun, data, **self._options)
+
+    def _jacobian(self, theta: PyTree) -> Jacobian:
+        like = self._tun.theta0
+        theta = jax.tree.map(lambda leaf, start: np.asarray(leaf, start.dtype), theta, like)
+        return jacobian(self._tun, self._data, theta, **self._options)
 
     def sigma(self) -> Norm:
         """Returns ‖J₀‖₂."""
@@ -135,7 +142,8 @@ class DenseChange:
             n, c = jac.outputs.shape
             square = np.zeros((n, n, c, c))
             for path in {**self.start.rows, **jac.rows}:
-                moved = np.asarray(jac.rows.get(path, 0.0) - self.start.rows.get(path, np.zeros(())))
+                both = [rows[path] for rows in (jac.rows, self.start.rows) if path in rows]
+                moved = both[0] - both[1] if len(both) > 1 else both[0]  # the other one vanishes
                 square += gram(moved, moved)
         if {PER_PAIR, DRIFT} & wanted:
             drift = self.kernel(jac) - self.kernel0
@@ -230,8 +238,9 @@ def change(
     tolerance: float = 1e-3,
     memory_budget: int = MEMORY_BUDGET,
     seed: int = 0,
+    dtype: str | None = "float64",
 ) -> DenseChange | ProductChange:
-    """Returns what measures how far derivatives are from those at θ₀, in float64.
+    """Returns what measures how far derivatives are from those at θ₀.
 
     Its `norms(theta, quantities)` are `"stacked"`: ‖J(θ) − J₀‖₂ over all examples; `"drift"`: ‖K_θ − K₀‖₂ over all
     examples; `"jacobian"`: the largest ‖J(θ;x) − J(θ₀;x)‖₂ of single examples; `"kernel"`: the largest
@@ -246,6 +255,7 @@ def change(
         tolerance: Relative residual at which Lanczos stops.
         memory_budget: Bytes for Jacobians.
         seed: Of Lanczos's start.
+        dtype: Of Jacobians that are held: `"float64"`, or `None` for the parameters' own. Products are in float64.
 
     Returns:
         One of the two.
@@ -258,10 +268,12 @@ def change(
         raise InputError(f"method={method!r} is unknown; expected one of {', '.join(METHODS)}")
     if not 0 < tolerance < 1:
         raise InputError(f"tolerance={tolerance}; expected above 0 and below 1")
+    if dtype not in ("float64", None):
+        raise InputError(f"dtype={dtype!r}; expected 'float64', or None for the dtype of the parameters")
     tun.check_batch(data.columns)
     if sample is None:
         sample = Sample(np.arange(len(data)), all_pairs(np.arange(len(data))))
-    fits = 3 * jacobian_bytes(tun, data, "float64") <= memory_budget
+    fits = 3 * jacobian_bytes(tun, data, dtype) <= memory_budget
     if method == "dense" or (method == "auto" and fits):
-        return DenseChange(tun, data, sample, memory_budget)
+        return DenseChange(tun, data, sample, memory_budget, dtype)
     return ProductChange(tun, data, sample, memory_budget, tolerance, seed)

@@ -38,7 +38,7 @@ class Origin:
     Attributes:
         tun: The model.
         linear: Its linearization, on `linear_data`: from J₀ where that is held.
-        data: Training examples, in one bucket: a step of full-batch descent pads to the longest anyway.
+        data: Training examples; in one bucket, if a step is computed at once: then it pads to the longest anyway.
         linear_data: The same for `linear`.
         measure: Norms of `J(θ) − J₀` and `K_θ − K₀`.
         operator: K₀ as products.
@@ -47,6 +47,7 @@ class Origin:
         y: Targets `[N, C]`.
         sigma: σ = ‖J₀‖₂.
         beta: Smoothness of R at θ₀.
+        parts: That a step is computed in.
     """
 
     tun: Tunable
@@ -60,9 +61,10 @@ class Origin:
     y: Float[np.ndarray, "N C"]
     sigma: float
     beta: Extreme
+    parts: int
 
     @classmethod
-    def compute(cls, tun: Tunable, data: Dataset, method: str, seed: int, memory_budget: int) -> Origin:
+    def compute(cls, tun: Tunable, data: Dataset, method: str, seed: int, memory_budget: int, parts: int) -> Origin:
         """Computes it, under x64.
 
         Args:
@@ -71,6 +73,7 @@ class Origin:
             method: See `jaxlin.ntk.change.change`.
             seed: Of Lanczos's start.
             memory_budget: Bytes for Jacobians.
+            parts: That a step is computed in.
 
         Returns:
             What is known.
@@ -78,7 +81,8 @@ class Origin:
         Raises:
             InputError: If the kernel at θ₀ vanishes.
         """
-        data = dataclasses.replace(data, buckets=data.buckets[-1:])
+        if parts == 1:
+            data = dataclasses.replace(data, buckets=data.buckets[-1:])
         exact = jax.tree.map(jnp.asarray, to_float64(tun))
         measure = change(exact, data, method=method, seed=seed, memory_budget=memory_budget)
         sigma = measure.sigma().value
@@ -95,7 +99,7 @@ class Origin:
         operator = ntk_vector_product(exact, data, dtype="float64", check_examples=0)
         beta = smoothness(operator, rng=seed)
         regression = kernel_regression(kernel, y, f0, 0.0)
-        return cls(exact, linear, data, linear_data, measure, operator, kernel, regression, y, sigma, beta)
+        return cls(exact, linear, data, linear_data, measure, operator, kernel, regression, y, sigma, beta, parts)
 
     @property
     def risk(self) -> float:
@@ -185,7 +189,16 @@ def _train(
     tun, data = (origin.linear, origin.linear_data) if what == "linearized" else (origin.tun, origin.data)
     n = len(data)
     rate = to_mean(learning_rate, n, "learning_rate")
-    config = TrainConfig(optimizer="sgd", learning_rate=rate, batch_size=n, max_steps=max(keep), lam=lam, pull=pull)
+    config = TrainConfig(
+        optimizer="sgd",
+        learning_rate=rate,
+        batch_size=n,
+        gradient_accumulation_steps=min(origin.parts, n),
+        group_by_length=origin.parts > 1,
+        max_steps=max(keep),
+        lam=lam,
+        pull=pull,
+    )
     try:
         return train(tun, data, None, config, keep=keep, log=lambda _: tick(int(what != "linearized")))
     except TrainingDivergedError as error:

@@ -100,6 +100,7 @@ def check_sweep(
     share: float = 0.5,
     directions: int = 2,
     method: str = "auto",
+    gradient_accumulation_steps: int = 1,
 ) -> None:
     """Checks all that `bound_sweep` is given, without computing anything; arguments as there.
 
@@ -107,7 +108,9 @@ def check_sweep(
         InputError: Naming the first that cannot be used.
     """
     check_lams("auto", lam_rel, "coupled")
-    for name, value in (("steps", steps), ("selective_steps", selective_steps), ("directions", directions)):
+    least_1 = {"steps": steps, "selective_steps": selective_steps, "directions": directions}
+    least_1["gradient_accumulation_steps"] = gradient_accumulation_steps
+    for name, value in least_1.items():
         if value < 1:
             raise InputError(f"{name}={value}; expected at least 1")
     if not 0 < share <= 1:
@@ -133,6 +136,7 @@ def bound_sweep(
     directions: int = 2,
     method: str = "auto",
     seed: int = 0,
+    gradient_accumulation_steps: int = 1,
     memory_budget: int = MEMORY_BUDGET,
     progress: PhaseProgress | None = None,
 ) -> BoundSweep:
@@ -155,6 +159,8 @@ def bound_sweep(
         directions: Random directions in which H is sampled at the radius of each λ's run; β in the first of them.
         method: `"dense"`, `"products"` or `"auto"`; see `jaxlin.ntk.change.change`.
         seed: Of directions.
+        gradient_accumulation_steps: Parts that a step over all examples is computed in, of like length, for less
+            memory and padding.
         memory_budget: Bytes for Jacobians.
         progress: Called with a phase's name, units done and in all.
 
@@ -168,13 +174,14 @@ def bound_sweep(
     """
     data = as_dataset(data)
     options: dict[str, Any] = {"steps": steps, "selective_steps": selective_steps, "directions": directions}
-    check_sweep(tun, data, lam_rel=lam_rel, share=share, method=method, **options)
+    options |= {"share": share, "method": method, "gradient_accumulation_steps": gradient_accumulation_steps}
+    check_sweep(tun, data, lam_rel=lam_rel, **options)
     shares = np.atleast_1d(np.asarray(lam_rel, float)).tolist()
     where = measured_steps(steps)
     ticks = _Ticks(progress, {"training": len(shares) * (steps + selective_steps)})
     ticks.total["derivatives"] = len(shares) * (len(where) + 1 + directions + 2)
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        origin = Origin.compute(tun, data, method, seed, memory_budget)
+        origin = Origin.compute(tun, data, method, seed, memory_budget, gradient_accumulation_steps)
         mu1 = origin.sigma**2
         runs, selective = [], []
         for lam in (rel * mu1 for rel in shares):

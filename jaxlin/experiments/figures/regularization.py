@@ -112,6 +112,10 @@ def _sweep(setting: RegularizationSetting, work: Work, task: str, seed: int, pul
     ]
 
 
+_PART = 64
+"""Examples that a step of descent takes at a time."""
+
+
 def _bounds(setting: RegularizationSetting, work: Work) -> list[Row]:
     """Evaluates the bounds on full-batch descent, on some examples of the first task on which pulls are compared."""
     problem = work.problem(setting.pull_tasks[0], 0)
@@ -121,7 +125,13 @@ def _bounds(setting: RegularizationSetting, work: Work) -> list[Row]:
 
     def compute() -> list[Row]:
         found = bound_sweep(
-            problem.tun, some, lam_rel=shares, steps=setting.bound_steps, selective_steps=1, progress=work.progress
+            problem.tun,
+            some,
+            lam_rel=shares,
+            steps=setting.bound_steps,
+            selective_steps=1,
+            gradient_accumulation_steps=-(-len(some) // _PART),
+            progress=work.progress,
         )
         return found.table
 
