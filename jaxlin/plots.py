@@ -567,7 +567,7 @@ def cells(table: Sequence[Row], title: str, share: float = 0.1) -> Figure:
         for module in row["modules"].split():
             for layer in row["layers"].split():
                 counts[modules.index(module), layers.index(int(layer))] += 1 / len(top)
-    figure, axes = canvas(1, 1, 1.9 + 0.38 * len(layers), 1.3 + 0.28 * len(modules))
+    figure, axes = canvas(1, 1, min(1.9 + 0.38 * len(layers), COLUMN), 1.3 + 0.28 * len(modules))
     axis = axes[0, 0]
     with drawing():
         image = axis.imshow(counts, cmap=COUNT_MAP, vmin=0, vmax=1, aspect="auto")
@@ -578,7 +578,8 @@ def cells(table: Sequence[Row], title: str, share: float = 0.1) -> Figure:
         axis.set_xticks(range(len(layers)), [str(layer) for layer in layers])
         axis.set_yticks(range(len(modules)), modules)
         axis.grid(False)
-        axis.set(title=title, xlabel="layer (framed: chosen)")
+        axis.set_xlabel("layer (framed: chosen)")
+        headline(figure, title)
         figure.colorbar(image, label=f"share of the best {len(top)}")
     return figure
 
@@ -605,7 +606,8 @@ def spectra(specs: Mapping[str, Spectrum], title: str) -> Figure:
         first = next(iter(specs.values()))
         if first.resolution > first.eigenvalues[-1] / 100:  # else it is far below the axis
             axis.axhline(first.resolution, color=COLOURS["start"], lw=0.9, ls="-.", label="resolved to 10 % (chosen)")
-        axis.set(title=title, xlabel="index", ylabel="eigenvalue above the noise")
+        axis.set(xlabel="index", ylabel="eigenvalue above the noise")
+        headline(figure, title)
         axis.legend()
     return figure
 

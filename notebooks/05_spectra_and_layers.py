@@ -21,8 +21,8 @@
 # one pass over some examples tells the eigenvalues of *every* choice of layers, before any training.
 #
 # Here LoRA may sit on the query, key and value of each layer. The kernels are of the differences between logits, which
-# are all that a decision depends on. A text that is drawn twice counts once: with two equal rows every kernel is
-# singular, whatever is tuned.
+# are all that a decision depends on. A text that is drawn twice counts once, and another is drawn: with two
+# equal rows every kernel is singular, whatever is tuned.
 
 # %%
 from jaxlin.experiments.figures.run import open_study

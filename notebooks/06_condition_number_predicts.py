@@ -87,13 +87,15 @@ study.found("table")
 study.found("whole_table")
 
 # %% [markdown]
-# What the correlations are of, task by task: final training cross-entropy against each of the other predictors,
+# What the correlations are of, task by task: the rank of every choice by each of the other predictors, and by final
+# training cross-entropy (ρ is the correlation of the two; a run that diverged would count as the worst, and not be
+# drawn),
 
 # %%
 study.show("others_loss")
 
 # %% [markdown]
-# and the validation metric.
+# and by the validation metric.
 
 # %%
 study.show("others_metric")

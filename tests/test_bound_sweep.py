@@ -9,6 +9,7 @@ import pytest
 import jaxlin as jl
 from jaxlin.ntk.jacobian import to_float64
 from jaxlin.theory.bound import bound
+from jaxlin.training import bound_run
 from jaxlin.training import bound_sweep as module
 from jaxlin.training.bound_sweep import bound_sweep, measured_steps, rows
 from jaxlin.training.losses import targets
@@ -120,12 +121,21 @@ def test_what_is_measured_against_descent_in_numpy(method, parts):
     np.testing.assert_allclose(monotone.value, risks[:-1], rtol=1e-9)
 
 
-def test_parts_of_like_length_change_nothing():
+@pytest.mark.slow
+def test_parts_of_like_length_change_nothing(monkeypatch):
+    trained = []
+
+    def train(tun, data, held_out, config, **options):
+        trained.append((config.gradient_accumulation_steps, config.group_by_length, len(data.buckets)))
+        return jl.train(tun, data, held_out, config, **options)
+
+    monkeypatch.setattr(bound_run, "train", train)
     tun, data = jl.lora(cases.tiny_model(), rank=2), cases.text_batch(5, longest=40)
     data = jl.Dataset.from_columns(data)
     assert len(data.buckets) > 1
     options = {"lam_rel": [0.5], "steps": 2, "selective_steps": 1, "directions": 1}
     whole, parts = (bound_sweep(tun, data, gradient_accumulation_steps=k, **options) for k in (1, 3))
+    assert trained == 3 * [(1, False, 1)] + 3 * [(3, True, len(data.buckets))]  # full, linearized, selective
     for row, other in zip(whole.measurements, parts.measurements, strict=True):
         assert row == pytest.approx(other, rel=1e-6)
     for row, other in zip(whole.table, parts.table, strict=True):

@@ -1,11 +1,13 @@
 """The results page: what it says of tables that are made up, and that the README's is of the kept ones."""
 
 import importlib.util
+import itertools
 import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+from matplotlib.transforms import Bbox
 
 from jaxlin import plots
 from jaxlin.experiments.figures import dynamics, lipschitz, llm, overview
@@ -55,7 +57,7 @@ def test_every_study_has_a_claim_and_a_panel(page):
 def written(figure):
     """What is written in a figure, tick labels aside, of which matplotlib holds some that it does not draw."""
     legends = [*figure.legends, *(axis.get_legend() for axis in figure.axes if axis.get_legend())]
-    texts = [figure._suptitle, *(text for legend in legends for text in legend.get_texts())]
+    texts = [figure._suptitle, *(t for legend in legends for t in (legend.get_title(), *legend.get_texts()))]
     for axis in figure.axes:
         texts += [axis.title, axis.xaxis.label, axis.yaxis.label, *axis.texts]
     return [text for text in texts if text is not None and text.get_text() and text.get_visible()]
@@ -74,6 +76,9 @@ def test_kept_figures_are_readable_at_the_width_of_a_column(page, study):
                 assert text.get_fontsize() >= 6, (name, text)
                 corners = [(x, y) for x in (ends.x0, ends.x1) for y in (ends.y0, ends.y1)]
                 assert all(inside.contains(*corner) for corner in corners), (name, text)
+            for one, other in itertools.combinations(written(figure), 2):
+                crossing = Bbox.intersection(one.get_window_extent(), other.get_window_extent())
+                assert crossing is None or min(crossing.size) < 2, (name, one, other)  # pixels
             for axis in figure.axes:
                 assert all(label.get_fontsize() >= 6 for label in [*axis.get_xticklabels(), *axis.get_yticklabels()])
         finally:

@@ -50,21 +50,42 @@ def test_a_text_that_is_drawn_twice_counts_once(ran):
 
 
 def test_another_text_is_drawn_for_one_that_came_twice(setting, tmp_path):
-    def drawn(data, size):
-        some = dataclasses.replace(setting, data_dir=data, num_train=size, seeds=1)
-        work = Work(some, Cache(tmp_path / "runs"), lambda *_: None)
-        return work, study._distinct(some, work, "sst2", 0)
-
     file = setting.data_dir / "sst2" / "train.tsv"
     header, *lines = file.read_text().splitlines()
     data = shutil.copytree(setting.data_dir, tmp_path / "data")
     (data / "sst2" / "train.tsv").write_text("\n".join([header, *lines, *lines]) + "\n")
-    work, problem = drawn(data, 14)
+    some = dataclasses.replace(setting, data_dir=data, num_train=14, seeds=1)
+    work = Work(some, Cache(tmp_path / "runs"), lambda *_: None)
     assert len(study.without_repetitions(work.problem("sst2", 0)).train) < 14
+    problem = study.distinct_texts(some, work, "sst2", 0)
     assert len(problem.train) == 14
     assert study.without_repetitions(problem) is problem
-    work, problem = drawn(data, 1000)  # more than there are
-    assert len(work.problem("sst2", 0).train) == 2 * len(problem.train) > 14
+    assert {row["train_examples"] for row in study.compute(some, work)["sets"]} == {14}
+    more = dataclasses.replace(some, num_train=1000)  # than there are
+    work = Work(more, Cache(tmp_path / "runs"), lambda *_: None)
+    whole = study.distinct_texts(more, work, "sst2", 0)
+    assert len(work.problem("sst2", 0).train) == 2 * len(whole.train) > 14
+
+
+def test_a_larger_draw_with_fewer_repetitions_is_cut(setting, monkeypatch):
+    """As classes are drawn in proportion, a larger draw need not hold the smaller one."""
+    work = Work(setting, Cache(setting.data_dir.parent / "runs"), lambda *_: None)
+    problem, sizes = work.problem("sst2", 0), []
+
+    def drawn(kept):
+        return dataclasses.replace(
+            problem, loaded=dataclasses.replace(problem.loaded, data={"train": problem.train.take(np.array(kept))})
+        )
+
+    def made(setting, *_):
+        sizes.append(setting.num_train)
+        return drawn(range(6))
+
+    monkeypatch.setattr(work, "problem", lambda *_: drawn([0, 1, 2, 2, 1]))
+    monkeypatch.setattr(work, "made", made)
+    found = study.distinct_texts(dataclasses.replace(setting, num_train=5), work, "sst2", 0)
+    assert sizes == [7]
+    assert found.train.sha256() == problem.train.take(np.arange(5)).sha256()
 
 
 def test_no_order_is_made_of_singular_kernels(ran):

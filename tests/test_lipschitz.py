@@ -76,7 +76,7 @@ def test_every_norm_against_dense_float64(problem, method):
             assert method == "products" or norm.residual == 0
 
 
-def test_norms_in_the_dtype_of_the_parameters_against_dense_float64(problem):
+def test_norms_in_the_dtype_of_the_parameters_against_dense_float64(problem, x64):
     tun, data = problem
     c = np.asarray(tun.apply(tun.theta0, data)).shape[1]
     data = jl.Dataset.from_columns(data)
@@ -84,6 +84,8 @@ def test_norms_in_the_dtype_of_the_parameters_against_dense_float64(problem):
     assert isinstance(measure, DenseChange)
     assert {rows.dtype for rows in measure.start.rows.values()} == {np.dtype(np.float32)}
     theta = cases.moved(tun)
+    there = measure._jacobian(to_float64(theta))  # as random models are
+    assert {rows.dtype for rows in there.rows.values()} == {np.dtype(np.float32)}
     found = measure.norms(to_float64(theta), [*QUANTITIES, "drift"])
     expected = reference(tun, data.columns, theta, c)
     for name, norm in found.items():

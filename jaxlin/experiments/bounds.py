@@ -33,8 +33,8 @@ class BoundsArguments:
         selective_steps: Steps with the selective pull.
         share: The step η as a share of the largest that the bounds allow at θ₀, 1/(max(β, σ²)+λ).
         directions: Random directions at the radius of each run, in which H is sampled beside the run's own points.
-        gradient_accumulation_steps: Parts that a step over all examples is computed in, of like length, for less
-            memory and padding.
+        gradient_accumulation_steps: About how many parts a step over all examples is computed in, each of like
+            length, for less memory and padding; at most one an example.
         method: Hold Jacobians (dense), or use products with them only; auto: dense where they fit.
         memory_budget: GiB for Jacobians.
         seed: Of head, A, subset and directions.

@@ -109,7 +109,7 @@ class DenseChange:
             dtype: `"float64"`, or `None` for the parameters' own.
         """
         self.sample = sample
-        self._tun = to_float64(tun) if dtype == "float64" else tun  # once
+        self._tun = to_float64(tun) if dtype == "float64" else tun  # here, and not for every theta
         self._options: dict[str, Any] = {"dtype": dtype, "memory_budget": memory_budget}
         self._data = data
         self.start = jacobian(self._tun, data, **self._options)

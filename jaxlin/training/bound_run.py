@@ -38,7 +38,7 @@ class Origin:
     Attributes:
         tun: The model.
         linear: Its linearization, on `linear_data`: from J₀ where that is held.
-        data: Training examples; in one bucket, if a step is computed at once: then it pads to the longest anyway.
+        data: Training examples; in one bucket where a step takes them all at once, and pads to the longest anyway.
         linear_data: The same for `linear`.
         measure: Norms of `J(θ) − J₀` and `K_θ − K₀`.
         operator: K₀ as products.

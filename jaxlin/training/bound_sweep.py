@@ -159,8 +159,8 @@ def bound_sweep(
         directions: Random directions in which H is sampled at the radius of each λ's run; β in the first of them.
         method: `"dense"`, `"products"` or `"auto"`; see `jaxlin.ntk.change.change`.
         seed: Of directions.
-        gradient_accumulation_steps: Parts that a step over all examples is computed in, of like length, for less
-            memory and padding.
+        gradient_accumulation_steps: About how many parts a step over all examples is computed in, each of like
+            length, for less memory and padding; at most one an example.
         memory_budget: Bytes for Jacobians.
         progress: Called with a phase's name, units done and in all.
 

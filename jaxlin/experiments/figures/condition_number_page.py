@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -61,6 +62,15 @@ def _is_logarithmic(predictor: str) -> bool:
     return predictor.removeprefix(ALONE) in LOGARITHMS
 
 
+def _kind(choice: str) -> str:
+    """The modules that a choice takes, such as `qkv` of `0,1:qkv`."""
+    return choice.partition(":")[2]
+
+
+def _kinds(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(_kind(row["choice"]) for row in rows))
+
+
 class _Points(NamedTuple):
     """Choices, with an entry each: predictor, outcome, number of modules, and which modules they are."""
 
@@ -78,21 +88,20 @@ def _points(rows: Sequence[Row], outcome: str, predictor: str = KAPPA) -> _Point
         if mine:
             said, values = (np.array([row[column] for row in mine], float) for column in (predictor, outcome))
             middle = np.exp(np.log(said).mean()) if _is_logarithmic(predictor) else said.mean()
-            found.append((middle, values.mean(), mine[0]["num_modules"], name.partition(":")[2]))
+            found.append((middle, values.mean(), mine[0]["num_modules"], _kind(name)))
     columns = zip(*found, strict=True) if found else ((),) * 4
     return _Points(*map(np.array, columns))
 
 
 _MARKS = {"q": "o", "k": "^", "v": "s", "qv": "v", "qkv": "D"}
 """Of the kinds of modules that a choice takes in its layers."""
-_SCATTERED = {"train_loss": "final training loss", "metric": "validation score"}
+_SCATTERED = {"train_loss": "final cross-entropy", "metric": "validation score"}
 """Outcomes that choices are scattered by, in words."""
 
 
 def _dots(axis: Axes, points: _Points, counts: Sequence[int]) -> Any:
     """Scatters choices, coloured by how many modules they tune; returns what a colour bar is made of."""
     scale: dict[str, Any] = {"cmap": plots.COUNT_MAP, "norm": "log", "vmin": min(counts), "vmax": max(counts)}
-    image = axis.scatter([], [], c=[], **scale)  # of a task where every choice diverged
     for kind in dict.fromkeys(points.kind.tolist()):
         x, y, tuned = (values[points.kind == kind] for values in points[:3])
         image = axis.scatter(x, y, c=tuned, marker=_MARKS.get(kind, "o"), s=9, zorder=3, clip_on=False, **scale)
@@ -102,27 +111,34 @@ def _dots(axis: Axes, points: _Points, counts: Sequence[int]) -> Any:
 def _keys(figure: Figure, axes: np.ndarray, image: Any, rows: Sequence[Row], what: str) -> None:
     """Tells what colours and marks of panels mean, what they show, and of how many examples and draws they are."""
     ticks = sorted(distinct(rows, "num_modules"))
-    kinds = dict.fromkeys(str(row["choice"]).partition(":")[2] for row in rows)
+    kinds = _kinds(rows)
     bar = figure.colorbar(image, ax=axes[:, -1], label="modules tuned", aspect=15 * len(axes), pad=0.1)
     bar.set_ticks(ticks, labels=[str(tick) for tick in ticks])
     bar.minorticks_off()
     for kind in kinds:
         axes[0, 0].plot([], [], _MARKS.get(kind, "o"), color="#555555", ms=3.5, label=kind)
     figure.legend(loc="outside lower center", ncols=len(kinds))
-    plots.headline(figure, f"{what}, Adam at a fixed rate, mean over draws;\n{_sizes(rows)}")
+    plots.headline(figure, f"{what} of Adam at a fixed rate, means over draws;\n{_sizes(rows)}")
 
 
 _TASKS_ACROSS = 3
 
 
+def _drawn(table: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """What is scattered: rows of Adam's runs, of the tasks where some choice did not diverge, and these tasks."""
+    rows = of(table, way=PAPER)
+    tasks = distinct([row for row in rows if row["train_loss"] is not None], "task")
+    return [row for row in rows if row["task"] in tasks], tasks
+
+
 def _scatter(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
     """κ against final training loss and metric, a point a choice, a panel a task."""
-    rows = of(table, way=PAPER)
-    tasks, counts = distinct(rows, "task"), distinct(rows, "num_modules")
-    columns = min(len(tasks), _TASKS_ACROSS)
-    lines = 2 * -(-len(tasks) // columns)
+    rows, tasks = _drawn(table)
+    counts = distinct(rows, "num_modules")
+    blocks = math.ceil(len(tasks) / _TASKS_ACROSS)
+    columns, lines = math.ceil(len(tasks) / blocks), 2 * blocks
     figure, axes = plots.canvas(lines, columns, plots.COLUMN, 1.5 * lines + 0.7)
-    for unused in axes[-2:, columns - (-len(tasks)) % columns :].flat:
+    for unused in axes[-2:, columns - (blocks * columns - len(tasks)) :].flat:
         unused.set_axis_off()
     with plots.drawing():
         for place, task in enumerate(tasks):
@@ -136,7 +152,7 @@ def _scatter(table: Sequence[Row], correlations: Sequence[Row]) -> Figure:
                 if not column:
                     axis.set_ylabel(_SCATTERED[outcome])
             axes[line + 1, column].set_xlabel("κ at θ₀")
-        _keys(figure, axes, image, rows, "A point a choice of layers and modules")
+        _keys(figure, axes, image, rows, "A point a choice of layers and modules: runs")
     return figure
 
 
@@ -144,8 +160,8 @@ def _scatter_others(table: Sequence[Row], correlations: Sequence[Row], outcome: 
     """Ranks of every predictor but κ against those of one outcome, a row a predictor, a column a task."""
     from scipy.stats import rankdata
 
-    rows = of(table, way=PAPER)
-    tasks, counts = distinct(rows, "task"), distinct(rows, "num_modules")
+    rows, tasks = _drawn(table)
+    counts, last = distinct(rows, "num_modules"), len(distinct(rows, "choice"))
     others = [name for name in _SHOWN if name != KAPPA]
     width, height = plots.width_of(len(tasks)), 0.72 * len(others) + 1.2
     figure, axes = plots.canvas(len(others), len(tasks), width, height, sharex=True, sharey=True)
@@ -153,13 +169,13 @@ def _scatter_others(table: Sequence[Row], correlations: Sequence[Row], outcome: 
         for place, predictor in enumerate(others):
             for axis, task in zip(axes[place], tasks, strict=True):
                 points = _points(of(rows, task=task), outcome, predictor)
-                x, y = map(rankdata, points[:2])
+                x, y = (rankdata(values, nan_policy="omit") for values in points[:2])
                 image = _dots(axis, points._replace(predictor=x, outcome=y), counts)
                 rho = f"ρ = {_signed(one(correlations, predictor, outcome, task=task)['spearman'])}"
                 axis.set_title(rho if place else f"{name_of(task)}\n{rho}", fontsize=7, pad=2)
-                axis.set(xticks=(1, len(x)), yticks=(1, len(x)))
+            axes[place, 0].set(xticks=(1, last), yticks=(1, last))  # of all, which share their axes
             axes[place, 0].set_ylabel(textwrap.fill(name_of_predictor(predictor), 12), fontsize=6.5)
-        what = f"Choices of layers and modules ranked by a predictor (across) and by {_SCATTERED[outcome]} (up)"
+        what = f"Choices of layers and modules ranked by a predictor (across) and by {_SCATTERED[outcome]} (up);\nruns"
         _keys(figure, axes, image, rows, what)
     return figure
 
@@ -271,7 +287,7 @@ def _strengths(table: Sequence[Row]) -> str:
 def widest(table: Sequence[Row], correlations: Sequence[Row]) -> str:
     """κ's correlation with the metric of the task whose scores differ most between choices."""
     rows = of(poolable(table), way=PAPER)
-    task = max(distinct(rows, "task"), key=lambda name: np.ptp(_points(of(rows, task=name), "metric")[1]))
+    task = max(distinct(rows, "task"), key=lambda name: np.ptp(_points(of(rows, task=name), "metric").outcome))
     found = one(correlations, KAPPA, "metric", task=task)
     return f"on {name_of(task)}, whose scores differ most between choices, {cell(found, 'spearman')}"
 
@@ -285,13 +301,13 @@ def _by_kind(table: Sequence[Row]) -> list[str]:
     from scipy.stats import spearmanr
 
     rows, found = of(table, way=PAPER), {}
-    whole = [_points(of(rows, task=task), "train_loss") for task in distinct(rows, "task")]
-    for kind in dict.fromkeys(whole[0].kind.tolist()):
-        points = [tuple(values[one.kind == kind] for values in one[:2]) for one in whole]
+    each = [_points(of(rows, task=task), "train_loss") for task in distinct(rows, "task")]
+    for kind in _kinds(rows):
+        points = [tuple(values[task.kind == kind] for values in task[:2]) for task in each]
         if min(len(kappa) for kappa, _ in points) < _FEWEST:
             return []
         middle = np.exp(np.mean([np.log(kappa).mean() for kappa, _ in points]))
-        found[kind] = middle, len(points[0][0]), np.mean([spearmanr(*each).statistic for each in points])
+        found[kind] = middle, len(points[0][0]), np.mean([spearmanr(*two).statistic for two in points])
     if len(found) < 2:
         return []
     kappas = ", ".join(f"{middle:.3g} for {kind}" for kind, (middle, *_) in found.items())

@@ -67,7 +67,7 @@ class DynamicsSetting(Setting):
     every: int = 2
     late_steps: tuple[int, ...] = (4, 12)
     drift_steps: tuple[int, ...] = (2, 4, 8, 12, 18, 24)
-    drift_examples: int = 1000
+    drift_examples: int = 96
     step_size: float = 1.0
     parts: int = 8
 

@@ -32,7 +32,7 @@ class LipschitzSetting(AdamSetting):
     Attributes:
         radii: At which models are drawn.
         directions: Models drawn at each.
-        profile_examples: Training examples that Jacobian and kernel are taken on, in the parameters' dtype.
+        profile_examples: Training examples that Jacobian and kernel are taken on.
         lam_rel: Pull strengths of the runs in units of μ₁.
         points: States of a run at which the profile is taken too.
         mu_examples: Training examples that μ₁ is estimated on, times their share.
@@ -40,7 +40,7 @@ class LipschitzSetting(AdamSetting):
 
     radii: tuple[float, ...] = (0.1, 0.5, 2.0, 10.0)
     directions: int = 3
-    profile_examples: int = 1000
+    profile_examples: int = 32
     lam_rel: tuple[float, ...] = (0.0, 1e-2)
     points: int = 3
     mu_examples: int = 256
@@ -66,7 +66,6 @@ def _random(setting: LipschitzSetting, work: Work, problem: Problem) -> dict[str
         directions=setting.directions,
         examples=range(len(some)),
         seed=problem.seed,
-        dtype=None,
         progress=lambda done, of: work.progress(f"profile, {problem.loaded.task.name}", done, of),
     )
     return {"profile": found.table, "sigma": _mu1(problem, some) ** 0.5}
@@ -95,7 +94,6 @@ def _trained(setting: LipschitzSetting, work: Work, problem: Problem, share: flo
         quantity=QUANTITIES,
         along=[run.states[step].theta for step in steps],
         examples=range(len(some)),
-        dtype=None,
         progress=lambda done, of: work.progress(f"along the run, {task.name}", done, of),
     )
     end = run.history[-1]

@@ -68,7 +68,8 @@ class FiguresConfig:
             profile, 05 spectra and layers, 06 condition number, 07 choose layers, 08 kernel regression, 09 a language
             model (of the folder JAXLIN_MODELS); default: all.
         fast: One to three minutes a study, on embedded data.
-        full: The setting of the results that are kept: needs the data (--data_dir), and hours; 06 a GPU.
+        full: The setting of the results that are kept: needs the data (--data_dir), and hours; 06 a GPU. (01 has one
+            setting only.)
         paper: The paper's model and training, roberta-base on whole data sets (03 and 08: 1,000 training examples):
             for a GPU, and hours.
         output_dir: Folder for tables and figures, one folder a study in it.
@@ -313,7 +314,7 @@ class Picture:
         from PIL import Image
 
         drawn, small = io.BytesIO(), io.BytesIO()
-        self.figure.savefig(drawn, format="png", dpi=130)
+        self.figure.savefig(drawn, format="png", dpi=165)
         palette = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         palette.save(small, format="png", optimize=True)  # a notebook keeps it as text
         return small.getvalue()

@@ -163,26 +163,31 @@ def _of_problem(setting: SpectraSetting, problem: Problem) -> dict[str, list[Row
     }
 
 
+def _keeping(problem: Problem, examples: np.ndarray) -> Problem:
+    """Returns the problem with some of its training examples."""
+    data = {**problem.loaded.data, "train": problem.train.take(examples)}
+    identity = {**problem.identity, "data": [part.sha256() for part in data.values()]}
+    return dataclasses.replace(problem, loaded=dataclasses.replace(problem.loaded, data=data), identity=identity)
+
+
 def without_repetitions(problem: Problem) -> Problem:
     """Returns the problem with one training example of each text."""
     columns = problem.train.columns
     texts = np.concatenate([column for name, column in columns.items() if name != "labels"], axis=1)
     _, first = np.unique(texts, axis=0, return_index=True)
-    if len(first) == len(texts):
-        return problem
-    data = {**problem.loaded.data, "train": problem.train.take(np.sort(first))}
-    identity = {**problem.identity, "data": [part.sha256() for part in data.values()]}
-    return dataclasses.replace(problem, loaded=dataclasses.replace(problem.loaded, data=data), identity=identity)
+    return problem if len(first) == len(texts) else _keeping(problem, np.sort(first))
 
 
-def _distinct(setting: SpectraSetting, work: Work, task: str, seed: int) -> Problem:
-    """Draws as many different texts as asked for, if the task has them; a larger draw holds the smaller ones."""
+def distinct_texts(setting: SpectraSetting, work: Work, task: str, seed: int) -> Problem:
+    """Returns a problem with as many different training texts as asked for, or all that the task has."""
     drawn, problem = setting.num_train, work.problem(task, seed)
     while True:
-        distinct = without_repetitions(problem)
-        missing = setting.num_train - len(distinct.train)
+        found = without_repetitions(problem)
+        missing = setting.num_train - len(found.train)
+        if missing < 0:  # where a larger draw happens to have fewer repetitions
+            return _keeping(found, np.arange(setting.num_train))
         if not missing or len(problem.train) < drawn:
-            return distinct
+            return found
         drawn += missing
         problem = work.made(dataclasses.replace(setting, num_train=drawn), task, seed)
 
@@ -193,7 +198,7 @@ def compute(setting: SpectraSetting, work: Work) -> Tables:
     problems = [(task, seed) for task in setting.tasks for seed in range(setting.seeds)]
     for done, (task, seed) in enumerate(problems):
         work.progress("kernels", done, len(problems))
-        problem = _distinct(setting, work, task, seed)
+        problem = distinct_texts(setting, work, task, seed)
         options = {"study": "spectra", "rank": setting.lora_rank, "lam_rel": setting.lam_rel, "kept": setting.kept}
         found = work.get(problem, options, functools.partial(_of_problem, setting, problem))
         labels = {"task": task, "seed": seed, "train_examples": len(problem.train)}
