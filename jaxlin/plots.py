@@ -346,7 +346,7 @@ def comparison(table: Sequence[Row], history: Mapping[tuple[str, float], Sequenc
             ],
         )
         parameters.set(title="(a) How far the parameters move", ylabel="Euclidean norm")
-        parameters.legend()
+        parameters.legend(loc="lower left")  # lines fall with the pull
         outputs.set_yscale("log")
         _lines(
             outputs,
