@@ -451,7 +451,7 @@ STUDY = Study(
     name="03_dynamics",
     title="Full and linearized fine-tuning step by step, and the closed form of the latter",
     fast=DynamicsSetting(
-        **{**FAST, "num_train": 32, "num_eval": 32},
+        **{**FAST, "num_train": 32, "num_eval": 32, "max_seq_length": 16},  # few lengths to compile for
         lam_rel=(1e-2, 1.0),
         steps=12,
         late_steps=(4,),
