@@ -14,8 +14,7 @@ from jaxlin import plots
 from jaxlin.experiments.data_arguments import STDLIB
 from jaxlin.experiments.figures.study import Problem, Row, Setting, Study, Tables, Work
 from jaxlin.experiments.figures.summary import name_of, number, of
-from jaxlin.ntk.engine import ntk
-from jaxlin.theory.spectrum import Spectrum, spectrum
+from jaxlin.theory.spectrum import Spectrum
 from jaxlin.training.compare import FULL, compare
 from jaxlin.training.config import TrainConfig
 
@@ -48,11 +47,11 @@ class QuickstartSetting(Setting):
 
 
 def _of_problem(setting: QuickstartSetting, work: Work, problem: Problem) -> dict[str, list[Row]]:
-    spec = spectrum(ntk(problem.tun, problem.train))
     config = TrainConfig(
         learning_rate=setting.learning_rate, batch_size=setting.batch_size, max_steps=setting.steps, seed=problem.seed
     )
     found = compare(problem.tun, problem.train, problem.eval, config, lam_rel=setting.lam_rel, progress=work.progress)
+    spec = found.spectrum
     noise = {"noise_floor": spec.noise_floor, "resolution": spec.resolution}
     columns = list(dict.fromkeys(name for row in found.table for name in row))
     return {
@@ -100,9 +99,7 @@ def draw(tables: Tables) -> dict[str, Figure]:
         values = mine["spectrum"]
         mu = np.array([row["eigenvalue"] for row in values])
         spec = Spectrum(mu, values[0]["noise_floor"], values[0]["resolution"])
-        figures[f"spectrum{suffix}"] = plots.spectrum(
-            spec, f"{len(mu)} eigenvalues of K₀ of the training examples: {sizes}"
-        )
+        figures[f"spectrum{suffix}"] = plots.spectrum(spec, f"{len(mu)} eigenvalues of K₀: {sizes}")
         figures[f"comparison{suffix}"] = plots.comparison(mine["table"], history, f"Full against linearized: {sizes}")
     return figures
 
