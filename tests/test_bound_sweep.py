@@ -1,6 +1,7 @@
 """The bounds of theory 3 to 7 on real models: every one that applies holds, and what was measured is what it says."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -143,6 +144,35 @@ def test_parts_of_like_length_change_nothing(monkeypatch):
             other[key] for key in ("bound", "applies", "holds")
         ]
         assert row["value"] == pytest.approx(other["value"], rel=1e-3)
+
+
+def test_it_goes_on_where_it_was():
+    tun, data = cases.mlp(), cases.vectors(5)
+    options = {"steps": 3, "selective_steps": 2, "directions": 1}
+    held, computed = {}, []
+
+    def cache(part, compute):
+        key = json.dumps(part, sort_keys=True)
+        if key not in held:
+            computed.append(part.get("lam_rel"))
+            held[key] = json.dumps(compute(), allow_nan=False)
+            if len(computed) == 3:
+                raise KeyboardInterrupt
+        return json.loads(held[key])
+
+    with pytest.raises(KeyboardInterrupt):
+        bound_sweep(tun, data, lam_rel=[0.5, 1.0, 3.0], cache=cache, **options)
+    told = []
+    found = bound_sweep(
+        tun, data, lam_rel=[0.5, 1.0, 3.0], cache=cache, progress=lambda *report: told.append(report), **options
+    )
+    assert computed == [None, 0.5, 1.0, 3.0]  # β at θ₀ first
+    assert told[0] == ("training", 5, 15)
+    assert {("training", 15, 15), ("derivatives", 21, 21)} <= set(told)
+    fresh = bound_sweep(tun, data, lam_rel=[0.5, 1.0, 3.0], **options)
+    assert found.table == fresh.table
+    assert found.measurements == fresh.measurements
+    assert found.summary == fresh.summary
 
 
 def test_a_sweep_compiles_once(caplog):

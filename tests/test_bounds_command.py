@@ -54,6 +54,33 @@ def test_it_writes_tables_and_a_figure_and_says_what_holds(run, options, tmp_pat
             assert after["measured"] == pytest.approx(before["measured"], rel=1e-6)
 
 
+def test_it_goes_on_after_an_interrupt(run, options, tmp_path, monkeypatch):
+    folder, descend, lams = tmp_path / "out", module.descend, []
+
+    def interrupted(origin, lam, *others):
+        lams.append(lam)
+        if len(lams) == 2:
+            raise KeyboardInterrupt
+        return descend(origin, lam, *others)
+
+    monkeypatch.setattr(module, "descend", interrupted)
+    options = {**options, "num_samples": 4, "steps": 1, "selective_steps": 1, "lam_rel": ["1", "10"]}
+    code, out, err = run(*words(options), "--resume")
+    assert code == 130, err
+    assert f"go on with --output_dir {folder} --resume" in out
+    assert not (folder / "table.csv").exists()
+    code, out, err = run(*words(options), "--resume")
+    assert code == 0, err
+    assert len(lams) == 3  # the first λ is not run again
+    assert {row["lam_over_mu1"] for row in cases.rows(folder / "table.csv")} == {"1.0", "10.0"}
+    code, _, err = run(*words(options), "--resume", "--overwrite_output_dir")
+    assert (code, "--resume and --overwrite_output_dir contradict each other" in err) == (2, True)
+    code, _, err = run("ntk", "--output_dir", folder, "--resume")
+    assert (code, "is of `jaxlin bounds`; --resume goes on with a kernel" in " ".join(err.split())) == (2, True)
+    run(*words({**options, "lam_rel": ["3"]}), "--overwrite_output_dir")
+    assert len(list((folder / "parts").iterdir())) == 2  # β and one λ: the old ones are gone
+
+
 BAD = {
     "no samples": ({"num_samples": 0}, "--num_samples 0: expected at least 1"),
     "memory": ({"memory_budget": 0}, "--memory_budget 0.0: expected GiB above 0"),

@@ -11,9 +11,9 @@ import scipy.stats
 
 import jaxlin as jl
 from jaxlin.data.task import subsample, tokenize
+from jaxlin.experiments.cache import Cache
 from jaxlin.experiments.data_arguments import DataArguments, load_task
 from jaxlin.experiments.figures import regularization, run, summary
-from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.run import FiguresConfig, command_of, open_study, run_study, setting_of
 from jaxlin.experiments.figures.study import WHOLE, Setting, Study, Work, read_tables, write_tables
 from jaxlin.peft.lora import lora

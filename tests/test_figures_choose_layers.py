@@ -9,9 +9,9 @@ import pytest
 import scipy.stats
 
 import jaxlin as jl
+from jaxlin.experiments.cache import Cache
 from jaxlin.experiments.figures import choose_layers as study
 from jaxlin.experiments.figures import choose_layers_page as page
-from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.choices import MODULES, Choice
 from jaxlin.experiments.figures.study import Work, read_tables, write_tables
 from jaxlin.training.compare import MAJORITY

@@ -9,10 +9,10 @@ import pytest
 import scipy.stats
 
 import jaxlin as jl
+from jaxlin.experiments.cache import Cache
 from jaxlin.experiments.figures import condition_number as experiment
 from jaxlin.experiments.figures import condition_number_page as page
 from jaxlin.experiments.figures import correlations as analysis
-from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.study import Work, read_tables, write_tables
 from jaxlin.theory.criteria import CRITERIA
 from tests import cases

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import jaxlin as jl
+from jaxlin.experiments.cache import Cache
 from jaxlin.experiments.figures import dynamics
-from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.run import run_study
 from jaxlin.experiments.figures.study import Work
 from jaxlin.experiments.figures.summary import of

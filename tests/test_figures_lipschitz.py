@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import jaxlin as jl
+from jaxlin.experiments.cache import Cache
 from jaxlin.experiments.figures import lipschitz
-from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.run import run_study
 from jaxlin.experiments.figures.study import Work
 from jaxlin.experiments.figures.summary import of

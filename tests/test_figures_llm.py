@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import jaxlin as jl
+from jaxlin.experiments.cache import Cache
 from jaxlin.experiments.figures import llm
-from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.study import Work, read_tables, write_tables
 from tests import cases
 

@@ -8,9 +8,9 @@ import pytest
 
 import jaxlin as jl
 from jaxlin.data.task import subsample, tokenize
+from jaxlin.experiments.cache import Cache
 from jaxlin.experiments.data_arguments import DataArguments, load_task
 from jaxlin.experiments.figures import quickstart as study
-from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.study import Work, read_tables, write_tables
 from tests import cases
 

@@ -10,16 +10,20 @@ from typing import Any, Literal
 
 from jaxlin import plots
 from jaxlin.errors import TrainingDivergedError
+from jaxlin.experiments.cache import Cache
 from jaxlin.experiments.data_arguments import DataArguments, check_numbers
 from jaxlin.experiments.model_arguments import ModelArguments, starts_as_probe
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
+from jaxlin.experiments.resume import check_resume
 from jaxlin.experiments.run_arguments import OutputArguments
 from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
 from jaxlin.experiments.setting import load
 from jaxlin.experiments.tables import bound_lines, bound_table, constants_table, make_console
 from jaxlin.experiments.tuned_arguments import TunedArguments, tune
+from jaxlin.hashing import fingerprint
 from jaxlin.training.bound_sweep import LAM_REL, BoundSweep, bound_sweep, check_sweep
+from jaxlin.versions import versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,7 @@ class BoundsArguments:
         method: Hold Jacobians (dense), or use products with them only; auto: dense where they fit.
         memory_budget: GiB for Jacobians.
         seed: Of head, A, subset and directions.
+        resume: Go on with the sweep in output_dir; start one if there is none.
     """
 
     num_samples: int = 32
@@ -50,6 +55,11 @@ class BoundsArguments:
     method: Literal["auto", "dense", "products"] = "auto"
     memory_budget: float = 4.0
     seed: int = 0
+    resume: bool = False
+
+
+PARTS = "parts"
+"""Folder of what is done of a sweep: β at θ₀, and the runs at each λ."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +93,13 @@ def run(config: BoundsConfig) -> BoundSweep:
     Raises:
         InputError: If anything given cannot be used; nothing has been written then.
         TrainingDivergedError: If a run diverges.
-        KeyboardInterrupt: If interrupted; the log is kept.
+        KeyboardInterrupt: If interrupted; the log is kept, and the λ that are done, for `--resume`.
     """
     begin, arguments = time.monotonic(), config.bounds
     check_numbers(config.bounds, config.data, num_samples=1)
+    check_resume(arguments.resume, config.output, "bounds", "a sweep")
     default = Path("runs") / time.strftime("bounds-%Y%m%d-%H%M%S")
-    folder = RunFolder(config.output.output_dir or default, config.output.overwrite_output_dir)
+    folder = RunFolder(config.output.output_dir or default, config.output.overwrite_output_dir, arguments.resume)
     loaded = load(config.model, config.data, {"train": arguments.num_samples, "eval": 0}, arguments.seed, "squared")
     train = loaded.data["train"]
     options: dict[str, Any] = {
@@ -111,6 +122,8 @@ def run(config: BoundsConfig) -> BoundSweep:
     folder.open(record, options_file(config, loaded))
     source = loaded.model.source
     assert source is not None  # loaded by name
+    inputs = {**fingerprint(tun, tun.theta0), "data_sha256": train.sha256(), "versions": versions()}
+    cache = Cache(folder.path / PARTS)
     try:
         with ProgressReporter(folder.line, config.output.quiet) as progress:
             for line in loaded.lines(config.tuned.peft, tun.num_params, config.model.head_init):
@@ -122,11 +135,14 @@ def run(config: BoundsConfig) -> BoundSweep:
                 seed=arguments.seed,
                 memory_budget=int(arguments.memory_budget * 2**30),
                 progress=progress.update,
+                cache=lambda part, compute: cache.get({**inputs, **part}, compute),
             )
         title = f"{source.name}, {loaded.task.name}: {len(train)} training examples, {arguments.steps} steps of descent"
         _write(folder.path, record, result, f"{title}, seed {arguments.seed}", time.monotonic() - begin)
     except (TrainingDivergedError, KeyboardInterrupt) as error:
         folder.line(f"stopped: {str(error) or 'interrupted'}")
+        if isinstance(error, KeyboardInterrupt):
+            print(f"jaxlin: go on with --output_dir {folder.path} --resume", flush=True)
         raise
     finally:
         folder.close()

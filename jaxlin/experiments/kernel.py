@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from jaxlin.experiments.device_arguments import MeshArguments, mesh_and_rules
 from jaxlin.experiments.model_arguments import ModelArguments, starts_as_probe
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
+from jaxlin.experiments.resume import check_resume
 from jaxlin.experiments.run_arguments import OutputArguments
 from jaxlin.experiments.run_folder import RunFolder, SilentFolder, write_csv, write_json
 from jaxlin.experiments.setting import Loaded, load
@@ -107,16 +107,7 @@ def _check(config: KernelConfig) -> None:
     check_numbers(arguments, config.data, num_samples=1, num_eval_samples=0, check_examples=0)
     if arguments.nearest_psd and kind_of(arguments.kind).symmetric:
         raise InputError(f"--nearest_psd is for --kind asymmetric_signgd; {arguments.kind} is symmetric as it is")
-    if arguments.resume and output.output_dir is None:
-        raise InputError("--resume needs the --output_dir to go on in")
-    if arguments.resume and output.output_dir is not None and (record := output.output_dir / "config.json").exists():
-        command = json.loads(record.read_text(encoding="utf-8")).get("command")
-        if command != "ntk":
-            raise InputError(
-                f"--output_dir {output.output_dir} is of `jaxlin {command}`; --resume goes on with a kernel"
-            )
-    if arguments.resume and output.overwrite_output_dir:
-        raise InputError("--resume and --overwrite_output_dir contradict each other")
+    check_resume(arguments.resume, output, "ntk", "a kernel")
 
 
 def block_table(kernel: Kernel) -> list[dict[str, Any]]:

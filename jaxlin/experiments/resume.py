@@ -101,6 +101,30 @@ def check_same(folder: Path, record: dict[str, Any], options: str) -> str | None
     return differences(*({**run["versions"], "device": run["device"]} for run in (was, record))) or None
 
 
+def check_resume(resume: bool, output: OutputArguments, name: str, what: str) -> None:
+    """Checks `--resume` of a command that goes on by what it finds in its output folder.
+
+    Args:
+        resume: Whether it is given.
+        output: Where the command writes.
+        name: The command's.
+        what: That it goes on with, in words.
+
+    Raises:
+        InputError: If there is no folder to go on in, it is of another command, or it is to be replaced.
+    """
+    if not resume:
+        return
+    if output.output_dir is None:
+        raise InputError("--resume needs the --output_dir to go on in")
+    if (record := output.output_dir / "config.json").exists():
+        was = json.loads(record.read_text(encoding="utf-8")).get("command")
+        if was != name:
+            raise InputError(f"--output_dir {output.output_dir} is of `jaxlin {was}`; --resume goes on with {what}")
+    if output.overwrite_output_dir:
+        raise InputError("--resume and --overwrite_output_dir contradict each other")
+
+
 def command(name: str, folder: Path) -> str:
     """Returns the command line that goes on with a run."""
     return f"jaxlin {name} --resume_from_checkpoint {shlex.quote(str(folder))}"

@@ -53,7 +53,10 @@ _FILES = (
     "log.jsonl",
     "run.log",
 )
-"""What a run may have left."""
+"""Files that a run may have left."""
+
+_FOLDERS = ("tensorboard", "figures", "profile", "checkpoints", "parts", "kernel.zarr", "kernel_eval.zarr")
+"""Folders, likewise."""
 
 
 class RunFolder:
@@ -104,7 +107,7 @@ class RunFolder:
             if not self.resume:
                 for old in _FILES:
                     (self.path / old).unlink(missing_ok=True)
-                for folder in ("tensorboard", "figures", "profile", "checkpoints", "kernel.zarr", "kernel_eval.zarr"):
+                for folder in _FOLDERS:
                     if (self.path / folder).is_dir():
                         shutil.rmtree(self.path / folder)
             (self.path / "figures").mkdir(parents=True, exist_ok=True)

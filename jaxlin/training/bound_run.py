@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from jaxlin.ntk.engine import kernel_from_jacobian, ntk
 from jaxlin.ntk.jacobian import to_float64
 from jaxlin.ntk.kernel import Kernel
 from jaxlin.ntk.lanczos import Extreme
+from jaxlin.ntk.lipschitz import moved, random_direction
 from jaxlin.ntk.products import NTKOperator, ntk_vector_product
 from jaxlin.theory.regression import KernelRegression, kernel_regression
 from jaxlin.training.cached import cached_linearized
@@ -29,6 +32,13 @@ from jaxlin.tunable import Tunable
 
 Tick = Callable[[int], None]
 """Called with the number of units just done."""
+
+PartCache = Callable[[Mapping[str, Any], Callable[[], Any]], Any]
+"""Called with what a part of long work is of, and with what computes it, both as JSON holds them: returns the part,
+computed, or kept from before."""
+
+BETA_TOLERANCE = 1e-2
+"""Relative residual of β away from θ₀, where Lanczos starts from θ₀'s vector."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +74,9 @@ class Origin:
     parts: int
 
     @classmethod
-    def compute(cls, tun: Tunable, data: Dataset, method: str, seed: int, memory_budget: int, parts: int) -> Origin:
+    def compute(
+        cls, tun: Tunable, data: Dataset, method: str, seed: int, memory_budget: int, parts: int, cache: PartCache
+    ) -> Origin:
         """Computes it, under x64.
 
         Args:
@@ -74,6 +86,7 @@ class Origin:
             seed: Of Lanczos's start.
             memory_budget: Bytes for Jacobians.
             parts: That a step is computed in.
+            cache: Of β, which takes longest.
 
         Returns:
             What is known.
@@ -97,7 +110,13 @@ class Origin:
         f0 = predict(exact, exact.theta0, data)
         y = np.asarray(targets(data["labels"], f0.shape[1]), np.float64)
         operator = ntk_vector_product(exact, data, dtype="float64", check_examples=0)
-        beta = smoothness(operator, rng=seed)
+
+        def bend() -> dict[str, Any]:
+            found = smoothness(operator, rng=seed)
+            return {**dataclasses.asdict(found), "vector": found.vector.tolist()}
+
+        found = cache({"part": "smoothness at θ₀", "seed": seed}, bend)
+        beta = Extreme(**{**found, "vector": np.asarray(found["vector"])})
         regression = kernel_regression(kernel, y, f0, 0.0)
         return cls(exact, linear, data, linear_data, measure, operator, kernel, regression, y, sigma, beta, parts)
 
@@ -137,8 +156,9 @@ class Descent:
         largest_distance: D, over all steps.
         largest_residual: ρ, likewise.
         largest_gradient: G, likewise.
-        middle_ratio: As `ratio`, halfway between θ₀ and the last θ.
-        last: The last θ.
+        lipschitz: Radius ‖δ‖ and `ratio` of every θ sampled: those of the steps, the one halfway to the last, and those
+            in random directions.
+        smoothness: Radius and smoothness of R of some of them: the last, and the first in a random direction.
     """
 
     lam: float
@@ -155,8 +175,8 @@ class Descent:
     largest_distance: float
     largest_residual: float
     largest_gradient: float
-    middle_ratio: float
-    last: PyTree
+    lipschitz: Float[np.ndarray, "L 2"]
+    smoothness: Float[np.ndarray, "B 2"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -180,6 +200,9 @@ class SelectiveDescent:
     update: Float[np.ndarray, " T"]
     gradient: Float[np.ndarray, " T"]
     largest_distance: float
+
+
+Run = TypeVar("Run", Descent, SelectiveDescent)
 
 
 def _train(
@@ -206,7 +229,14 @@ def _train(
 
 
 def descend(
-    origin: Origin, lam: float, learning_rate: float, steps: Sequence[int], trained: Tick, measured: Tick
+    origin: Origin,
+    lam: float,
+    learning_rate: float,
+    steps: Sequence[int],
+    directions: int,
+    seed: int,
+    trained: Tick,
+    measured: Tick,
 ) -> Descent:
     """Runs descent with the coupled pull, full and linearized, and measures it.
 
@@ -215,6 +245,8 @@ def descend(
         lam: λ.
         learning_rate: η.
         steps: Where to measure, ascending, from 1; the last is the run's length.
+        directions: Random directions in which θ are sampled too, at the largest distance of the run.
+        seed: Of them.
         trained: Called with 1 for each step of the full model.
         measured: Called with 1 for each θ that is measured.
 
@@ -233,37 +265,65 @@ def descend(
         theta, other = full.states[t].theta, linear.states[t].theta
         f, same_theta = origin.outputs(theta)
         linear_outputs = predict(origin.linear, other, origin.linear_data)
-        norms, moved = origin.measure.norms(theta, (STACKED, DRIFT)), distance(theta, origin.tun.theta0)
+        norms, away = origin.measure.norms(theta, (STACKED, DRIFT)), distance(theta, origin.tun.theta0)
         measured(1)
         rows.append(
             {
-                "distance": moved,
+                "distance": away,
                 "risk": 0.5 * float(np.sum((f - origin.y) ** 2)),
                 "same_theta_gap": float(np.linalg.norm(f - same_theta)),
                 "parameter_gap": distance(theta, other),
                 "output_gap": float(np.linalg.norm(f - linear_outputs)),
                 "kernel_drift": norms[DRIFT].value,
-                "ratio": norms[STACKED].value / moved if moved > 0 else 0.0,
+                "ratio": norms[STACKED].value / away if away > 0 else 0.0,
             }
         )
     arrays = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     limit, before = origin.limit(lam), [row["loss"] * n for row in full.history]
-    middle = jax.tree.map(lambda a, b: (a + b) / 2, full.theta, origin.tun.theta0)
-    half = arrays["distance"][-1] / 2
-    middle_ratio = origin.measure.norms(middle, (STACKED,))[STACKED].value / half if half > 0 else 0.0
-    measured(1)
+    largest = max(row["distance"] for row in full.history)
+    lipschitz, smooth = _around(origin, full.theta, arrays["distance"][-1], largest, directions, seed, measured)
     return Descent(
         lam=lam,
         learning_rate=learning_rate,
         steps=np.array(steps),
         **arrays,
         limit_gap=np.array([distance(linear.states[t].theta, limit) for t in (0, *steps)]),
-        largest_distance=max(row["distance"] for row in full.history),
+        largest_distance=largest,
         largest_residual=float(np.sqrt(2 * max(*before, arrays["risk"][-1]))),
         largest_gradient=max(row["gradient_norm"] for row in full.history) * n,
-        middle_ratio=float(middle_ratio),
-        last=full.theta,
+        lipschitz=np.array([*zip(arrays["distance"], arrays["ratio"], strict=True), *lipschitz]),
+        smoothness=np.array(smooth),
     )
+
+
+_Samples = list[tuple[float, float]]
+
+
+def _around(
+    origin: Origin, last: PyTree, length: float, largest: float, directions: int, seed: int, measured: Tick
+) -> tuple[_Samples, _Samples]:
+    """Returns radius and H, and radius and β, of θ beside the steps of a run to `last`, which is `length` from θ₀."""
+    start = origin.tun.theta0
+    bend = functools.partial(smoothness, start=origin.beta.vector, tolerance=BETA_TOLERANCE, width=4)
+
+    def ratio(theta: PyTree, radius: float) -> tuple[float, float]:
+        changed = origin.measure.norms(theta, (STACKED,))[STACKED].value if radius > 0 else 0.0
+        measured(1)
+        return radius, changed / radius if radius > 0 else 0.0
+
+    def beta(theta: PyTree, radius: float) -> tuple[float, float]:
+        found = bend(origin.operator.at(theta)).value
+        measured(1)
+        return radius, found
+
+    lipschitz = [ratio(jax.tree.map(lambda a, b: (a + b) / 2, last, start), length / 2)]
+    smooth = [beta(last, length)]
+    for k in range(directions if largest > 0 else 0):
+        theta = moved(start, random_direction(start, seed, k), largest)
+        lipschitz.append(ratio(theta, largest))
+        if k == 0:
+            smooth.append(beta(theta, largest))
+    return lipschitz, smooth
 
 
 def descend_selectively(
@@ -308,3 +368,14 @@ def descend_selectively(
 
 def _flat(tree: PyTree) -> Float[np.ndarray, " P"]:
     return np.concatenate([np.asarray(leaf).reshape(-1) for leaf in jax.tree.leaves(tree)])
+
+
+def to_json(run: Descent | SelectiveDescent) -> dict[str, Any]:
+    """Returns a run as JSON holds it, to the bit."""
+    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in dataclasses.asdict(run).items()}
+
+
+def from_json(kind: type[Run], content: Mapping[str, Any]) -> Run:
+    """Returns the run that `to_json` was given."""
+    fields: dict[str, Any] = {k: np.array(v) if isinstance(v, list) else v for k, v in content.items()}
+    return kind(**fields)

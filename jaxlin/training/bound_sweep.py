@@ -13,16 +13,24 @@ import numpy as np
 from jaxlin import bounds
 from jaxlin.data.dataset import Dataset, as_dataset
 from jaxlin.errors import InputError
-from jaxlin.ntk.change import METHODS, STACKED
+from jaxlin.ntk.change import METHODS
 from jaxlin.ntk.jacobian import MEMORY_BUDGET
 from jaxlin.ntk.kernel import Kernel
-from jaxlin.ntk.lipschitz import moved, random_direction
 from jaxlin.ntk.work import PhaseProgress
 from jaxlin.theory.bound import Bound
 from jaxlin.theory.drift import relative
-from jaxlin.training.bound_run import Descent, Origin, SelectiveDescent, descend, descend_selectively
+from jaxlin.training.bound_run import (
+    BETA_TOLERANCE,
+    Descent,
+    Origin,
+    PartCache,
+    SelectiveDescent,
+    descend,
+    descend_selectively,
+    from_json,
+    to_json,
+)
 from jaxlin.training.compare import check_lams
-from jaxlin.training.smoothness import smoothness
 from jaxlin.training.trainer import Row, check_data
 from jaxlin.tunable import Tunable, layer_index
 
@@ -31,10 +39,6 @@ LAM_REL = (0.1, 1.0, 10.0, 100.0)
 
 _SCALING = ("distance", "parameter_gap", "output_gap", "same_theta_gap", "kernel_drift")
 """What falls as a power of λ as λ → ∞ (theory 5): the first and last as 1/λ, the gaps as 1/λ²."""
-
-
-_BETA_TOLERANCE = 1e-2
-"""Relative residual of β away from θ₀, where Lanczos starts from θ₀'s vector."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -139,6 +143,7 @@ def bound_sweep(
     gradient_accumulation_steps: int = 1,
     memory_budget: int = MEMORY_BUDGET,
     progress: PhaseProgress | None = None,
+    cache: PartCache | None = None,
 ) -> BoundSweep:
     """Runs what the bounds of theory 3 to 7 are of, over a sweep of λ, and evaluates every one.
 
@@ -163,6 +168,9 @@ def bound_sweep(
             length, for less memory and padding; at most one an example.
         memory_budget: Bytes for Jacobians.
         progress: Called with a phase's name, units done and in all.
+        cache: Makes long work go on where it was: called for β at θ₀ and for each λ with what that part is of, beside
+            model and data, and with a function of no arguments that computes it, both as JSON holds them, it returns
+            the part, computed or from before.
 
     Returns:
         Tables, constants and bounds.
@@ -176,19 +184,20 @@ def bound_sweep(
     options: dict[str, Any] = {"steps": steps, "selective_steps": selective_steps, "directions": directions}
     options |= {"share": share, "method": method, "gradient_accumulation_steps": gradient_accumulation_steps}
     check_sweep(tun, data, lam_rel=lam_rel, **options)
+    cache = cache or (lambda part, compute: compute())
     shares = np.atleast_1d(np.asarray(lam_rel, float)).tolist()
-    where = measured_steps(steps)
     ticks = _Ticks(progress, {"training": len(shares) * (steps + selective_steps)})
-    ticks.total["derivatives"] = len(shares) * (len(where) + 1 + directions + 2)
+    ticks.total["derivatives"] = len(shares) * (len(measured_steps(steps)) + 1 + directions + 2)
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        origin = Origin.compute(tun, data, method, seed, memory_budget, gradient_accumulation_steps)
-        mu1 = origin.sigma**2
+        origin = Origin.compute(tun, data, method, seed, memory_budget, gradient_accumulation_steps, cache)
         runs, selective = [], []
-        for lam in (rel * mu1 for rel in shares):
-            eta = share / (max(origin.beta.value, mu1) + lam)
-            runs.append(descend(origin, lam, eta, where, ticks.of("training"), ticks.of("derivatives")))
-            selective.append(descend_selectively(origin, lam, eta, selective_steps, ticks.of("training")))
-        samples = _sample(origin, runs, directions, seed, ticks.of("derivatives"))
+        for done, rel in enumerate(shares, start=1):
+            compute = functools.partial(_run, origin, rel, seed, options, ticks)
+            part = cache({"part": "descent", "lam_rel": rel, "seed": seed, **options}, compute)
+            ticks.reach(done / len(shares))
+            runs.append(from_json(Descent, part["coupled"]))
+            selective.append(from_json(SelectiveDescent, part["selective"]))
+    samples = _Samples.of(origin, runs)
     found = {run.lam: _bounds(origin, run, part, samples) for run, part in zip(runs, selective, strict=True)}
     labels = {
         run.lam: {"lam": run.lam, "lam_over_mu1": rel, "learning_rate": run.learning_rate}
@@ -207,15 +216,25 @@ def bound_sweep(
         "seed": seed,
         "derivatives": type(origin.measure).__name__.removesuffix("Change").lower(),
         "sigma": origin.sigma,
-        "mu_1": mu1,
+        "mu_1": origin.sigma**2,
         "beta_start": origin.beta.value,
         "beta_start_residual": origin.beta.residual,
-        "beta_residual_at_most": _BETA_TOLERANCE,
+        "beta_residual_at_most": BETA_TOLERANCE,
         "risk_start": origin.risk,
         "constants": constants,
         "slopes": slopes(runs),
     }
     return BoundSweep(table, measurements, summary, found)
+
+
+def _run(origin: Origin, rel: float, seed: int, options: Mapping[str, Any], ticks: _Ticks) -> dict[str, Any]:
+    """Runs descent at λ = rel μ₁ with both pulls; as JSON."""
+    lam, trained = rel * origin.sigma**2, ticks.of("training")
+    eta = options["share"] / (max(origin.beta.value, origin.sigma**2) + lam)
+    where, measured = measured_steps(options["steps"]), ticks.of("derivatives")
+    coupled = descend(origin, lam, eta, where, options["directions"], seed, trained, measured)
+    selective = descend_selectively(origin, lam, eta, options["selective_steps"], trained)
+    return {"coupled": to_json(coupled), "selective": to_json(selective)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +249,11 @@ class _Ticks:
         """Returns what counts a phase on."""
         return functools.partial(self._tick, phase)
 
+    def reach(self, share: float) -> None:
+        """Says that so much of every phase is done, be it from before."""
+        for phase, total in self.total.items():
+            self._tick(phase, round(share * total) - self.done.get(phase, 0))
+
     def _tick(self, phase: str, units: int) -> None:
         self.done[phase] = self.done.get(phase, 0) + units
         if self.progress is not None and units:
@@ -240,33 +264,19 @@ class _Ticks:
 class _Samples:
     """Radius and value of every sample of H and β."""
 
-    lipschitz: list[tuple[float, float]]
-    beta: list[tuple[float, float]]
+    lipschitz: list[list[float]]
+    beta: list[list[float]]
+
+    @classmethod
+    def of(cls, origin: Origin, runs: Sequence[Descent]) -> _Samples:
+        """Returns those of all runs, and β at θ₀."""
+        lipschitz = [pair for run in runs for pair in run.lipschitz.tolist()]
+        smoothness = [pair for run in runs for pair in run.smoothness.tolist()]
+        return cls([[0.0, 0.0], *lipschitz], [[0.0, origin.beta.value], *smoothness])
 
     def within(self, what: str, radius: float) -> float:
         """Returns the largest value in the ball."""
         return max(value for r, value in getattr(self, what) if r <= radius * (1 + 1e-9))
-
-
-def _sample(
-    origin: Origin, runs: Sequence[Descent], directions: int, seed: int, tick: Callable[[int], None]
-) -> _Samples:
-    lipschitz, beta = [(0.0, 0.0)], [(0.0, origin.beta.value)]
-    near = functools.partial(smoothness, start=origin.beta.vector, tolerance=_BETA_TOLERANCE, width=4)
-    for run in runs:
-        lipschitz += zip(run.distance.tolist(), run.ratio.tolist(), strict=True)
-        lipschitz.append((float(run.distance[-1]) / 2, run.middle_ratio))
-        beta.append((float(run.distance[-1]), near(origin.operator.at(run.last)).value))
-        tick(1)
-        radius = run.largest_distance
-        for k in range(directions if radius > 0 else 0):
-            theta = moved(origin.tun.theta0, random_direction(origin.tun.theta0, seed, k), radius)
-            lipschitz.append((radius, origin.measure.norms(theta, (STACKED,))[STACKED].value / radius))
-            tick(1)
-            if k == 0:
-                beta.append((radius, near(origin.operator.at(theta)).value))
-                tick(1)
-    return _Samples(lipschitz, beta)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,6 +18,7 @@ import tyro
 
 from jaxlin import plots
 from jaxlin.errors import InputError
+from jaxlin.experiments.cache import Cache
 from jaxlin.experiments.data_arguments import DataArguments, load_task
 from jaxlin.experiments.figures import (
     choose_layers,
@@ -30,7 +31,6 @@ from jaxlin.experiments.figures import (
     regularization,
     spectra,
 )
-from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.figures.study import WHOLE, Row, Setting, Study, Work, read_tables, write_tables
 from jaxlin.experiments.figures.summary import name_of
 from jaxlin.experiments.progress import ProgressReporter

@@ -13,8 +13,8 @@ import numpy as np
 
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
+from jaxlin.experiments.cache import Cache
 from jaxlin.experiments.data_arguments import STDLIB, DataArguments, check_tasks
-from jaxlin.experiments.figures.cache import Cache
 from jaxlin.experiments.model_arguments import ModelArguments, starts_as_probe
 from jaxlin.experiments.run_folder import write_csv
 from jaxlin.experiments.setting import Loaded, load
