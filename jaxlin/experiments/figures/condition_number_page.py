@@ -164,7 +164,9 @@ def _scatter_others(table: Sequence[Row], correlations: Sequence[Row], outcome: 
     counts, last = distinct(rows, "num_modules"), len(distinct(rows, "choice"))
     others = [name for name in _SHOWN if name != KAPPA]
     width, height = plots.width_of(len(tasks)), 0.72 * len(others) + 1.2
-    figure, axes = plots.canvas(len(others), len(tasks), width, height, sharex=True, sharey=True)
+    figure, axes = plots.canvas(len(others), len(tasks), width, height)
+    beside = (1 - 0.05 * (last - 1), last + 0.05 * (last - 1))
+    ranks = {"xlim": beside, "ylim": beside, "xticks": (1, last), "yticks": (1, last)}
     with plots.drawing():
         for place, predictor in enumerate(others):
             for axis, task in zip(axes[place], tasks, strict=True):
@@ -173,7 +175,8 @@ def _scatter_others(table: Sequence[Row], correlations: Sequence[Row], outcome: 
                 image = _dots(axis, points._replace(predictor=x, outcome=y), counts)
                 rho = f"ρ = {_signed(one(correlations, predictor, outcome, task=task)['spearman'])}"
                 axis.set_title(rho if place else f"{name_of(task)}\n{rho}", fontsize=7, pad=2)
-            axes[place, 0].set(xticks=(1, last), yticks=(1, last))  # of all, which share their axes
+                axis.set(**ranks)  # for each: Matplotlib takes half a minute for so many axes that share their limits
+                axis.label_outer()
             axes[place, 0].set_ylabel(textwrap.fill(name_of_predictor(predictor), 12), fontsize=6.5)
         what = f"Choices of layers and modules ranked by a predictor (across) and by {_SCATTERED[outcome]} (up);\nruns"
         _keys(figure, axes, image, rows, what)
