@@ -167,6 +167,9 @@ def drawing() -> AbstractContextManager[None]:
     return plt.rc_context(_STYLE)
 
 
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+
 def save(figure: Figure, path: Path, suffixes: Sequence[str] = (".png", ".svg")) -> list[Path]:
     """Writes `<path>.png` and `<path>.svg`, the same bytes for the same figure, and closes it."""
     import matplotlib.pyplot as plt
@@ -174,9 +177,16 @@ def save(figure: Figure, path: Path, suffixes: Sequence[str] = (".png", ".svg"))
     files = [path.with_suffix(suffix) for suffix in suffixes]
     with drawing():
         for file in files:
-            figure.savefig(file, dpi=200, metadata={"Date": None} if file.suffix == ".svg" else None)
+            figure.savefig(file, dpi=200, metadata=_NO_METADATA if file.suffix == ".svg" else None)
+            figure.set_layout_engine("none")  # it is laid out, which takes as long as drawing it
     plt.close(figure)
     return files
+
+
+def element(file: Path) -> str:
+    """Returns the `<svg>` element of a figure that was saved, for a page; its text is text."""
+    text = file.read_text(encoding="utf-8")
+    return text[text.index("<svg") :]
 
 
 def task_look(task: str) -> tuple[str, str]:
@@ -489,20 +499,6 @@ def _measured(axis: Axes, rows: Sequence[Row], name: str, colour: str) -> None:
     if len(large) > 1 and np.isfinite(y[-1]):
         guide = 0.5 * y[-1] * (large / large[-1]) ** SCALINGS[name]
         axis.plot(large, guide, color=colour, lw=0.8, ls=_DOTS, label="_")
-
-
-def svg(figure: Figure) -> str:
-    """Returns a figure as an `<svg>` element for a page, and closes it; its text stays text."""
-    import io
-
-    import matplotlib.pyplot as plt
-
-    stream = io.StringIO()
-    with drawing():
-        figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    plt.close(figure)
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
 
 
 def candidates(table: Sequence[Row], criterion: str, title: str) -> Figure:

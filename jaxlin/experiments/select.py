@@ -300,12 +300,17 @@ def _write(
     about.append(", ".join(f"{name} {version}" for name, version in versions().items()))
     about.append("λ, μ and kernels are for the summed loss ½‖f − y‖² + (λ/2)‖θ − θ₀‖².")
     title = f"Which layers to adapt: {loaded.task.name}, {source.name if source else 'model'}"
-    (path / "report.html").write_text(page(report, title, of, peft, command, warnings, about), encoding="utf-8")
-    figures = path / "figures"
-    plots.save(plots.candidates(report.table, report.search.criterion, of), figures / "candidates")
-    plots.save(plots.cells(report.table, "Where the best candidates lie"), figures / "cells")
-    plots.save(plots.spectra(report.spectra, of), figures / "spectra")
-    plots.save(plots.lam_curve(report.lam_curve, report.lam_rel, of), figures / "lam")
+    figures = {
+        "candidates": plots.candidates(report.table, report.search.criterion, of),
+        "cells": plots.cells(report.table, "Where the best candidates lie"),
+        "spectra": plots.spectra(report.spectra, of),
+        "lam": plots.lam_curve(report.lam_curve, report.lam_rel, of),
+    }
+    drawn = {}
+    for name, figure in figures.items():
+        plots.save(figure, path / "figures" / name)
+        drawn[name] = plots.element(path / "figures" / f"{name}.svg")
+    (path / "report.html").write_text(page(report, title, drawn, peft, command, warnings, about), encoding="utf-8")
 
 
 def _print(report: LayerSelection, warnings: list[str], path: Path, seconds: float) -> None:

@@ -191,7 +191,7 @@ def _at(report: LayerSelection) -> str:
 def page(
     report: LayerSelection,
     title: str,
-    of: str,
+    figures: Mapping[str, str],
     peft: Mapping[str, Any] | None,
     command: str | None,
     warnings: Sequence[str],
@@ -202,7 +202,7 @@ def page(
     Args:
         report: What was found.
         title: Of the page.
-        of: What the kernels are of, with sample sizes.
+        figures: `<svg>` elements by name.
         peft: The choice for the `peft` library, where it can be said.
         command: A command line that compares full and linearized fine-tuning of the choice.
         warnings: See `caveats`.
@@ -230,9 +230,9 @@ def page(
         _answer(report),
         "<h2>Why this one</h2>",
         _table(top, {"rank": "rank"} | ranked, chosen=0),
-        _figure(plots.svg(plots.candidates(report.table, criterion, of)), "Every candidate that was computed."),
+        _figure(figures["candidates"], "Every candidate that was computed."),
         _figure(
-            plots.svg(plots.cells(report.table, "Where the best candidates lie")),
+            figures["cells"],
             "How often a module of a layer is in the best tenth of the candidates.",
         ),
         f"<p>Criteria that depend on λ are at {_at(report)}.</p>",
@@ -243,12 +243,12 @@ def page(
         _table(named, by_criterion),
         "<h2>Spectra</h2>",
         _figure(
-            plots.svg(plots.spectra(report.spectra, of)),
+            figures["spectra"],
             "Eigenvalues of the kernel at θ₀, first draw. By Weyl none is above that of everything.",
         ),
         "<h2>How strongly to pull towards the pretrained weights</h2>",
         _figure(
-            plots.svg(plots.lam_curve(report.lam_curve, report.lam_rel, of)),
+            figures["lam"],
             "Kernel ridge regression with the chosen kernel, mean over draws. Low loss, high likelihood are better.",
         ),
         "<h2>Caveats</h2>",
