@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import itertools
 import sys
 import warnings
 
@@ -329,8 +330,14 @@ def test_one_example(model, batch):
     assert one.array.shape == (1, 1, 3, 3)
 
 
-@pytest.mark.parametrize("tune", ["head", "lora", "full"])
-@pytest.mark.parametrize("options", [{"engine": "factored"}, {"keep_jacobian": True}, {"engine": "neural_tangents"}])
+@pytest.mark.parametrize(
+    ("tune", "options"),
+    [
+        *itertools.product(["head", "lora", "full"], [{"engine": "factored"}, {"keep_jacobian": True}]),
+        *(("head", {"engine": "neural_tangents"}), ("lora", {"engine": "neural_tangents"})),
+        pytest.param("full", {"engine": "neural_tangents"}, marks=pytest.mark.slow),  # a minute of compiling
+    ],
+)
 def test_duplicates(model, batch, tune, options):
     """K is singular, and κ known to be at least so large."""
     tun = {"head": jl.head_only, "lora": functools.partial(jl.lora, rank=3), "full": jl.full}[tune](model)

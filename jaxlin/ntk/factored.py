@@ -212,11 +212,15 @@ def find_sites(tun: Tunable, data: Dataset, theta: PyTree, k: int) -> tuple[Site
     leaves, structure = jax.tree.flatten((apply, theta, batch))
     shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, jnp.result_type(leaf)) for leaf in leaves)
     tuned, frozen = (flatten_dict(tree, sep="/") for tree in (theta, apply.frozen))
+    owned: dict[str, list[str]] = {}
+    for leaf in tuned:
+        module, _, name = leaf.rpartition("/")
+        owned.setdefault(module, []).append(name)
     sites = []
     for path, call in _owners(structure, shapes).items():
-        names = sorted(name for module, _, name in (leaf.rpartition("/") for leaf in tuned) if module == path)
+        names = sorted(owned[path])
         adapters = {name for name in ADAPTER_NAMES for leaves in (tuned, frozen) if f"{path}/{name}" in leaves}
-        without_effect = "lora_B" in names and not np.any(tuned[f"{path}/lora_B"])
+        without_effect = "lora_B" in names and not np.any(np.asarray(tuned[f"{path}/lora_B"]))
         if without_effect:
             names = [name for name in names if name != "lora_A"]
         (x,), _ = call.given

@@ -125,6 +125,7 @@ class Jacobian:
         return sum(rows.nbytes for rows in self.rows.values())
 
 
+@jax.jit  # so that it is traced once; it is never run
 def _apply(apply: Callable[[PyTree, Batch], Array], theta: PyTree, batch: Batch) -> Array:
     return apply(theta, batch)
 
