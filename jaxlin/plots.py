@@ -167,7 +167,8 @@ def drawing() -> AbstractContextManager[None]:
     return plt.rc_context(_STYLE)
 
 
-_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+"""Of an SVG, so that the same figure is the same bytes, whenever and by whichever version it is drawn."""
 
 
 def save(figure: Figure, path: Path, suffixes: Sequence[str] = (".png", ".svg")) -> list[Path]:
@@ -176,9 +177,10 @@ def save(figure: Figure, path: Path, suffixes: Sequence[str] = (".png", ".svg"))
 
     files = [path.with_suffix(suffix) for suffix in suffixes]
     with drawing():
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it is laid out: each time takes as long as drawing it
         for file in files:
-            figure.savefig(file, dpi=200, metadata=_NO_METADATA if file.suffix == ".svg" else None)
-            figure.set_layout_engine("none")  # it is laid out, which takes as long as drawing it
+            figure.savefig(file, dpi=200, metadata=NO_METADATA if file.suffix == ".svg" else None)
     plt.close(figure)
     return files
 

@@ -167,7 +167,7 @@ def test_it_goes_on_where_it_was():
         tun, data, lam_rel=[0.5, 1.0, 3.0], cache=cache, progress=lambda *report: told.append(report), **options
     )
     assert computed == [None, 0.5, 1.0, 3.0]  # β at θ₀ first
-    assert told[0] == ("training", 5, 15)
+    assert told[0] == ("training", 11, 15)  # two λ of 5 steps were there, and are told with the next step
     assert {("training", 15, 15), ("derivatives", 21, 21)} <= set(told)
     fresh = bound_sweep(tun, data, lam_rel=[0.5, 1.0, 3.0], **options)
     assert found.table == fresh.table

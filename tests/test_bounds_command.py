@@ -65,20 +65,31 @@ def test_it_goes_on_after_an_interrupt(run, options, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "descend", interrupted)
     options = {**options, "num_samples": 4, "steps": 1, "selective_steps": 1, "lam_rel": ["1", "10"]}
-    code, out, err = run(*words(options), "--resume")
+    code, out, err = run(*words(options))
     assert code == 130, err
-    assert f"go on with --output_dir {folder} --resume" in out
+    last = out.strip().splitlines()[-1]
+    assert last == f"go on with: jaxlin bounds --config {folder}/config.yaml --output_dir {folder} --resume"
     assert not (folder / "table.csv").exists()
-    code, out, err = run(*words(options), "--resume")
-    assert code == 0, err
+    code, _, err = run(*words({**options, "steps": 2}), "--resume")
+    assert (code, "--steps was 1, is 2" in err) == (2, True)
+    code, out, err = run(*last.partition("go on with: jaxlin ")[2].split(), "--quiet")
+    assert (code, err) == (0, "")
     assert len(lams) == 3  # the first λ is not run again
-    assert {row["lam_over_mu1"] for row in cases.rows(folder / "table.csv")} == {"1.0", "10.0"}
+    results = json.loads((folder / "all_results.json").read_text())
+    assert {row["lam_over_mu1"] for row in results["table"]} == {1.0, 10.0}
+    parts = [json.loads(file.read_text())["seconds"] for file in (folder / "parts").iterdir()]
+    assert len(parts) == 3  # β and two λ
+    assert results["summary"]["seconds"] > sum(parts)  # of both processes
+    code, _, err = run(*words({**options, "lam_rel": ["1", "10", "30"]}), "--resume")
+    assert code == 0, err
+    assert len(lams) == 4
     code, _, err = run(*words(options), "--resume", "--overwrite_output_dir")
     assert (code, "--resume and --overwrite_output_dir contradict each other" in err) == (2, True)
     code, _, err = run("ntk", "--output_dir", folder, "--resume")
     assert (code, "is of `jaxlin bounds`; --resume goes on with a kernel" in " ".join(err.split())) == (2, True)
-    run(*words({**options, "lam_rel": ["3"]}), "--overwrite_output_dir")
-    assert len(list((folder / "parts").iterdir())) == 2  # β and one λ: the old ones are gone
+    code, _, err = run(*words({**options, "lam_rel": ["3"]}), "--overwrite_output_dir")
+    assert code == 0, err
+    assert len(list((folder / "parts").iterdir())) == 2  # the old ones are gone
 
 
 BAD = {

@@ -54,6 +54,23 @@ def test_seconds_are_those_of_the_results_asked_for(tmp_path):
     assert second.seconds == 30.0
 
 
+def test_a_result_of_others_counts_their_seconds_once(tmp_path):
+    """Two parts, the first of them from a process before."""
+    Cache(tmp_path).get({"part": 0}, lambda: 1)
+    (file,) = tmp_path.iterdir()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "seconds": 100.0}))
+    cache, computed = Cache(tmp_path), []
+
+    def whole():
+        return sum(cache.get({"part": k}, lambda k=k: computed.append(k) or 1) for k in range(2))
+
+    for one in (cache, Cache(tmp_path)):
+        assert one.get({"whole": True}, whole) == 2
+        assert computed == [1]
+        assert 100 < one.seconds < 101
+    assert cache.saved == 100
+
+
 def toy_study(log, stop_at=None):
     """Three units; the one to stop at is interrupted in its middle."""
 

@@ -15,7 +15,7 @@ from jaxlin.experiments.data_arguments import DataArguments, check_numbers
 from jaxlin.experiments.model_arguments import ModelArguments, starts_as_probe
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
-from jaxlin.experiments.resume import check_resume
+from jaxlin.experiments.resume import check_resume, check_same, resume_command
 from jaxlin.experiments.run_arguments import OutputArguments
 from jaxlin.experiments.run_folder import RunFolder, write_csv, write_json
 from jaxlin.experiments.setting import load
@@ -23,7 +23,6 @@ from jaxlin.experiments.tables import bound_lines, bound_table, constants_table,
 from jaxlin.experiments.tuned_arguments import TunedArguments, tune
 from jaxlin.hashing import fingerprint
 from jaxlin.training.bound_sweep import LAM_REL, BoundSweep, bound_sweep, check_sweep
-from jaxlin.versions import versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +56,9 @@ class BoundsArguments:
     seed: int = 0
     resume: bool = False
 
+
+_FREE = ("lam_rel", "memory_budget")
+"""Options that a sweep may go on with others of: λ are kept one by one."""
 
 PARTS = "parts"
 """Folder of what is done of a sweep: β at θ₀, and the runs at each λ."""
@@ -114,18 +116,24 @@ def run(config: BoundsConfig) -> BoundSweep:
             "gradient_accumulation_steps",
         )
     }
-    check_sweep(tune(loaded.model, config.tuned, arguments.seed, False)[0], train, **options)
+    before, _ = tune(loaded.model, config.tuned, arguments.seed, False)
+    check_sweep(before, train, **options)
+    # The model as it is before its head is fitted: a probe is the same to rounding only.
+    inputs = {**fingerprint(before, before.theta0), "data_sha256": train.sha256(), "head": config.model.head_init}
     if starts_as_probe(loaded.model, config.model):
         loaded = dataclasses.replace(loaded, model=loaded.probed())
     tun, _ = tune(loaded.model, config.tuned, arguments.seed, False)
-    record = resolved("bounds", config, loaded)
-    folder.open(record, options_file(config, loaded))
+    record, written = resolved("bounds", config, loaded), options_file(config, loaded)
+    begun = arguments.resume and (folder.path / "config.json").exists()
+    note = check_same(folder.path, record, written, _FREE) if begun else None
+    folder.open(record, written)
     source = loaded.model.source
     assert source is not None  # loaded by name
-    inputs = {**fingerprint(tun, tun.theta0), "data_sha256": train.sha256(), "versions": versions()}
     cache = Cache(folder.path / PARTS)
     try:
         with ProgressReporter(folder.line, config.output.quiet) as progress:
+            if note:
+                progress.say(f"what is taken from before agrees to rounding only: {note}")
             for line in loaded.lines(config.tuned.peft, tun.num_params, config.model.head_init):
                 progress.say(line)
             result = bound_sweep(
@@ -137,16 +145,17 @@ def run(config: BoundsConfig) -> BoundSweep:
                 progress=progress.update,
                 cache=lambda part, compute: cache.get({**inputs, **part}, compute),
             )
+        seconds = time.monotonic() - begin + cache.saved
         title = f"{source.name}, {loaded.task.name}: {len(train)} training examples, {arguments.steps} steps of descent"
-        _write(folder.path, record, result, f"{title}, seed {arguments.seed}", time.monotonic() - begin)
+        _write(folder.path, record, result, f"{title}, seed {arguments.seed}", seconds)
     except (TrainingDivergedError, KeyboardInterrupt) as error:
         folder.line(f"stopped: {str(error) or 'interrupted'}")
         if isinstance(error, KeyboardInterrupt):
-            print(f"jaxlin: go on with --output_dir {folder.path} --resume", flush=True)
+            print(f"go on with: {resume_command('bounds', folder.path)}", flush=True)
         raise
     finally:
         folder.close()
-    _print(result, folder.path, time.monotonic() - begin)
+    _print(result, folder.path, seconds)
     return result
 
 

@@ -20,13 +20,15 @@ class Cache:
     Attributes:
         folder: Where they lie.
         seconds: What computing the results asked for has taken, whenever that was.
+        saved: Of that, what was not spent now.
         read: Paths of those files.
     """
 
     def __init__(self, folder: Path) -> None:
         """Makes the folder, which may be there."""
-        self.folder, self.seconds = folder, 0.0
+        self.folder, self.seconds, self.saved = folder, 0.0, 0.0
         self.read: set[Path] = set()
+        self._depth = 0
         folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
@@ -34,18 +36,26 @@ class Cache:
 
         Args:
             key: All that the result depends on, as JSON can hold it.
-            compute: Gives the result, likewise; NaN and infinities may be among it.
+            compute: Gives the result, likewise; NaN and infinities may be among it. It may ask for others: they are
+                kept by themselves, and the time they took is part of this one's.
         """
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:20]
         path = self.folder / f"{name}.json"
-        if not path.exists():
-            begin = time.monotonic()
-            result = compute()
-            write_json(path, {"key": key, "seconds": time.monotonic() - begin, "result": result})
+        kept = path.exists()
+        if not kept:
+            begin, saved = time.monotonic(), self.saved
+            self._depth += 1
+            try:
+                result = compute()
+            finally:
+                self._depth -= 1
+            seconds = time.monotonic() - begin + self.saved - saved
+            write_json(path, {"key": key, "seconds": seconds, "result": result})
         found = _numbers(json.loads(path.read_text()))
         if path not in self.read:
             self.read.add(path)
-            self.seconds += found["seconds"]
+            self.saved += found["seconds"] if kept else 0.0
+            self.seconds += 0.0 if self._depth else found["seconds"]
         return found["result"]
 
 

@@ -23,7 +23,7 @@ from jaxlin.experiments.device_arguments import MeshArguments, mesh_and_rules
 from jaxlin.experiments.model_arguments import ModelArguments, starts_as_probe
 from jaxlin.experiments.progress import ProgressReporter
 from jaxlin.experiments.record import options_file, resolved
-from jaxlin.experiments.resume import check_resume
+from jaxlin.experiments.resume import check_resume, resume_command
 from jaxlin.experiments.run_arguments import OutputArguments
 from jaxlin.experiments.run_folder import RunFolder, SilentFolder, write_csv, write_json
 from jaxlin.experiments.setting import Loaded, load
@@ -238,7 +238,7 @@ def run(config: KernelConfig) -> Kernel | None:
     except KeyboardInterrupt:
         folder.line("stopped: interrupted")
         if first:
-            print(f"jaxlin: go on with --output_dir {folder.path} --resume", flush=True)
+            print(f"go on with: {resume_command('ntk', folder.path)}", flush=True)
         raise
     finally:
         folder.close()

@@ -66,13 +66,14 @@ def options_of_resumed(words: Sequence[str]) -> Path | None:
     return file if file is not None and file.is_file() else None
 
 
-def check_same(folder: Path, record: dict[str, Any], options: str) -> str | None:
+def check_same(folder: Path, record: dict[str, Any], options: str, free: Sequence[str] = ()) -> str | None:
     """Compares a run with the one to go on with.
 
     Args:
         folder: Of the one that was begun.
         record: Of `record.resolved`, now.
         options: Of `record.options_file`, now.
+        free: Options that may differ, beside those that may for every command.
 
     Returns:
         What else differs, such as versions, so that it can be said that results agree to rounding only.
@@ -86,12 +87,10 @@ def check_same(folder: Path, record: dict[str, Any], options: str) -> str | None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"the configuration of the run in {folder} cannot be read: {error}") from error
     if was.get("command") != record["command"]:
-        raise InputError(
-            f"{folder} is of `jaxlin {was.get('command')}`; --resume_from_checkpoint goes on with the same"
-        )
+        raise InputError(f"{folder} is of `jaxlin {was.get('command')}`; only the same command goes on with it")
 
     def what(values: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-        named = {f"--{name}": value for name, value in values.items() if name not in _FREE}
+        named = {f"--{name}": value for name, value in values.items() if name not in {*_FREE, *free}}
         data = {f"hash of {name} data": value for name, value in run["tokenized_sha256"].items()}
         return named | data
 
@@ -126,5 +125,11 @@ def check_resume(resume: bool, output: OutputArguments, name: str, what: str) ->
 
 
 def command(name: str, folder: Path) -> str:
-    """Returns the command line that goes on with a run."""
+    """Returns the command line that goes on with a run of a command that has checkpoints."""
     return f"jaxlin {name} --resume_from_checkpoint {shlex.quote(str(folder))}"
+
+
+def resume_command(name: str, folder: Path) -> str:
+    """Returns the command line that goes on with a run of a command that has `--resume`, with the same options."""
+    file, output = (shlex.quote(str(path)) for path in (folder / config_file.NAME, folder))
+    return f"jaxlin {name} --config {file} --output_dir {output} --resume"

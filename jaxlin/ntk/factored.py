@@ -220,7 +220,7 @@ def find_sites(tun: Tunable, data: Dataset, theta: PyTree, k: int) -> tuple[Site
     for path, call in _owners(structure, shapes).items():
         names = sorted(owned[path])
         adapters = {name for name in ADAPTER_NAMES for leaves in (tuned, frozen) if f"{path}/{name}" in leaves}
-        without_effect = "lora_B" in names and not np.any(np.asarray(tuned[f"{path}/lora_B"]))
+        without_effect = "lora_B" in names and not np.any(tuned[f"{path}/lora_B"])
         if without_effect:
             names = [name for name in names if name != "lora_A"]
         (x,), _ = call.given

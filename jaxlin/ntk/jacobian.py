@@ -125,7 +125,7 @@ class Jacobian:
         return sum(rows.nbytes for rows in self.rows.values())
 
 
-@jax.jit  # so that it is traced once; it is never run
+@jax.jit  # never run: the shape of a jitted function is found in a third of the time
 def _apply(apply: Callable[[PyTree, Batch], Array], theta: PyTree, batch: Batch) -> Array:
     return apply(theta, batch)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -34,8 +35,8 @@ Tick = Callable[[int], None]
 """Called with the number of units just done."""
 
 PartCache = Callable[[Mapping[str, Any], Callable[[], Any]], Any]
-"""Called with what a part of long work is of, and with what computes it, both as JSON holds them: returns the part,
-computed, or kept from before."""
+"""Called with what a part of long work is of, and with a function of no arguments that computes it: returns the part,
+computed or from before. Both are of what JSON holds; numbers of the part may be NaN or infinite."""
 
 BETA_TOLERANCE = 1e-2
 """Relative residual of β away from θ₀, where Lanczos starts from θ₀'s vector."""
@@ -111,12 +112,13 @@ class Origin:
         y = np.asarray(targets(data["labels"], f0.shape[1]), np.float64)
         operator = ntk_vector_product(exact, data, dtype="float64", check_examples=0)
 
-        def bend() -> dict[str, Any]:
+        def beta_start() -> dict[str, Any]:
             found = smoothness(operator, rng=seed)
-            return {**dataclasses.asdict(found), "vector": found.vector.tolist()}
+            vector = base64.b64encode(found.vector.tobytes()).decode()  # as long as theta: no list of numbers
+            return {"value": found.value, "residual": found.residual, "vector": vector}
 
-        found = cache({"part": "smoothness at θ₀", "seed": seed}, bend)
-        beta = Extreme(**{**found, "vector": np.asarray(found["vector"])})
+        found = cache({"part": "smoothness at θ₀", "seed": seed}, beta_start)
+        beta = Extreme(found["value"], found["residual"], np.frombuffer(base64.b64decode(found["vector"])))
         regression = kernel_regression(kernel, y, f0, 0.0)
         return cls(exact, linear, data, linear_data, measure, operator, kernel, regression, y, sigma, beta, parts)
 
@@ -248,13 +250,14 @@ def descend(
         directions: Random directions in which θ are sampled too, at the largest distance of the run.
         seed: Of them.
         trained: Called with 1 for each step of the full model.
-        measured: Called with 1 for each θ that is measured.
+        measured: Called with 1 for each norm, or β, that is measured somewhere.
 
     Returns:
         What was measured.
 
     Raises:
         TrainingDivergedError: If an arm diverges; names it and λ.
+        FloatingPointError: If a norm, or β, does not converge.
     """
     n = len(origin.data)
     full, linear = (
@@ -296,12 +299,12 @@ def descend(
     )
 
 
-_Samples = list[tuple[float, float]]
+_Pairs = list[tuple[float, float]]
 
 
 def _around(
     origin: Origin, last: PyTree, length: float, largest: float, directions: int, seed: int, measured: Tick
-) -> tuple[_Samples, _Samples]:
+) -> tuple[_Pairs, _Pairs]:
     """Returns radius and H, and radius and β, of θ beside the steps of a run to `last`, which is `length` from θ₀."""
     start = origin.tun.theta0
     bend = functools.partial(smoothness, start=origin.beta.vector, tolerance=BETA_TOLERANCE, width=4)
@@ -371,7 +374,7 @@ def _flat(tree: PyTree) -> Float[np.ndarray, " P"]:
 
 
 def to_json(run: Descent | SelectiveDescent) -> dict[str, Any]:
-    """Returns a run as JSON holds it, to the bit."""
+    """Returns a run as JSON holds it, to the bit; its numbers may be NaN or infinite."""
     return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in dataclasses.asdict(run).items()}
 
 

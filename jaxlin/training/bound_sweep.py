@@ -169,8 +169,8 @@ def bound_sweep(
         memory_budget: Bytes for Jacobians.
         progress: Called with a phase's name, units done and in all.
         cache: Makes long work go on where it was: called for β at θ₀ and for each λ with what that part is of, beside
-            model and data, and with a function of no arguments that computes it, both as JSON holds them, it returns
-            the part, computed or from before.
+            model and data, and with a function of no arguments that computes it, it returns the part, computed or from
+            before. Both are of what JSON holds; numbers of the part may be NaN or infinite. K₀ is computed each time.
 
     Returns:
         Tables, constants and bounds.
@@ -190,10 +190,11 @@ def bound_sweep(
     ticks.total["derivatives"] = len(shares) * (len(measured_steps(steps)) + 1 + directions + 2)
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         origin = Origin.compute(tun, data, method, seed, memory_budget, gradient_accumulation_steps, cache)
+        derivatives = type(origin.measure).__name__.removesuffix("Change").lower()
         runs, selective = [], []
         for done, rel in enumerate(shares, start=1):
             compute = functools.partial(_run, origin, rel, seed, options, ticks)
-            part = cache({"part": "descent", "lam_rel": rel, "seed": seed, **options}, compute)
+            part = cache({"part": "descent", "lam_rel": rel, "seed": seed, **options, "method": derivatives}, compute)
             ticks.reach(done / len(shares))
             runs.append(from_json(Descent, part["coupled"]))
             selective.append(from_json(SelectiveDescent, part["selective"]))
@@ -214,7 +215,7 @@ def bound_sweep(
         "share": share,
         "directions": directions,
         "seed": seed,
-        "derivatives": type(origin.measure).__name__.removesuffix("Change").lower(),
+        "derivatives": derivatives,
         "sigma": origin.sigma,
         "mu_1": origin.sigma**2,
         "beta_start": origin.beta.value,
@@ -250,9 +251,11 @@ class _Ticks:
         return functools.partial(self._tick, phase)
 
     def reach(self, share: float) -> None:
-        """Says that so much of every phase is done, be it from before."""
+        """Sets how much of every phase is done, be it from before: told with the next unit, for the rate's sake."""
         for phase, total in self.total.items():
-            self._tick(phase, round(share * total) - self.done.get(phase, 0))
+            self.done[phase] = round(share * total)
+            if share == 1 and self.progress is not None:
+                self.progress(phase, total, total)
 
     def _tick(self, phase: str, units: int) -> None:
         self.done[phase] = self.done.get(phase, 0) + units

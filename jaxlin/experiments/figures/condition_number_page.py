@@ -165,8 +165,9 @@ def _scatter_others(table: Sequence[Row], correlations: Sequence[Row], outcome: 
     others = [name for name in _SHOWN if name != KAPPA]
     width, height = plots.width_of(len(tasks)), 0.72 * len(others) + 1.2
     figure, axes = plots.canvas(len(others), len(tasks), width, height)
-    beside = (1 - 0.05 * (last - 1), last + 0.05 * (last - 1))
-    ranks = {"xlim": beside, "ylim": beside, "xticks": (1, last), "yticks": (1, last)}
+    margin = max(0.05 * (last - 1), 0.5)
+    limits = (1 - margin, last + margin)
+    ranks = {"xlim": limits, "ylim": limits, "xticks": (1, last), "yticks": (1, last)}
     with plots.drawing():
         for place, predictor in enumerate(others):
             for axis, task in zip(axes[place], tasks, strict=True):

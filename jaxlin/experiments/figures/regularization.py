@@ -120,19 +120,25 @@ def _bounds(setting: RegularizationSetting, work: Work) -> list[Row]:
     """Evaluates the bounds on full-batch descent, on some examples of the first task on which pulls are compared."""
     problem = work.problem(setting.pull_tasks[0], 0)
     some = problem.train.take(np.arange(min(setting.bound_examples, len(problem.train))))
+    shares = [share for share in setting.lam_rel if share >= 1e-3]
     same = {"what": "bounds", "examples": len(some), "rank": setting.lora_rank}
-    found = bound_sweep(
-        problem.tun,
-        some,
-        lam_rel=[share for share in setting.lam_rel if share >= 1e-3],
-        steps=setting.bound_steps,
-        selective_steps=1,
-        gradient_accumulation_steps=-(-len(some) // _PART),
-        progress=work.progress,
-        cache=lambda part, compute: work.get(problem, {**same, **part}, compute),
-    )
+
+    def compute() -> list[Row]:
+        found = bound_sweep(
+            problem.tun,
+            some,
+            lam_rel=shares,
+            steps=setting.bound_steps,
+            selective_steps=1,
+            gradient_accumulation_steps=-(-len(some) // _PART),
+            progress=work.progress,
+            cache=lambda part, compute: work.get(problem, {**same, "part": part}, compute),
+        )
+        return found.table
+
     labels = {"task": problem.loaded.task.name, "seed": 0, "train_examples": len(some), "steps": setting.bound_steps}
-    return [{**labels, **row} for row in found.table]
+    options = {**same, "steps": setting.bound_steps, "lam_rel": shares}
+    return [{**labels, **row} for row in work.get(problem, options, compute)]
 
 
 def compute(setting: RegularizationSetting, work: Work) -> Tables:

@@ -324,7 +324,7 @@ class Picture:
             return None
         stream = io.StringIO()
         with plots.drawing():
-            self.figure.savefig(stream, format="svg", metadata={"Date": None})
+            self.figure.savefig(stream, format="svg", metadata=plots.NO_METADATA)
         return stream.getvalue()
 
 
