@@ -67,7 +67,7 @@ class DynamicsSetting(Setting):
     every: int = 2
     late_steps: tuple[int, ...] = (4, 12)
     drift_steps: tuple[int, ...] = (2, 4, 8, 12, 18, 24)
-    drift_examples: int = 96
+    drift_examples: int = 1000
     step_size: float = 1.0
     parts: int = 8
 
@@ -311,11 +311,10 @@ def draw(tables: Tables) -> dict[str, Figure]:
     """Draws the curves, the kernel's drift with the gaps, and late linearization."""
     late, when = tables["late"], "linearized at step k of the full run"
     caption, kernel = sizes(late), max(distinct(late, "kernel_examples"))
+    along = f"Along the runs; {caption};\nK of {kernel} training examples"
     return {
         "curves": _curves(tables["curves"]),
-        "drift": _against(
-            tables["drift"], "step", _DRIFT, "step", "linear", f"Along the runs; {caption}; K of {kernel}"
-        ),
+        "drift": _against(tables["drift"], "step", _DRIFT, "step", "linear", along),
         "late": _against(late, "linearize_at", _LATE, when, "log", f"At the end of the runs; {caption}"),
     }
 
