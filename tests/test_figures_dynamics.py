@@ -93,9 +93,10 @@ def test_every_row_is_there_and_the_closed_form_is_exact(study):
             assert late[1]["output_gap_train"] < late[0]["output_gap_train"]
             drift = of(tables["drift"], seed=seed, lam_over_mu1=share)
             assert [row["step"] for row in drift] == [2, 6]
-            # The last gap of the report and that of the run linearized at θ₀ are of the same two models.
+            # The last gap of the report and that of the run linearized at θ₀ are of the same two models. Where the pull
+            # is strong it is 2e-5, of outputs of norm 5: float32 has 6e-7 of it.
             gap = late[0]["output_gap_train"]
-            assert drift[1]["trajectory_gap"] == pytest.approx(gap, rel=1e-2)
+            assert drift[1]["trajectory_gap"] == pytest.approx(gap, rel=1e-2, abs=1e-6)
     linear = of(tables["curves"], arm="linearized")
     off = max(row[f"off_relative_{split}"] or 0.0 for row in linear for split in ("train", "eval"))
     assert 0 < off < 1e-3
