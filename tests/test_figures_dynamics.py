@@ -99,7 +99,9 @@ def test_every_row_is_there_and_the_closed_form_is_exact(study):
             assert drift[1]["trajectory_gap"] == pytest.approx(gap, rel=1e-2, abs=1e-6)
     linear = of(tables["curves"], arm="linearized")
     off = max(row[f"off_relative_{split}"] or 0.0 for row in linear for split in ("train", "eval"))
-    assert 0 < off < 1e-3
+    assert 0 < off < 1e-2  # of next to nothing, where the pull is strong
+    assert max(row[f"off_{split}"] for row in linear for split in ("train", "eval")) < 1e-6
+    assert min(row["off_relative_eval"] or 1.0 for row in linear) < 1e-4
     said = dynamics.findings(tables)["closed_form"]
     assert "holds to rounding" in said
     assert f"at most {off:.2g} of what" in said
@@ -155,7 +157,7 @@ def made_up():
                     row |= {"score_train": 0.5, "score_eval": 0.75, "off_train": None, "off_eval": None}
                     row |= {"off_relative_train": None, "off_relative_eval": None}
                     if arm == "linearized":
-                        row |= {"off_train": 1e-6, "off_eval": 2e-6}
+                        row |= {"off_train": 1e-6, "off_eval": 2e-5}
                         row |= {"off_relative_train": 1e-5, "off_relative_eval": 3e-3 * seed} if step else {}
                     curves.append({**same, "arm": arm, "step": step, **row})
             gaps = {0: 0.4, 1: 0.1 if share == SHARES[0] else 0.5}
@@ -173,13 +175,12 @@ def test_what_is_said_follows_from_the_numbers():
     tables = made_up()
     found = dynamics.findings(tables)
     assert "does **not** hold to rounding" in found["closed_form"]
-    assert "by at most 2e−06 on any example; in norm, by at most 0.003" in found["closed_form"]
+    assert "by at most 2e−05 on any example; in norm, by at most 0.003" in found["closed_form"]
     assert "0.4 at λ/μ₁ = 0.01, 0 at λ/μ₁ = 1" in found["ends"]
     assert "The difference falls as the pull grows" in found["ends"]
     assert "k = 1, with 0% of the steps left, leaves 25% to 125% of it" in found["late"]
     assert "buy most of the gap in 1 of 2 cases" in found["late"]
     assert "| SST-2 | 1 | 1.5 (1 to 2) | 0.1 (0.1 to 0.1) | rounding | rounding |" in found["drift"]
-    for row in tables["curves"]:
-        if row["off_relative_eval"]:
-            row["off_relative_eval"] = 1e-4
-    assert "closed form holds to rounding" in dynamics.findings(tables)["closed_form"]
+    for name, value in (("off_relative_eval", 1e-4), ("off_eval", 1e-6)):  # of the way, or of next to no way
+        changed = [{**row, name: value} if row[name] else row for row in tables["curves"]]
+        assert "closed form holds to rounding" in dynamics.findings({**tables, "curves": changed})["closed_form"]

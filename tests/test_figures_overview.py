@@ -157,7 +157,9 @@ def curves(off, gap):
     for share in (1e-4, 1.0):
         for step, loss in ((0, 2.0), (1, 1.0)):
             labels = {"task": "sst2", "seed": 0, "lam_over_mu1": share, "step": step}
-            offs = {f"off_relative_{split}": off if step else None for split in ("train", "eval")}
+            offs = {
+                f"off{of}_{split}": off if step else None for of in ("", "_relative") for split in ("train", "eval")
+            }
             rows.append({**labels, "arm": dynamics.LINEARIZED, "loss_train": loss, **offs})
             rows.append({**labels, "arm": dynamics.FULL, "loss_train": loss + gap * (step == 1) * (share < 1)})
     return {"curves": rows}

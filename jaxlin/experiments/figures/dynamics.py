@@ -319,8 +319,10 @@ def draw(tables: Tables) -> dict[str, Figure]:
     }
 
 
-ROUNDING = 1e-3
+_ROUNDING = 1e-3
 """Difference from the closed form, relative to ‖f̄−f₀‖, up to which it counts as rounding of float32."""
+_ROUNDING_OF_OUTPUTS = 2e-6
+"""That of an output, likewise: where the pull is strong the outputs, of order 1, hardly move."""
 
 
 def findings(tables: Tables) -> dict[str, str]:
@@ -338,10 +340,18 @@ def off_closed_form(rows: Sequence[Row]) -> float:
     return float(max(values_of(of(rows, arm=LINEARIZED), f"off_relative_{split}").max() for split in SPLITS))
 
 
+def _largest_off(rows: Sequence[Row]) -> float:
+    return float(max(values_of(of(rows, arm=LINEARIZED), f"off_{split}").max() for split in SPLITS))
+
+
+def exact_to_rounding(rows: Sequence[Row]) -> bool:
+    """Whether the trained linearized model differs from its closed form by rounding of float32 only."""
+    return off_closed_form(rows) <= _ROUNDING or _largest_off(rows) <= _ROUNDING_OF_OUTPUTS
+
+
 def _exact(rows: Sequence[Row]) -> str:
-    mine, share = of(rows, arm=LINEARIZED), off_closed_form(rows)
-    off = max(values_of(mine, f"off_{split}").max() for split in SPLITS)
-    word = "holds to rounding" if share <= ROUNDING else "does **not** hold to rounding"
+    mine, off, share = of(rows, arm=LINEARIZED), _largest_off(rows), off_closed_form(rows)
+    word = "holds to rounding" if exact_to_rounding(rows) else "does **not** hold to rounding"
     return (
         f"**The closed form {word}.** Over all λ, seeds and steps compared ({len(mine)} in all), the outputs of the "
         f"linearized model, trained in float32, differ from the closed form by at most {number(off, '.2g')} on any "

@@ -118,7 +118,7 @@ def _equivalence(tables: Tables) -> tuple[str, str]:
         f"training loss of the network is off it by at most {said}, as a share of what it falls by"
     )
     shares = spread(list(gaps.values()), ".2g")
-    exact = "yes, to rounding" if off <= dynamics.ROUNDING else "not to rounding"
+    exact = "yes, to rounding" if dynamics.exact_to_rounding(rows) else "not to rounding"
     return (
         measured,
         f"of the linearized model: {exact}; of the network: to within {shares} of that fall",
