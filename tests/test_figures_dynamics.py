@@ -101,7 +101,8 @@ def test_every_row_is_there_and_the_closed_form_is_exact(study):
     off = max(row[f"off_relative_{split}"] or 0.0 for row in linear for split in ("train", "eval"))
     assert 0 < off < 1e-2  # of next to nothing, where the pull is strong
     assert max(row[f"off_{split}"] for row in linear for split in ("train", "eval")) < 1e-6
-    assert min(row["off_relative_eval"] or 1.0 for row in linear) < 1e-4
+    moved = [row for row in of(linear, lam_over_mu1=SHARES[0]) if row["step"]]
+    assert max(row[f"off_relative_{split}"] for row in moved for split in ("train", "eval")) < 1e-3
     said = dynamics.findings(tables)["closed_form"]
     assert "holds to rounding" in said
     assert f"at most {off:.2g} of what" in said
