@@ -37,3 +37,8 @@ RUN_ERRORS = (TrainingDivergedError, DeviceMemoryError, ProcessLostError)
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 """Numbers of an `OSError` that mean a full disk."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, the host's or a device's."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

@@ -85,6 +85,11 @@ def fetch(array: jax.Array) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
+def everywhere(here: bool) -> bool:
+    """Returns whether something holds in every process; each must ask."""
+    return bool(np.all(multihost_utils.process_allgather(np.array(here))))
+
+
 def from_first(find: Callable[[], Any]) -> Any:
     """Calls a function in process 0, and returns what it found in every process.
 

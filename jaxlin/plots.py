@@ -42,7 +42,7 @@ COLOURS = {
     "probe_head": "#E69F00",
     "random_head": "#44AA99",
     "prompt_head": "#332288",
-    "coupled": "#332288",
+    "coupled": "#0072B2",
     "selective": "#999933",
     "decoupled": "#44AA99",
     "bound": "#88CCEE",
@@ -157,7 +157,13 @@ def headline(figure: Figure, text: str) -> None:
     """Writes what a figure is of above it, in lines that fit its width."""
     most = int(19 * figure.get_figwidth())  # characters of 7 points
     with drawing():
-        figure.suptitle("\n".join(textwrap.fill(line, most) for line in text.splitlines()))
+        figure.suptitle("\n".join(_balanced(line, most) for line in text.splitlines()))
+
+
+def _balanced(text: str, most: int) -> str:
+    """Returns text in as few lines of at most so many characters as hold it, of about one length."""
+    count = len(textwrap.wrap(text, most))
+    return textwrap.fill(text, next(width for width in range(1, most + 1) if len(textwrap.wrap(text, width)) <= count))
 
 
 def drawing() -> AbstractContextManager[None]:

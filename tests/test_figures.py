@@ -487,8 +487,30 @@ def test_findings_are_of_the_table(small):
     bounds = cases.rows(folder / "02" / "bounds.csv")
     applying = [row for row in bounds if row["applies"] == "True"]
     holding = sum(row["holds"] == "True" for row in applying)
-    counted = [int(number) for number in re.findall(r"\d+", said["bounds"])]
-    assert [counted[0], counted[2], counted[3]] == [len(bounds), len(applying), holding]
+    counted = re.match(
+        r"Of (\d+) bounds of theory 3 to 7 evaluated .* examples\), (\d+) apply, and (\d+) of", said["bounds"]
+    )
+    assert [int(number) for number in counted.groups()] == [len(bounds), len(applying), holding]
+    ends = {(row["bound"][:4], float(row["lam_over_mu1"])): float(row["measured"]) for row in bounds}
+    moved = [value for (name, _), value in ends.items() if name == "4(a)"]
+    assert f"end {min(moved):.2g} to {max(moved):.2g} from θ₀, Adam’s without a pull" in said["bounds"]
+    slope = np.log(ends["5(b)", 1.0] / ends["5(b)", 1e-2]) / np.log(100)
+    assert f"‖θ−θ̄‖ {slope:.2f}".replace("-", "−") in said["bounds"]
+
+
+@pytest.mark.slow
+def test_findings_on_pulls_are_of_the_table(small):
+    _, folder, tables, _ = small
+    rows = cases.rows(folder / "02" / "table.csv")
+    said = regularization.STUDY.findings(tables)["pulls"]
+    free = {row["arm"]: row for row in rows if row["pull"] == "coupled" and row["lam_over_mu1"] == "0.0"}
+    (decoupled,) = (row for row in rows if row["pull"] == "decoupled" and row["arm"] == "full")
+    assert f"runs end {float(decoupled['distance']):.3g} from θ₀ at λ/μ₁ = 0.01" in said
+    line = next(line for line in said.splitlines() if line.startswith("- CoLA: gap"))
+    found = [cases.number(text) for text in re.findall(r"(\S+) \(", line)]
+    columns = ("output_gap_relative_eval", "score_eval")
+    expected = [float(free[arm][column]) for column in columns for arm in ("full", "full_A_frozen")]
+    assert found == pytest.approx(expected, rel=5e-3, abs=1e-9)
 
 
 @pytest.mark.slow

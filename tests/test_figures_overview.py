@@ -140,15 +140,18 @@ LOOSE = ("4(a)", "4(b)", "4(c)", "5(b)", "5(c)")
 def test_bounds(rows, holds):
     names = ("4(a) ‖δ_t‖", "5(c) ‖f−f̄‖")
     table = [
-        {"bound": names[i % 2], "applies": applies, "holds": held, "tightness_end": 0.5}
+        {"bound": names[i % 2], "applies": applies, "holds": held, "tightness_end": 0.5, "measured": 0.1}
         for i, (applies, held) in enumerate(rows)
     ]
-    of_all = [{"bound": f"{name} x", "applies": True, "holds": True, "tightness_end": 0.25} for name in LOOSE]
+    of_all = [
+        {"bound": f"{name} x", "applies": True, "holds": True, "tightness_end": 0.25, "measured": 0.2} for name in LOOSE
+    ]
     told = [*table, *of_all, {"bound": "7(a) μᵢ", "applies": True, "holds": False, "tightness_end": 1.0}]
     measured, _ = answer("02_regularization_and_linearity", {"bounds": told}, 1)
     assert measured.startswith(f"of {len(rows) + 5} bounds of theory 4 and 5")  # and not of theory 7
     assert "4(a)" not in measured
     assert "(5(b), 5(c)) 4 and " in measured
+    assert measured.endswith("The runs end 0.1 to 0.2 from θ₀")
     assert answer("05_spectra_and_layers", {"holds": table})[1] == holds
 
 

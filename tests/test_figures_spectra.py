@@ -151,8 +151,8 @@ def test_what_it_says_is_what_the_tables_hold(ran):
 
     layers, everything = log_kappas("probe", "layer"), log_kappas("probe", "all")
     lower = "in every task" if everything.mean() < layers.mean(axis=0).min() else "in no task"
-    assert f"smaller κ than the best single layer {lower}" in said["choice"]
-    assert f"smaller κ than the best single layer {lower}" in said["in_short"]
+    assert f"κ of all layers is below that of the best single one {lower}" in said["choice"]
+    assert f"κ of all layers is below that of the best single one {lower}" in said["in_short"]
     assert f"Of {len(applying)} bounds that apply as layers are added, {len(applying)} hold" in said["in_short"]
     factor = np.exp((everything - layers[:, 1:]).mean())  # from the top: layer 1 alone, then both
     change = f"{'falls' if factor < 1 else 'rises'} by a factor of {max(factor, 1 / factor):.3g} from the top"

@@ -8,6 +8,7 @@ from jax.flatten_util import ravel_pytree
 
 import jaxlin as jl
 from jaxlin.linearize import remainder
+from jaxlin.ntk import change as norms
 from jaxlin.ntk.change import DenseChange, ProductChange, change, distance
 from jaxlin.ntk.jacobian import jacobian_bytes, to_float64
 from jaxlin.ntk.lipschitz import moved, random_direction
@@ -58,8 +59,9 @@ def reference(tun, data, theta, c):
     }
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_norm_against_dense_float64(problem, method):
+@pytest.mark.parametrize(("method", "on_a_gpu"), [("dense", False), ("dense", True), ("products", False)])
+def test_every_norm_against_dense_float64(problem, method, on_a_gpu, monkeypatch):
+    monkeypatch.setattr(norms, "multiplies_on_device", lambda: on_a_gpu)  # the choice alone is made as there
     tun, data = problem
     c = np.asarray(tun.apply(tun.theta0, data)).shape[1]
     data = jl.Dataset.from_columns(data)

@@ -1,3 +1,5 @@
+import errno
+import re
 import socket
 import subprocess
 import sys
@@ -8,15 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType
 
 import jaxlin as jl
 from jaxlin.data.dataset import Dataset
 from jaxlin.mesh import Share, fetch, make_mesh, place
-from jaxlin.ntk import ring
+from jaxlin.ntk import engine, ring, rows, work
+from jaxlin.ntk.factored import find_sites
 from jaxlin.ntk.kinds import KINDS
 from jaxlin.ntk.tiles import transposed
 from jaxlin.ntk.work import PASSES, TILES
+from jaxlin.tunable import leaf_paths
 from tests import cases, ring_check
 
 ROOT = Path(__file__).parents[1]
@@ -108,8 +113,25 @@ def kernel(mesh, tun, x1, x2=None, **options):
     return jl.ntk(tun, x1, x2, mesh=mesh, **{"check_examples": 0, **options}).array
 
 
+@pytest.mark.parametrize("x2", [None, cases.text_batch(3, seed=1, longest=9)], ids=["itself", "others"])
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.of_signs])
+def test_kinds_of_signs(mesh, kind, x2):
+    tun, x1 = jl.select(cases.tiny_model(), "embeddings/word|layer_1/attention"), cases.text_batch(5, longest=14)
+    options = {"kind": kind, "dtype": "float64", "blocks": "leaf", "check_examples": 0}
+    alone = jl.ntk(tun, x1, x2, engine="factored", **options)
+    # Of one word, and of one row of a weight, at a time; and of all.
+    for budget in (300_000, 1 << 30):
+        found = jl.ntk(tun, x1, x2, mesh=mesh, memory_budget=budget, **options)
+        assert found.symmetric == (x2 is None and kind == "signgd")
+        assert "1 key biases left out" in found.info.note
+        for block, part in alone.parts.items():
+            scale = max(1, np.abs(part).max())
+            assert np.abs(found.parts[block] - part).max() <= 1e-12 * scale + 2 * (kind == "signgd")
+            assert not block.endswith("key/bias") or not found.parts[block].any()
+
+
 @pytest.mark.parametrize("x2", [None, cases.vectors(3, seed=1)], ids=["itself", "others"])
-@pytest.mark.parametrize("kind", ["full", "trace", "diagonal", "logit_difference", "pseudo"])
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if not kind.of_signs])
 def test_kinds(mesh, kind, x2):
     tun, x1 = cases.mlp(2), cases.vectors(7)
     jac1, jac2 = (
@@ -137,19 +159,38 @@ def test_products_of_float32_rows_are_summed_in_float64(mesh):
 
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_no_float64_copy_of_the_rows_is_made(mesh, diagonal):
-    round_trip = ring._Ring(mesh, "data", (0,), (1 << 17,), diagonal)
-    rows = jnp.zeros((8, 2, 1 << 17), jnp.float32)
+    leaves, kind = ((ring._Leaf("w", 1 << 17, None),),), KINDS["diagonal" if diagonal else "full"]
+    round_trip = ring._Ring(mesh, "data", leaves, (), kind, 2, np.dtype(np.float32))
+    rows = {"w": jnp.zeros((8, 2, 1 << 17), jnp.float32)}
     with jax.enable_x64(True):
-        program = ring._meet.lower(rows, rows, ring=round_trip, passes=False).compile()
-    assert program.memory_analysis().temp_size_in_bytes < rows.nbytes / 4
+        program = ring._meet.lower(rows, rows, ring=round_trip, passes=False, slab_bytes=0).compile()
+    assert program.memory_analysis().temp_size_in_bytes < rows["w"].nbytes / 4
+
+
+@pytest.mark.parametrize("kind", ["full", "signgd"])
+@pytest.mark.parametrize("pattern", ["embeddings/word", "layer_1/mlp/up/kernel", "layer_1"])
+def test_what_is_formed_is_what_the_plan_counts(mesh, pattern, kind):
+    tun, data = jl.select(cases.tiny_model(), pattern), cases.text_batch(24, longest=14)
+    work, _ = engine._work(tun, data, None, mesh=mesh, kind=kind, memory_budget=1_500_000)
+    plan = work.plan()
+    held = work._empty(next(iter(work._shares(plan).values())))
+    with jax.enable_x64(True):
+        program = ring._meet.lower(held, held, ring=work._ring, passes=False, slab_bytes=plan.slab_bytes).compile()
+    rows = len(next(iter(held.values())))
+    tile = 8 * (3 * rows) ** 2
+    assert program.memory_analysis().temp_size_in_bytes <= work._formed(plan, rows) + 4 * tile
 
 
 def test_frozen_weights_are_not_compiled_in(mesh, model, batch):
     tun = jl.lora(model, rank=3)
-    some = ring._Ring(mesh, "data", tuple(range(len(jax.tree.leaves(tun.theta0)))), (tun.num_params,), False)
-    columns = {name: jnp.asarray(value) for name, value in batch.items()}
+    data = Dataset.from_columns(batch)
+    sites = find_sites(tun, data, tun.theta0, 3)
+    sizes = {path: leaf.size for path, leaf in flatten_dict(tun.theta0, sep="/").items() if path.endswith("lora_B")}
+    leaves = [ring._Leaf(path, size, None) for path, size in sizes.items()]
+    some = ring._Ring(mesh, "data", (tuple(leaves),), sites, KINDS["full"], 3, np.dtype(np.float32))
+    columns = {name: jnp.asarray(value) for name, value in data.batch(np.arange(6)).items()}
     weights = (tun.apply, tun.theta0, jnp.eye(3))
-    rows = jnp.zeros((6, 3, tun.num_params))
+    rows = {leaf.path: jnp.zeros((6, 3, leaf.size)) for leaf in leaves}
     closed = jax.make_jaxpr(lambda *given: ring._fill(*given, ring=some))(rows, jnp.int32(0), columns, weights)
     assert all(np.size(const) < 200 for const in closed.consts)
 
@@ -157,7 +198,7 @@ def test_frozen_weights_are_not_compiled_in(mesh, model, batch):
 def test_chunks_and_progress(mesh, monkeypatch):
     tun, x1, x2 = cases.mlp(2), cases.vectors(7), cases.vectors(3, seed=1)
     whole, seen = kernel(mesh, tun, x1, x2), []
-    monkeypatch.setattr(ring, "MAX_CHUNK", 2)
+    monkeypatch.setattr(work, "MAX_CHUNK", 2)
     found = kernel(mesh, tun, x1, x2, progress=lambda *now: seen.append(now))
     assert cases.relative_error(found, whole) < 1e-6
     assert seen == [*((PASSES, done, 10) for done in (2, 4, 6, 7, 9, 10)), (TILES, 1, 1)]
@@ -195,18 +236,19 @@ def test_parts_of_the_examples(mesh, of, monkeypatch):
 
 def test_store(mesh, tmp_path):
     tun, x1, path = jl.lora(cases.tiny_model(), rank=3, layers=[1]), cases.text_batch(9, longest=14), tmp_path / "K"
-    options = {"blocks": "layer", "mesh": mesh, "memory_budget": 130_000}
+    options = {"blocks": "layer", "mesh": mesh, "memory_budget": 90_000}
     assert 1 < jl.ntk_plan(tun, x1, **options).row_block < 9
     alone = jl.ntk(tun, x1, **options)
     stored = jl.ntk(tun, x1, **options, store=path)
     assert stored.info.epsilon_J == alone.info.epsilon_J < 1e-5
-    assert stored.info.note == alone.info.note == "chosen since the Jacobian is to be held; 1 device in a ring"
+    assert stored.info.note == alone.info.note
+    assert alone.info.note.endswith("belongs to a module that is called once; 1 device in a ring")
     for block, part in alone.parts.items():
         np.testing.assert_array_equal(stored.parts[block], part)
     with pytest.raises(jl.InputError, match="is there already"):
         jl.ntk(tun, x1, **options, store=path)
     with pytest.raises(jl.InputError, match=r"of other inputs .*devices was 1, is None"):
-        jl.ntk(tun, x1, **{**options, "mesh": None}, engine="jacobian", store=path, resume=True)
+        jl.ntk(tun, x1, **{**options, "mesh": None}, store=path, resume=True)
     tiles = sorted(file for file in (path / "blocks").rglob("*") if file.is_file() and file.name != "zarr.json")
     tiles[0].write_bytes(tiles[0].read_bytes()[:-1])
     parts = -(-9 // jl.ntk_plan(tun, x1, **options).row_block)
@@ -219,14 +261,141 @@ def test_store(mesh, tmp_path):
         np.testing.assert_array_equal(again.parts[block], part)
 
 
+@pytest.mark.parametrize("away", [False, True])
+def test_zero_derivatives_are_neither_held_nor_passed_on(mesh, batch, away, monkeypatch):
+    tun = jl.lora(cases.tiny_model(), rank=3, layers=[1])
+    theta = cases.moved(tun) if away else tun.theta0
+    alone = jl.ntk(tun, batch, theta=theta, blocks="leaf", engine="jacobian", check_examples=0)
+    seen = []
+    plain = ring.RingWork._filled
+
+    def filled(self, rows, *others):
+        seen.append({name for name in rows if name.endswith("lora_A")})
+        return plain(self, rows, *others)
+
+    monkeypatch.setattr(ring.RingWork, "_filled", filled)
+    found = jl.ntk(tun, batch, theta=theta, blocks="leaf", mesh=mesh, check_examples=0)
+    of_a = {path for path in leaf_paths(theta) if path.endswith("lora_A")}
+    assert seen
+    assert all(names == (of_a if away else set()) for names in seen)
+    for block, part in alone.parts.items():
+        assert np.abs(found.parts[block] - part).max() <= 2e-6 * np.abs(alone.array).max()
+        assert part.any() == found.parts[block].any() == (away or not block.endswith("lora_A"))
+
+
+def test_where_not_all_parts_fit_they_are_computed_anew(mesh, monkeypatch):
+    """Memory runs out in the third part's first pass, while the second is held for later tiles."""
+    tun, x1 = cases.mlp(2), cases.vectors(12)
+    options = {"mesh": mesh, "memory_budget": 10_000}
+    plan = jl.ntk_plan(tun, x1, **options)
+    assert (plan.row_block, plan.spilled) == (4, False)
+    alone, passes = kernel(**options, tun=tun, x1=x1), []
+
+    def third(*_, **__):
+        passes.append(None)
+        return len(passes) == 2 * -(-4 // plan.chunk) + 1
+
+    too_small(monkeypatch, "_fill", third)
+    found = jl.ntk(tun, x1, check_examples=0, **options)
+    assert "from then on it holds what the passes give of one tile's examples only" in found.info.note
+    np.testing.assert_array_equal(found.array, alone)
+    assert len(passes) > 3 * -(-4 // plan.chunk) + 1
+
+
+def test_passes_outlive_the_process(mesh, tmp_path, monkeypatch):
+    """Interrupted in its first tile, it goes on without a pass, on what is of its own only."""
+    tun, x1, path = jl.full(cases.tiny_model()), cases.text_batch(9, longest=14), tmp_path / "K"
+    options = {"mesh": mesh, "check_examples": 0, "store": path}
+    whole = jl.ntk(tun, x1, **{**options, "store": tmp_path / "whole"})
+
+    def stop(phase, *_):
+        if phase == TILES:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        jl.ntk(tun, x1, **options, progress=stop)
+    assert len(list((path / "rows").rglob("*.safetensors"))) == 1
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(ring.RingWork, "_filled", None)
+        again = jl.ntk(tun, x1, **options, resume=True, progress=lambda *now: seen.append(now))
+    assert seen == [(PASSES, 9, 9), (TILES, 1, 1)]
+    np.testing.assert_array_equal(again.array, whole.array)
+    assert not (path / "rows").exists()
+
+
+def test_the_other_examples_may_be_longer(mesh):
+    """Whose lengths are less, but in wider arrays."""
+    tun, x1 = jl.select(cases.tiny_model(), "layer_1/mlp"), cases.text_batch(5, longest=10)
+    x2 = {
+        name: np.pad(value, ((0, 0), (0, 16 - value.shape[1]))) if value.ndim > 1 else value
+        for name, value in cases.text_batch(3, seed=1, longest=9).items()
+    }
+    alone = jl.ntk(tun, x1, x2, check_examples=0).array
+    assert cases.relative_error(kernel(mesh, tun, x1, x2), alone) < 1e-6
+
+
+@pytest.mark.parametrize("over", [False, True], ids=["one device", "mesh"])
+def test_signs_of_nan_are_nan(mesh, over):
+    tun = cases.mlp()
+    theta = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), tun.theta0)
+    found = jl.ntk(tun, cases.vectors(3), theta=theta, kind="signgd", mesh=mesh if over else None, check_examples=0)
+    assert np.isnan(found.array).all()
+
+
+def test_nothing_that_has_a_sign(mesh, tmp_path):
+    tun, x1 = jl.select(cases.tiny_model(), "key/bias"), cases.text_batch(3)
+    for options in ({}, {"store": tmp_path / "K"}):
+        found = jl.ntk(tun, x1, kind="signgd", mesh=mesh, check_examples=0, **options)
+        assert found.array.shape == (3, 3, 3, 3)
+        assert not found.array.any()
+
+
+def test_a_disk_that_is_full_after_all_keeps_no_passes(mesh, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    tun, x1 = jl.select(cases.tiny_model(), "layer_1/mlp"), cases.text_batch(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(rows.os, "replace", full)
+        kept = rows.Rows(tmp_path / "rows")
+        kept.put(0, np.arange(2), {"a": np.zeros(2)})
+        for ask in (kept.wait, lambda: kept.put(2, np.arange(2), {"a": np.zeros(2)})):
+            with pytest.raises(OSError, match="No space"):
+                ask()
+    assert not list((tmp_path / "rows").iterdir())
+    monkeypatch.setattr(rows.Rows, "put", full)
+    found = jl.ntk(tun, x1, mesh=mesh, check_examples=0, store=tmp_path / "K")
+    np.testing.assert_array_equal(found.array, kernel(mesh, tun, x1))
+
+
+def test_a_disk_without_room_for_passes_has_none(mesh, tmp_path, monkeypatch):
+    tun, x1 = cases.mlp(), cases.vectors(7)
+    work = engine._work(tun, x1, None, mesh=mesh)[0]
+    monkeypatch.setattr(ring, "free_bytes", lambda folder: (work.disk_bytes(work.plan()) - 1, folder))
+    seen = []
+    stored = jl.ntk(
+        tun, x1, mesh=mesh, store=tmp_path / "K", progress=lambda *_: seen.append((tmp_path / "K" / "rows").exists())
+    )
+    assert seen
+    assert not any(seen)
+    np.testing.assert_array_equal(stored.array, jl.ntk(tun, x1, mesh=mesh).array)
+
+
 KILLED = """
 import sys, time
+import jax
 import jaxlin as jl
 from jaxlin.mesh import make_mesh
 from tests import cases
+path, *processes = sys.argv[1:]
+if processes:
+    port, count, index = map(int, processes)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", count, index, initialization_timeout=60)
 slow = lambda *step: (print(*step, flush=True), time.sleep(0.05))
 jl.ntk(jl.lora(cases.tiny_model(), rank=3, layers=[1]), cases.text_batch(13, longest=14), blocks="layer", progress=slow,
-       mesh=make_mesh(), memory_budget=130_000, store=sys.argv[1], resume=True)
+       mesh=make_mesh(), memory_budget=30_000 if processes else 45_000, store=path, resume=True)
 """
 
 
@@ -244,10 +413,53 @@ def test_killed_at_random_moments_it_ends_the_same(tmp_path):
         np.testing.assert_array_equal(found.parts[block], part)
 
 
+def killed_together(path, after):
+    """Runs two processes of four devices, killed (-9) both after so many steps of the first; returns the steps."""
+    port, environment = free_port(), cases.virtual_devices(4)
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(path), str(port), "2", str(index)],
+            stdout=subprocess.PIPE if index == 0 else subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        for index in range(2)
+    ]
+    seen = []
+    for line in running[0].stdout:
+        if line.startswith((PASSES, TILES)):  # not gloo's
+            phase, done, total = line.rsplit(maxsplit=2)
+            seen.append((phase, int(done), int(total)))
+        if len(seen) == after:
+            for process in running:
+                process.kill()
+            break
+    running[0].stdout.close()
+    codes = [process.wait(TIMEOUT) for process in running]
+    assert codes == ([0, 0] if len(seen) != after else [-9, -9])
+    return seen
+
+
+@pytest.mark.slow
+def test_processes_that_are_killed_lose_a_tile_at_most(tmp_path):
+    whole, path = tmp_path / "whole", tmp_path / "killed"
+    killed_together(whole, None)
+    reached = 0
+    for after in (2, 7, 9, 20, None):
+        done = [step for phase, step, _ in killed_together(path, after) if phase == TILES]
+        assert not done or done[0] > reached - 8  # steps of a round, in which a tile of every block is found
+        reached = max([reached, *done])
+    expected, found = jl.load_kernel(whole), jl.load_kernel(path)
+    assert "8 devices in a ring" in found.info.note
+    for block, part in expected.parts.items():
+        np.testing.assert_array_equal(found.parts[block], part)
+
+
 BAD = {
     "memory": ({"memory_budget": 100}, "each of 1 devices has to hold"),
-    "engine": ({"engine": "factored"}, "mesh goes with engine"),
-    "kind": ({"kind": "signgd"}, "mesh goes with engine"),
+    "engine": ({"engine": "neural_tangents"}, "mesh: no options of engine"),
 }
 
 
@@ -258,13 +470,77 @@ def test_bad_arguments(mesh, case):
         kernel(mesh, cases.mlp(), cases.vectors(3), **options)
 
 
-def test_a_full_device_is_told(mesh, monkeypatch):
-    def full(*_, **__):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.\nmore")
+def no_memory(*_, **__):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 17 bytes.\nmore")
 
-    monkeypatch.setattr(ring, "_meet", full)
+
+def test_a_full_device_is_told(mesh, monkeypatch):
+    monkeypatch.setattr(ring, "_meet", no_memory)
+    with pytest.raises(jl.DeviceMemoryError, match=r"of one example on each: tune less, .* 17 bytes\.$"):
+        kernel(mesh, cases.mlp(), cases.vectors(3))
+    monkeypatch.setattr(ring.RingWork, "several_processes", True)
+    monkeypatch.setattr(ring.RingWork, "agree", lambda _, here: here)
     with pytest.raises(jl.DeviceMemoryError, match=r"passes of 3 .* tiles of 3: lower memory_budget=.* 17 bytes\.$"):
         kernel(mesh, cases.mlp(), cases.vectors(3))
+
+
+def test_other_errors_of_a_device_come_as_they_are(mesh, monkeypatch):
+    def broken(*_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: broken")
+
+    monkeypatch.setattr(ring, "_meet", broken)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
+        kernel(mesh, cases.mlp(), cases.vectors(3))
+
+
+def too_small(monkeypatch, name, limit):
+    """Lets memory run out in a function of the ring's where its arguments are too large."""
+    plain = getattr(ring, name)
+    monkeypatch.setattr(ring, name, lambda *a, **k: no_memory() if limit(*a, **k) else plain(*a, **k))
+
+
+# Function, when memory runs out in it, and what is told.
+FULL_DEVICES = {
+    "passes": (
+        "_fill",
+        lambda _, start, batch, *others, **options: len(batch["labels"]) > 2,
+        [r"in a pass of 4 examples a device: 2 from then on"],
+    ),
+    "slabs": (
+        "_meet",
+        lambda *_, slab_bytes, **options: slab_bytes > 1500,
+        [r"in a tile with slabs of 9375 bytes: half", r"in a tile with slabs of 2343 bytes: half"],
+    ),
+    "parts": (
+        "_meet",
+        lambda held, *_, **options: len(next(iter(held.values()))) > 2,
+        [
+            r"in a tile with slabs of 146 bytes: half",
+            r"in a tile of \d × \d examples: computed in parts",
+            r"in a tile of 3 × \d examples: computed in parts",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FULL_DEVICES)
+@pytest.mark.parametrize("x2", [None, cases.text_batch(6, seed=1, longest=14)], ids=["itself", "others"])
+def test_where_memory_runs_out_it_goes_on_with_less(mesh, case, x2, monkeypatch, tmp_path):
+    name, limit, events = FULL_DEVICES[case]
+    tun, x1 = jl.select(cases.tiny_model(), "layer_1/mlp"), cases.text_batch(13, longest=14)
+    options = {"blocks": "leaf", "check_examples": 0, "mesh": mesh, "memory_budget": 300_000}
+    alone, seen = jl.ntk(tun, x1, x2, **options), []
+    monkeypatch.setattr(ring, "SMALLEST_SLAB", 100)
+    too_small(monkeypatch, name, limit)
+    found = jl.ntk(tun, x1, x2, **options, store=tmp_path / "K", progress=lambda *now: seen.append(now))
+    for event in events:
+        assert re.search(f"out of memory {event}", found.info.note)
+    for block, part in alone.parts.items():
+        assert cases.relative_error(found.parts[block], part) < 1e-6
+    for phase in (PASSES, TILES):
+        done = [(count, total) for name, count, total in seen if name == phase]
+        assert done == sorted(done)
+        assert done[-1][0] == done[-1][1]
 
 
 def test_the_budget_counts_rows_and_tiles(mesh):

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 import jaxlin as jl
 from jaxlin.data.dataset import Dataset
 from jaxlin.ntk import jacobian as jacobians
+from jaxlin.ntk import neural_tangents as tiled
+from jaxlin.ntk import products
 from jaxlin.ntk.jacobian import jacobian
 from jaxlin.ntk.neural_tangents import IMPLEMENTATIONS, load_neural_tangents
 from jaxlin.tunable import leaf_paths
@@ -183,9 +185,9 @@ def test_more_examples_compile_nothing_more(engine, tune, model):
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(event)
 
-    for times in (2, 8):
+    for times in (4, 16):
         data = Dataset.from_columns({name: np.concatenate([value] * times) for name, value in some.items()})
-        assert jl.ntk_plan(tun, data, **options).chunk <= 16
+        assert jl.ntk_plan(tun, data, **options).chunk <= 32
         jax.clear_caches()
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:
@@ -288,6 +290,50 @@ def test_frozen_weights_are_not_compiled_in(model, batch):
     columns = {k: jnp.asarray(v) for k, v in batch.items()}
     closed = jax.make_jaxpr(jacobians.outputs_and_jacobian)(tun.apply, tun.theta0, columns)
     assert all(np.size(const) < 200 for const in closed.consts)
+
+
+def full_above(function, most, size):
+    """A function for which memory runs out where the size of its arguments is above a limit."""
+
+    def called(*args, **options):
+        if size(*args) > most:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        return function(*args, **options)
+
+    return called
+
+
+def test_out_of_memory_halves_what_is_computed_at_a_time(monkeypatch):
+    tun, data = cases.mlp(2), cases.vectors(11)
+    exact = jl.ntk(tun, data)
+
+    def check(found, events):
+        assert cases.relative_error(found, exact.matrix()) < 1e-5
+        assert [event.split(": ")[1] for event in events] == [f"{size} from then on" for size in sizes]
+
+    def in_pass(apply, theta, batch, *_):
+        return len(batch["x"])
+
+    sizes = (5, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(jacobians, "outputs_and_jacobian", full_above(jacobians.outputs_and_jacobian, 2, in_pass))
+        kept = jl.ntk(tun, data, keep_jacobian=True, check_examples=0)
+        check(kept.matrix(), kept.info.note.split("; ")[1:])
+        assert kept.info.note.startswith("chosen since the Jacobian is to be held")
+        random = jl.sketch(tun, data, 4)
+    np.testing.assert_allclose(random.rows, jl.sketch(tun, data, 4).rows, rtol=1e-5, atol=1e-6)
+    with monkeypatch.context() as patch:
+        patch.setattr(products, "push", full_above(products.push, 2, lambda *given: len(given[3].buckets[0][0][0])))
+        operator = jl.ntk_vector_product(tun, data)
+        check(operator @ np.eye(22), operator.events)
+    sizes = (4, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(tiled, "_kernel_tile", full_above(tiled._kernel_tile, 2, in_pass))
+        kernel = jl.ntk(tun, data, engine="neural_tangents")
+        check(kernel.matrix(), kernel.info.note.split("; "))
+    monkeypatch.setattr(jacobians, "outputs_and_jacobian", full_above(None, 0, in_pass))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+        jl.ntk(tun, data, keep_jacobian=True)
 
 
 BAD = {

@@ -175,12 +175,8 @@ def test_a_mesh(run, options, tmp_path):
     assert "written to" in out
 
 
-NO_MODEL = {"model_name_or_path": "/nowhere"}  # refused before there is one
-
 BAD = {
     "parameters over devices": ({"mesh": f"data={len(jax.devices())},model=1"}, "expected data=N or auto"),
-    "engine of a mesh": ({"mesh": "auto", "engine": "factored", **NO_MODEL}, 'mesh goes with engine="jacobian"'),
-    "signs of a mesh": ({"mesh": "auto", "kind": "signgd", **NO_MODEL}, "not with the kinds of signs"),
     "no samples": ({"num_samples": 0}, "--num_samples 0: expected at least 1"),
     "memory": ({"memory_budget": 0}, "--memory_budget 0.0: expected GiB above 0"),
     "compare's": ({"max_train_samples": 5}, "--max_train_samples and --max_eval_samples are of compare"),

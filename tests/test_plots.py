@@ -48,7 +48,7 @@ def test_colours_of_full_and_linearized_are_theirs_alone():
     of = {
         key: {name for name, colour in plots.COLOURS.items() if colour == plots.COLOURS[key]} for key in plots.COLOURS
     }
-    assert of["full"] == {"full", "full_pulled"}
+    assert of["full"] == {"full", "full_pulled", "coupled"}
     assert of["linearized"] == {"linearized"}
     tasks = {colour for colour, _ in plots.TASK_LOOKS.values()}
     assert not tasks & {plots.COLOURS["full"], plots.COLOURS["linearized"]}

@@ -4,6 +4,7 @@ import errno
 import functools
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -16,7 +17,8 @@ import zarr
 import jaxlin as jl
 from jaxlin.data.dataset import as_dataset
 from jaxlin.hashing import fingerprint
-from jaxlin.ntk import store, work
+from jaxlin.ntk import engine as engines
+from jaxlin.ntk import rows, store, work
 from jaxlin.ntk.tiles import transposed
 from tests import cases
 
@@ -271,7 +273,7 @@ def test_out_of_memory_in_a_tile_computes_it_in_parts(kind, x2, monkeypatch):
         jl.ntk(tun, data, engine="jacobian")
 
 
-def test_what_epsilon_needs_may_not_fit(monkeypatch):
+def test_what_epsilon_needs_may_not_fit(monkeypatch, tmp_path):
     tun, data = cases.mlp(2), cases.vectors(7)
     one = 2 * tun.num_params * 8
     assert jl.ntk(tun, data, engine="jacobian", memory_budget=4 * one).info.epsilon_J is not None
@@ -285,8 +287,12 @@ def test_what_epsilon_needs_may_not_fit(monkeypatch):
     monkeypatch.setattr(work, "EpsilonCheck", full)
     kernel = jl.ntk(tun, data, engine="jacobian")
     assert kernel.info.epsilon_J is None
-    assert "out of memory in the float64 rows that ε_J is measured by" in kernel.info.note
+    event = "out of memory in the float64 rows that ε_J is measured by"
+    assert event in kernel.info.note
     np.testing.assert_array_equal(kernel.array, exact.array)
+    for _ in range(3):  # gone on with, it tells once
+        stored = jl.ntk(tun, data, engine="jacobian", store=tmp_path / "k", resume=True)
+        assert stored.info.note.count(event) == 1
 
 
 def test_files_that_do_not_fit_are_refused_before_work(model, batch, monkeypatch, tmp_path):
@@ -359,6 +365,24 @@ def test_an_estimate(model):
         jl.ntk_estimate(tun, batch, engine="neural_tangents")
 
 
+@pytest.mark.parametrize("engine", ["factored", "jacobian"])
+def test_an_estimate_counts_what_tiles_read(model, monkeypatch, engine):
+    tun, batch = tuned(model), cases.text_batch(40)
+    options = {"engine": engine, "memory_budget": 600_000, "blocks": "layer"}
+    work, _ = engines._work(tun, batch, None, **options)
+    plan, plain, read = work.plan(), rows.Rows.arrays, []
+    assert plan.spilled
+
+    def arrays(*given):
+        found = plain(*given)
+        read.extend(array.nbytes for array in found)
+        return found
+
+    monkeypatch.setattr(rows.Rows, "arrays", arrays)
+    jl.ntk(tun, batch, check_examples=0, **options)
+    assert 0.8 < work._read_bytes(plan) / sum(read) < 1.25
+
+
 def test_one_process_at_a_time(model, batch, tmp_path):
     path, seen = tmp_path / "k", []
 
@@ -371,6 +395,19 @@ def test_one_process_at_a_time(model, batch, tmp_path):
     jl.ntk(tuned(model), batch, store=path, progress=second, **OPTIONS)
     assert seen
     assert [file.name for file in tmp_path.iterdir()] == ["k"]  # no lock is left
+
+
+def test_what_the_system_says_of_a_file_is_told(tmp_path):
+    kept, limits = rows.Rows(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))
+    try:
+        kept.put(0, np.arange(2), {"a": np.zeros((2, 1 << 12))})
+        with pytest.raises(OSError) as caught:
+            kept.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_says_so_and_loses_nothing(model, batch, whole, monkeypatch, tmp_path):

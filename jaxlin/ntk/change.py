@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Float, Int, PyTree, Shaped
 
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError
@@ -21,6 +21,7 @@ from jaxlin.linearize import remainder
 from jaxlin.ntk.engine import ntk
 from jaxlin.ntk.jacobian import MEMORY_BUDGET, Jacobian, gram, jacobian, jacobian_bytes, to_float64
 from jaxlin.ntk.lanczos import largest_magnitude
+from jaxlin.ntk.on_device import gram_on_device, multiplies_on_device
 from jaxlin.ntk.products import NTKOperator, ntk_vector_product
 from jaxlin.tunable import Tunable
 
@@ -95,6 +96,13 @@ def _own(array: Float[np.ndarray, "N N C C"]) -> Float[np.ndarray, "N C C"]:
     return array[np.arange(len(array)), np.arange(len(array))]
 
 
+def _gram_of(leaves: Iterable[Shaped[np.ndarray, "N C _"]], n: int, c: int) -> Float[np.ndarray, "N N C C"]:
+    """Returns `J Jᵀ` of rows by leaf, in float64, where kernels are multiplied."""
+    if multiplies_on_device():
+        return gram_on_device(leaves, n, c)
+    return sum((gram(rows, rows) for rows in leaves), np.zeros((n, n, c, c)))
+
+
 class DenseChange:
     """Norms from Jacobians that are held."""
 
@@ -119,15 +127,20 @@ class DenseChange:
         theta = jax.tree.map(lambda leaf, start: np.asarray(leaf, start.dtype), theta, like)
         return jacobian(self._tun, self._data, theta, **self._options)
 
+    def _moved(self, jac: Jacobian) -> Iterator[Shaped[np.ndarray, "N C _"]]:
+        """Yields `J(θ) − J₀`, a leaf at a time."""
+        for path in {**self.start.rows, **jac.rows}:
+            both = [rows[path] for rows in (jac.rows, self.start.rows) if path in rows]
+            yield both[0] - both[1] if len(both) > 1 else both[0]  # the other one vanishes
+
     def sigma(self) -> Norm:
         """Returns ‖J₀‖₂."""
-        return Norm(_largest(_matrix(self.kernel(self.start))) ** 0.5)
+        return Norm(_largest(_matrix(self.kernel0)) ** 0.5)
 
     @staticmethod
     def kernel(jac: Jacobian) -> Float[np.ndarray, "N N C C"]:
         """Returns `J Jᵀ`."""
-        n, c = jac.outputs.shape
-        return sum((gram(rows, rows) for rows in jac.rows.values()), np.zeros((n, n, c, c)))
+        return _gram_of(jac.rows.values(), *jac.outputs.shape)
 
     @functools.cached_property
     def kernel0(self) -> Float[np.ndarray, "N N C C"]:
@@ -139,12 +152,7 @@ class DenseChange:
         jac, wanted, sample = self._jacobian(theta), set(quantities), self.sample
         found = {}
         if {STACKED, PER_EXAMPLE} & wanted:
-            n, c = jac.outputs.shape
-            square = np.zeros((n, n, c, c))
-            for path in {**self.start.rows, **jac.rows}:
-                both = [rows[path] for rows in (jac.rows, self.start.rows) if path in rows]
-                moved = both[0] - both[1] if len(both) > 1 else both[0]  # the other one vanishes
-                square += gram(moved, moved)
+            square = _gram_of(self._moved(jac), *jac.outputs.shape)
         if {PER_PAIR, DRIFT} & wanted:
             drift = self.kernel(jac) - self.kernel0
         if STACKED in wanted:

@@ -94,12 +94,12 @@ def ntk(
         check_examples: Number of examples whose Jacobian rows are recomputed in float64 to measure ε_J
             (theory 6); 0 for none. neural-tangents' result is compared in entries of two examples always.
         store: Folder for the kernel, a Zarr group that can be read while it grows; the kernel returned reads its
-            blocks from there. Passes (not those of a mesh) and tiles already done survive whatever ends the process
-            (of a mesh: those of the examples at hand are computed again, of every block).
+            blocks from there. Passes and tiles already done survive whatever ends the process (of a mesh: passes where
+            every process has room on its disk for them beside the kernel; one tile of every block at most is lost).
         resume: Go on with a store that is there, if it is of the same inputs, and number of devices of a mesh; the
             result is the same to the bit.
-        mesh: Devices to share the work (`jaxlin.make_mesh`): examples by its first axis, the Jacobian passed round
-            a ring (engine jacobian), all of it held if the budget, of each device, allows. Of several processes each
+        mesh: Devices to share the work (`jaxlin.make_mesh`): examples by its first axis; what the passes give is
+            passed round a ring, all of it held if the budget, of each device, allows. Of several processes each
             calls this with the same arguments; process 0 writes the store, which all must see. Weights that are
             split over several processes are taken as they lie; ε_J is not measured then.
         progress: Called with a phase's name, and units done and in all.
@@ -111,7 +111,8 @@ def ntk(
         InputError: If an argument is not one of those listed, an input does not fit the model, the budget is too
             small for one example, or a store is there already (without `resume`), is of other inputs, is being
             computed by another process, or has no space left.
-        DeviceMemoryError: If a device of the mesh has too little memory for the plan.
+        DeviceMemoryError: If a device of a mesh of several processes has too little memory for the plan; within one
+            process, which goes on with less, if it has for one example.
         FloatingPointError: If neural-tangents' result fails its check against float64.
         ImportError: If neural-tangents does not work with the JAX that is installed.
     """
@@ -136,7 +137,7 @@ def ntk(
     data1, data2 = _datasets(tun, x1, x2, dtype)
     groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
     tun.check_theta(theta)
-    engine, note = _choose(engine, tun, data1, theta, keep_jacobian or mesh)
+    engine, note = _choose(engine, tun, data1, theta, keep_jacobian)
     options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
     name = dtype or str(jnp.result_type(*jax.tree.leaves(theta)))
     note = "; ".join(filter(None, (note, _left_out(chosen_kind, groups))))
@@ -146,11 +147,12 @@ def ntk(
         report = None if progress is None else functools.partial(progress, TILES)
         implementation = implementation or IMPLEMENTATIONS[0]
         with jax.default_matmul_precision(precision):
-            parts = neural_tangents_parts(
+            parts, events = neural_tangents_parts(
                 tun, data1, data2, theta, groups, implementation, precision, memory_budget, report
             )
         parts = {block: chosen_kind.of_full(part) for block, part in parts.items()}
-        info = dataclasses.replace(info, engine=f"neural_tangents:{implementation}", gram_dtype=name)
+        note = "; ".join(filter(None, (note, *events)))
+        info = dataclasses.replace(info, engine=f"neural_tangents:{implementation}", gram_dtype=name, note=note)
         return Kernel(parts, symmetric, info, groups, kind=kind, of_two_sets=data2 is not None)
     if keep_jacobian:
         if data2 is not None:
@@ -158,7 +160,7 @@ def ntk(
         report = None if progress is None else functools.partial(progress, PASSES)
         jac = jacobian(tun, data1, theta, **options, progress=report)
         epsilon = measure_epsilon(tun, data1, theta, jac, check_examples, precision, memory_budget)
-        return kernel_from_jacobian(jac, jac, groups, precision, epsilon, True)
+        return kernel_from_jacobian(jac, jac, groups, precision, epsilon, True, note)
     work = _work_of(mesh, tun, data1, data2, theta, groups, chosen_kind, engine=engine, **options)
     if isinstance(work, RingWork):
         note = "; ".join(filter(None, (note, f"{work.devices} device{'s' * (work.devices > 1)} in a ring")))
@@ -259,7 +261,7 @@ def _work(
     groups, theta = tun.grouped(blocks), tun.theta0 if theta is None else theta
     tun.check_theta(theta)
     check_precision(precision)
-    engine, _ = _choose(engine, tun, data1, theta, mesh)
+    engine, _ = _choose(engine, tun, data1, theta, False)
     options: dict[str, Any] = {"dtype": dtype, "precision": precision, "memory_budget": memory_budget}
     return _work_of(mesh, tun, data1, data2, theta, groups, _kind_for(kind, tun), engine=engine, **options), theta
 
@@ -322,8 +324,6 @@ def check_options(
             'keep_jacobian is an option of engine="jacobian" with kind="full", without store and mesh; nothing else '
             "holds the whole Jacobian"
         )
-    if mesh is not None and (engine == "factored" or kind_of(kind).of_signs):
-        raise InputError('mesh goes with engine="jacobian", and not with the kinds of signs')
     if resume and store is None:
         raise InputError("resume=True needs the store to go on with")
 
@@ -350,7 +350,7 @@ def _datasets(
     return data1, data2
 
 
-def _choose(engine: str, tun: Tunable, data: Dataset, theta: PyTree, whole: Any) -> tuple[str, str]:
+def _choose(engine: str, tun: Tunable, data: Dataset, theta: PyTree, whole: bool) -> tuple[str, str]:
     """Returns the engine, and why where that was left open."""
     if engine != "auto":
         return engine, ""
@@ -477,7 +477,7 @@ def _opened(work: Work, path: Path, resume: bool, inputs: Mapping[str, Any], sym
 
 
 def kernel_from_jacobian(
-    jac1: Jacobian, jac2: Jacobian, blocks: Blocks, precision: str, epsilon: float | None, keep: bool
+    jac1: Jacobian, jac2: Jacobian, blocks: Blocks, precision: str, epsilon: float | None, keep: bool, note: str = ""
 ) -> Kernel:
     """Returns the kernel, with its blocks, of Jacobians that were computed by `jacobian`.
 
@@ -488,6 +488,7 @@ def kernel_from_jacobian(
         precision: That the Jacobians were computed at, for the record.
         epsilon: Measured ε_J, or `None`.
         keep: Whether the kernel keeps `jac1`'s rows.
+        note: Why they were computed so, for the record.
     """
     (n1, c), n2 = jac1.outputs.shape, jac2.outputs.shape[0]
     parts = {}
@@ -497,7 +498,8 @@ def kernel_from_jacobian(
             if path in jac1.rows and path in jac2.rows:
                 part += gram(jac1.rows[path], jac2.rows[path])
         parts[name] = part
-    info = KernelInfo("jacobian", str(jac1.outputs.dtype), "float64", precision, jax.default_backend(), epsilon)
+    note = "; ".join(filter(None, dict.fromkeys((note, *jac1.events, *jac2.events))))
+    info = KernelInfo("jacobian", str(jac1.outputs.dtype), "float64", precision, jax.default_backend(), epsilon, note)
     return Kernel(
         parts, jac1 is jac2, info, dict(blocks), dict(jac1.rows) if keep else None, of_two_sets=jac1 is not jac2
     )

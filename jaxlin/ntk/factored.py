@@ -3,7 +3,8 @@
 The derivative of one output with respect to a dense module's weight is `xᵀ δ`, x the module's input and δ the
 output's cotangent at the module. One forward and C backward passes give x and δ of every module with tuned parameters,
 all examples of a chunk at once. Small derivatives (LoRA factors, biases, norms) are formed there and then; of a large
-weight x and δ are kept, and `xᵀ δ` is formed for some of its columns at a time, only to enter the Gram matrix.
+weight x and δ are kept, and `xᵀ δ` is formed for some of its columns at a time, only to enter the Gram matrix; or, of
+short texts, not even that: `⟨xᵀδ, x′ᵀδ′⟩ = Σ (x_t·x′_s)(δ_t·δ′_s)` over their tokens t and s.
 """
 
 from __future__ import annotations
@@ -186,6 +187,12 @@ def _own_dtype(call: _Call, x: Any, frozen: Mapping[str, Array], path: str) -> A
     return declared or (None if kernel is None else jnp.result_type(x.dtype, kernel.dtype))
 
 
+def _is_zero(leaf: Any) -> bool:
+    """Whether it is known to be zero everywhere: what is split over processes is not known."""
+    known = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
+    return known and not np.any(leaf)
+
+
 def find_sites(tun: Tunable, data: Dataset, theta: PyTree, k: int) -> tuple[Site, ...]:
     """Finds the modules that own the tuned parameters, in the order of their calls.
 
@@ -220,7 +227,7 @@ def find_sites(tun: Tunable, data: Dataset, theta: PyTree, k: int) -> tuple[Site
     for path, call in _owners(structure, shapes).items():
         names = sorted(owned[path])
         adapters = {name for name in ADAPTER_NAMES for leaves in (tuned, frozen) if f"{path}/{name}" in leaves}
-        without_effect = "lora_B" in names and not np.any(tuned[f"{path}/lora_B"])
+        without_effect = "lora_B" in names and _is_zero(tuned[f"{path}/lora_B"])
         if without_effect:
             names = [name for name in names if name != "lora_A"]
         (x,), _ = call.given
@@ -357,7 +364,7 @@ def _small_derivatives(
 
 
 def summed_in(dtype: np.dtype) -> type[np.floating]:
-    """Returns the dtype that products of activations and cotangents are summed in on the host: at least float32."""
+    """Returns the dtype that products of activations and cotangents are summed in: at least float32."""
     return np.float64 if dtype == np.float64 else np.float32
 
 
@@ -389,8 +396,8 @@ def columns(site: Site, factors: Factors, start: int, stop: int, first: int, out
         for i in there[part.start : part.stop]:
             x, delta = factors[i]
             delta = delta.astype(out.dtype, copy=False)
-            x = x.reshape(-1, x.shape[-1])[:, start:stop].astype(out.dtype, copy=False)
-            np.matmul(x.T[None], delta.reshape(len(delta), len(x), -1), out=some[i - first])
+            x = np.ascontiguousarray(x.reshape(-1, x.shape[-1])[:, start:stop].T, out.dtype)
+            np.matmul(x[None], delta.reshape(len(delta), x.shape[1], -1), out=some[i - first])
 
     in_parallel(form, split(len(there), num_threads()))
     return some.reshape(*out.shape[:2], -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from jaxlin.data.dataset import Dataset
-from jaxlin.errors import InputError
+from jaxlin.errors import InputError, is_out_of_memory
 from jaxlin.ntk.threads import in_parallel, num_threads, split
 from jaxlin.tunable import Batch, Tunable, leaf_paths
 
@@ -113,11 +113,13 @@ class Jacobian:
             (LoRA's A where B = 0).
         storage_error: Relative Frobenius error of `rows` by the narrower dtype that they are kept in, measured on all
             of them; 0 where they are kept as computed.
+        events: What was changed on the way, where memory ran out.
     """
 
     outputs: Float[np.ndarray, "N C"]
     rows: Mapping[str, Shaped[np.ndarray, "N C _"]]
     storage_error: float = 0.0
+    events: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -163,7 +165,8 @@ def jacobian(
 ) -> Jacobian:
     """Computes the Jacobian of the outputs of every example with respect to theta.
 
-    One forward and C backward passes an example, in chunks of at most 16 examples of one length.
+    One forward and C backward passes an example, in chunks of at most 16 examples of one length; of half as many from
+    where memory runs out.
 
     Args:
         tun: The model.
@@ -197,13 +200,13 @@ def jacobian(
     outputs: np.ndarray | None = None
     buffers: list[np.ndarray | None] = []
     done, error, scale = 0, 0.0, 0.0
+    events: list[str] = []
     with (
         jax.enable_x64(dtype == "float64" or jax.config.read("jax_enable_x64")),
         jax.default_matmul_precision(precision),
     ):
-        for indices, batch in data.chunks(chunk):
-            f, derivatives = jax.device_get(outputs_and_jacobian(apply, theta, batch))
-            leaves, n = jax.tree.leaves(derivatives), len(indices)
+        for indices, f, leaves in _passes(apply, theta, data, chunk, events):
+            n = len(indices)
             if outputs is None:
                 outputs = np.zeros((len(data), f.shape[1]), f.dtype)
                 buffers = [None] * len(leaves)
@@ -224,7 +227,27 @@ def jacobian(
     assert outputs is not None  # a Dataset is never empty
     named = zip(leaf_paths(theta), buffers, strict=True)
     rows = {path: buffer for path, buffer in named if buffer is not None}
-    return Jacobian(outputs, rows, (error / scale) ** 0.5 if scale else 0.0)
+    return Jacobian(outputs, rows, (error / scale) ** 0.5 if scale else 0.0, tuple(events))
+
+
+def _passes(
+    apply: Callable[[PyTree, Batch], Array], theta: PyTree, data: Dataset, most: int, events: list[str]
+) -> Iterator[tuple[np.ndarray, np.ndarray, list[np.ndarray]]]:
+    """Yields examples, their outputs and derivatives by leaf; adds to `events` that memory ran out, and takes less."""
+    for indices, batch in data.chunks(most):
+        start = 0
+        while start < len(indices):
+            part = {name: value[start : start + most] for name, value in batch.items()}
+            try:
+                f, derivatives = jax.device_get(outputs_and_jacobian(apply, theta, part))
+            except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                if most == 1 or not is_out_of_memory(error):
+                    raise
+                events.append(f"out of memory in a pass of {most} examples: {most // 2} from then on")
+                most //= 2
+                continue
+            yield indices[start : start + most], f, jax.tree.leaves(derivatives)
+            start += most
 
 
 def gram(

@@ -135,12 +135,13 @@ def contrast_basis(c: int) -> Float[np.ndarray, "C C-1"]:
 
 
 def thresholds(
-    largest: Float[np.ndarray, "N k"], dtype: np.dtype | type[np.floating] | jnp.dtype
-) -> Float[np.ndarray, "N k 1"]:
+    largest: Float[AnyArray, "N k"], dtype: np.dtype | type[np.floating] | jnp.dtype
+) -> Float[AnyArray, "N k 1"]:
     """Returns the size up to which entries of J count as 0, from the largest of the same row and leaf (theory 9)."""
     return (_SIGN_THRESHOLD * float(jnp.finfo(dtype).eps) * largest)[..., None]
 
 
-def signs(rows: np.ndarray, threshold: np.ndarray) -> np.ndarray:
-    """Returns -1, 0 or 1 by entry."""
-    return np.sign(rows) * (np.abs(rows) > threshold)
+def signs(rows: AnyArray, threshold: AnyArray) -> AnyArray:
+    """Returns -1, 0 or 1 by entry; NaN stays."""
+    sign, absolute = (jnp.sign, jnp.abs) if isinstance(rows, jax.Array) else (np.sign, np.abs)
+    return sign(rows) * ~(absolute(rows) <= threshold)

@@ -23,7 +23,7 @@ from jax.interpreters import ad
 from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset
-from jaxlin.errors import InputError
+from jaxlin.errors import InputError, is_out_of_memory
 from jaxlin.ntk.jacobian import (
     MEMORY_BUDGET,
     Progress,
@@ -294,11 +294,12 @@ def neural_tangents_parts(
     precision: str = "highest",
     memory_budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
-) -> dict[str, Float[np.ndarray, "N1 N2 C C"]]:
+) -> tuple[dict[str, Float[np.ndarray, "N1 N2 C C"]], tuple[str, ...]]:
     """Computes block kernels by neural-tangents, one pass a block.
 
     Before it returns, the entries of the first and last example are compared with float64: products of
-    jvp and vjp meet a bug of XLA's CPU compiler (jaxlib <= 0.10.2) that is wrong by 1e-3 and silent.
+    jvp and vjp meet a bug of XLA's CPU compiler (jaxlib <= 0.10.2) that is wrong by 1e-3 and silent. Tiles are of 8
+    examples a side; where memory runs out, of half as many from that block on.
 
     Args:
         tun: The model.
@@ -312,11 +313,13 @@ def neural_tangents_parts(
         progress: Called after each tile, with tiles in the place of examples.
 
     Returns:
-        Block name to kernel, float64 `[N1, N2, C, C]`.
+        Block name to kernel, float64 `[N1, N2, C, C]`; and what was changed on the way.
 
     Raises:
         InputError: If the implementation is unknown, or the check does not fit the budget.
         FloatingPointError: If the check fails.
+        MemoryError: If memory runs out for one example, too; a device's is a `JaxRuntimeError`.
+        jax.errors.JaxRuntimeError: Likewise.
     """
     load_neural_tangents()  # tried out here, and not within a trace
     if implementation not in IMPLEMENTATIONS:
@@ -328,29 +331,56 @@ def neural_tangents_parts(
             f"checking a kernel against float64 takes {needed / 2**30:.1f} GiB for two examples, more than "
             f"memory_budget={memory_budget / 2**30:.1f} GiB; raise it, or tune less"
         )
-    chunks1 = list(data1.chunks(min(_TILE, len(data1))))
-    chunks2 = chunks1 if data2 is None else list(data2.chunks(min(_TILE, len(data2))))
-    tiles = [(i, j) for i in range(len(chunks1)) for j in range(len(chunks2)) if data2 is not None or j >= i]
     position = {path: i for i, path in enumerate(leaf_paths(theta))}
     parts: dict[str, np.ndarray] = {}
+    size, events = min(_TILE, max(len(data1), len(other))), []
     for b, (name, paths) in enumerate(blocks.items()):
-        part = np.zeros((len(data1), len(other), c, c))
         chosen = tuple(position[path] for path in paths)
-        for t, (i, j) in enumerate(tiles):
-            (rows, batch1), (columns, batch2) = chunks1[i], chunks2[j]
-            diagonal = data2 is None and i == j
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # the library's own use of JAX
-                tile = _kernel_tile(tun.apply, theta, batch1, None if diagonal else batch2, chosen, implementation)
-            tile = np.asarray(tile, np.float64)[: len(rows), : len(columns)]
-            part[np.ix_(rows, columns)] = tile
-            if data2 is None and not diagonal:
-                part[np.ix_(columns, rows)] = tile.transpose(1, 0, 3, 2)
+
+        def report(done: int, total: int, before: int = b) -> None:
             if progress is not None:
-                progress(b * len(tiles) + t + 1, len(blocks) * len(tiles))
-        # Rounding leaves tiles on the diagonal symmetric to 1e-7 only; a symmetric kernel is so exactly.
-        parts[name] = part if data2 is not None else (part + part.transpose(1, 0, 3, 2)) / 2
+                progress(before * total + done, len(blocks) * total)
+
+        while name not in parts:
+            try:
+                parts[name] = _block(tun, data1, data2, theta, chosen, implementation, size, c, report)
+            except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+                events.append(f"out of memory in a tile of {size} examples a side: {size // 2} from then on")
+                size //= 2
     _check_entries(
         tun, data1, other, theta, np.sum(list(parts.values()), axis=0), implementation, precision, memory_budget
     )
-    return parts
+    return parts, tuple(events)
+
+
+def _block(
+    tun: Tunable,
+    data1: Dataset,
+    data2: Dataset | None,
+    theta: PyTree,
+    chosen: tuple[int, ...],
+    implementation: str,
+    size: int,
+    c: int,
+    report: Progress,
+) -> np.ndarray:
+    """The kernel of the leaves at positions `chosen`, in tiles of `size` examples a side; tells each tile."""
+    chunks1 = list(data1.chunks(min(size, len(data1))))
+    chunks2 = chunks1 if data2 is None else list(data2.chunks(min(size, len(data2))))
+    tiles = [(i, j) for i in range(len(chunks1)) for j in range(len(chunks2)) if data2 is not None or j >= i]
+    out = np.zeros((len(data1), len(data1 if data2 is None else data2), c, c))
+    for done, (i, j) in enumerate(tiles, start=1):
+        (rows, batch1), (columns, batch2) = chunks1[i], chunks2[j]
+        diagonal = data2 is None and i == j
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the library's own use of JAX
+            tile = _kernel_tile(tun.apply, theta, batch1, None if diagonal else batch2, chosen, implementation)
+        tile = np.asarray(tile, np.float64)[: len(rows), : len(columns)]
+        out[np.ix_(rows, columns)] = tile
+        if data2 is None and not diagonal:
+            out[np.ix_(columns, rows)] = tile.transpose(1, 0, 3, 2)
+        report(done, len(tiles))
+    # Rounding leaves tiles on the diagonal symmetric to 1e-7 only; a symmetric kernel is so exactly.
+    return out if data2 is not None else (out + out.transpose(1, 0, 3, 2)) / 2

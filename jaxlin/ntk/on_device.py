@@ -7,14 +7,14 @@ Elsewhere (`tiles`) the host multiplies: a CPU is the host, and a TPU has no flo
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxlin.ntk.factored import summed_in
 from jaxlin.ntk.rows import Rows
@@ -54,13 +54,31 @@ def on_its_way(found: Array, pinned: bool) -> Array:
     return found
 
 
+def rows_of_a_slab(count: int, slab_bytes: int, one: int) -> int:
+    """Returns how many of a leaf's rows derivatives are formed of at a time: all slabs of one size, if one is near.
+
+    Args:
+        count: Rows of the leaf.
+        slab_bytes: That the derivatives may take; those of one row are formed in any case.
+        one: Bytes of those of one row.
+    """
+    most = int(np.clip(slab_bytes // one, 1, count))
+    return next((rows for rows in range(most, most // 2, -1) if count % rows == 0), most)  # one size: compiled once
+
+
+def over_slabs(count: int, width: int, add: Callable[[Array | int, int, Array], Array], total: Array) -> Array:
+    """Returns `total` after `add(start, rows, total)` for `count` rows, `width` at a time; within a `jit`."""
+    loops, rest = divmod(count, width)
+    if loops:
+        total = jax.lax.fori_loop(0, loops, lambda i, t: add(i * width, width, t), total)
+    return add(loops * width, rest, total) if rest else total
+
+
 def summed_gram(
     rows1: Float[Array, "n1 k P"],
     rows2: Float[Array, "n2 k P"],
     *,
     diagonal: bool = False,
-    start: int = 0,
-    width: int | None = None,
     at_a_time: int = COPIED_COLUMNS,
 ) -> Float[Array, "n1 n2 ..."]:
     """Returns `J1 J2ᵀ`, converted to and summed in float64 part by part: J is never held in it; within a `jit`.
@@ -69,24 +87,16 @@ def summed_gram(
         rows1: On the left.
         rows2: On the right.
         diagonal: Whether only rows of equal index are multiplied: `[n1, n2, k]`, else `[n1, n2, k, k]`.
-        start: First column that enters.
-        width: Number of columns; default all.
-        at_a_time: How many are converted at a time.
+        at_a_time: How many columns are converted at a time.
     """
     (n1, k, size), n2 = rows1.shape, rows2.shape[0]
-    width = size if width is None else width
     formula, shape = ("ikp,jkp->kij", (k, n1, n2)) if diagonal else ("iap,jbp->iajb", (n1, k, n2, k))
 
     def add(begin: Array | int, columns: int, total: Array) -> Array:
         some = [jax.lax.dynamic_slice_in_dim(rows, begin, columns, axis=2) for rows in (rows1, rows2)]
         return total + jnp.einsum(formula, *(part.astype(jnp.float64) for part in some), precision="highest")
 
-    total = jnp.zeros(shape, jnp.float64)
-    loops, rest = divmod(width, at_a_time)
-    if loops:
-        total = jax.lax.fori_loop(0, loops, lambda i, t: add(start + i * at_a_time, at_a_time, t), total)
-    if rest:
-        total = add(start + loops * at_a_time, rest, total)
+    total = over_slabs(size, at_a_time, add, jnp.zeros(shape, jnp.float64))
     return total.transpose(1, 2, 0) if diagonal else total.transpose(0, 2, 1, 3)
 
 
@@ -112,13 +122,42 @@ def _symmetric(total: Array) -> Array:
     return (total + total.transpose((1, 0, *range(2, total.ndim)[::-1]))) / 2
 
 
+def gram_on_device(
+    leaves: Iterable[Shaped[np.ndarray, "N C _"]], num_rows: int, num_outputs: int
+) -> Float[np.ndarray, "N N C C"]:
+    """Returns `J Jᵀ` of Jacobians that the host holds, a leaf on the device at a time.
+
+    Args:
+        leaves: Rows of J by leaf.
+        num_rows: N.
+        num_outputs: C.
+    """
+    with jax.enable_x64(True):
+        total = jnp.zeros((num_rows, num_rows, num_outputs, num_outputs))
+        for rows in leaves:
+            total = _add_gram(total, ([jnp.asarray(rows)], np.arange(num_rows)), None, diagonal=False)
+        return np.asarray(_symmetric(total))
+
+
 @functools.partial(jax.jit, static_argnames=("width", "dtype"))
-def _columns(x: Array, delta: Array, start: Array, width: int, dtype: Any) -> Float[Array, "n k size"]:
+def slab_of_columns(x: Array, delta: Array, start: Array, width: int, dtype: Any) -> Float[Array, "n k size"]:
     """Derivatives of some examples with respect to `width` rows of a dense kernel from `start`."""
     n, k, d_out = len(x), delta.shape[1], delta.shape[-1]
     some = jax.lax.dynamic_slice_in_dim(x.reshape(n, -1, x.shape[-1]), start, width, axis=2).astype(dtype)
     flowed = delta.reshape(n, k, -1, d_out).astype(dtype)
     return jnp.einsum("nti,nkto->nkio", some, flowed, precision="highest").reshape(n, k, -1)
+
+
+@functools.partial(jax.jit, static_argnames=("width", "dtype"))
+def slab_of_words(ids: Array, delta: Array, start: Array, width: int, dtype: Any) -> Float[Array, "n k size"]:
+    """Derivatives of some examples with respect to `width` rows of an embedding from `start`."""
+    n, k, d = len(ids), delta.shape[1], delta.shape[-1]
+    read = ids.reshape(n, -1) - start
+    elsewhere = (read < 0) | (read >= width)
+    flowed = delta.reshape(n, k, -1, d).swapaxes(1, 2).astype(dtype)
+    rows = jnp.zeros((n, width, k, d), dtype)
+    found = rows.at[jnp.arange(n)[:, None], jnp.where(elsewhere, width, read)].add(flowed, mode="drop")
+    return found.swapaxes(1, 2).reshape(n, k, -1)
 
 
 class DeviceDerivatives(Derivatives):
@@ -151,11 +190,10 @@ class DeviceDerivatives(Derivatives):
             yield [([part for (part,) in chunks], where) for chunks, where in held]
             return
         d_in, d_out = site.inputs[-1], site.outputs[-1]
-        width = int(np.clip(slab_bytes // (np.dtype(dtype).itemsize * self.k * d_out * sum(map(len, sides))), 1, d_in))
-        width = next((w for w in range(width, width // 2, -1) if d_in % w == 0), width)  # of one size: compiled once
+        width = rows_of_a_slab(d_in, slab_bytes, np.dtype(dtype).itemsize * self.k * d_out * sum(map(len, sides)))
         for start in range(0, d_in, width):
             size = min(width, d_in - start)
-            yield [([_columns(*chunk, start, size, dtype) for chunk in chunks], where) for chunks, where in held]
+            yield [([slab_of_columns(*chunk, start, size, dtype) for chunk in chunks], where) for chunks, where in held]
 
 
 def _held(rows: Rows, names: tuple[str, ...], side: range) -> tuple[list[tuple[Array, ...]], np.ndarray]:

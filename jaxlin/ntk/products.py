@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset, as_dataset
-from jaxlin.errors import InputError
+from jaxlin.errors import InputError, is_out_of_memory
 from jaxlin.ntk.jacobian import (
     MAX_CHUNK,
     MEMORY_BUDGET,
@@ -43,10 +43,10 @@ class Stacked:
     size: int = dataclasses.field(metadata={"static": True})
 
 
-def _stack(data: Dataset) -> Stacked:
-    """Puts a data set on the device, in chunks of at most 16 examples of one length."""
+def _stack(data: Dataset, size: int) -> Stacked:
+    """Puts a data set on the device, in chunks of at most so many examples of one length."""
     shapes: dict[Any, list[tuple[np.ndarray, dict[str, np.ndarray]]]] = {}
-    size = min(MAX_CHUNK, len(data))
+    size = min(size, len(data))
     for indices, batch in data.chunks(size):
         # A filler's position is beyond the end: there a vector reads as zero, and what is written is dropped.
         positions = np.concatenate([indices, np.full(size - len(indices), len(data))]).astype(np.int32)
@@ -105,6 +105,7 @@ class NTKOperator:
         stacked: Rows and columns on the device.
         deviation: Largest relative deviation from float64 that was found there; `None` if nothing was compared.
             About `deviation * μ_1` is rounding: eigenvalues below are not known.
+        events: What was changed on the way, where memory ran out.
     """
 
     tun: Tunable
@@ -118,6 +119,7 @@ class NTKOperator:
     _function: tuple[Any, PyTree] = dataclasses.field(repr=False)
     stacked: tuple[Stacked, Stacked] = dataclasses.field(repr=False)
     deviation: float | None = None
+    events: tuple[str, ...] = ()
 
     @property
     def symmetric(self) -> bool:
@@ -219,7 +221,8 @@ def ntk_vector_product(
 
     Before it is returned, its two compiled passes are run on a vector that is zero but for a few examples (one
     product's cost) and compared with the dense float64 Jacobian of those: XLA's CPU compiler (jaxlib <= 0.10.2) can
-    be wrong by 1e-3, silently, in products of jvp and vjp.
+    be wrong by 1e-3, silently, in products of jvp and vjp. Passes are of at most 16 examples of one length; where that
+    check finds too little memory, of half as many.
 
     Args:
         tun: The model; the kernel is of exactly its theta.
@@ -238,6 +241,8 @@ def ntk_vector_product(
         InputError: If an argument is not one of those listed, an input does not fit the model, or the float64 Jacobian
             of one example is too large.
         FloatingPointError: If the passes deviate from float64.
+        MemoryError: If memory runs out for one example, too; a device's is a `JaxRuntimeError`.
+        jax.errors.JaxRuntimeError: Likewise.
 
     Example:
         >>> import jax.numpy as jnp, numpy as np, jaxlin as jl
@@ -260,11 +265,26 @@ def ntk_vector_product(
         tun.check_batch(data.columns)
     c, function = num_outputs(tun, data1), (tun.apply, theta)
     # Inputs and frozen weights in the dtypes that JAX gives them by default, though products run with x64 on.
-    with jax.enable_x64(dtype == "float64" or jax.config.read("jax_enable_x64")):
+    in_float64 = dtype == "float64" or jax.config.read("jax_enable_x64")
+    with jax.enable_x64(in_float64):
         function = jax.tree.map(jnp.asarray, to_float64(function) if dtype == "float64" else function)
-        first = _stack(data1)
-        stacked = (first, first if data2 is data1 else _stack(data2))
-    return _checked(NTKOperator(tun, theta, data1, data2, c, dtype, precision, check_examples, function, stacked))
+
+    def checked(size: int) -> NTKOperator:
+        with jax.enable_x64(in_float64):
+            first = _stack(data1, size)
+            stacked = (first, first if data2 is data1 else _stack(data2, size))
+        given = (tun, theta, data1, data2, c, dtype, precision, check_examples, function, stacked)
+        return _checked(NTKOperator(*given, events=events))
+
+    size, events = min(MAX_CHUNK, max(len(data1), len(data2))), tuple[str, ...]()
+    while True:
+        try:
+            return checked(size)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+        events = (*events, f"out of memory in a pass of {size} examples: {size // 2} from then on")
+        size //= 2
 
 
 def _checked(operator: NTKOperator) -> NTKOperator:

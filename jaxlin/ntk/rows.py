@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 _INDICES = "examples"
+
+
+@functools.cache
+def _writer() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="jaxlin-files")
 
 
 def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
@@ -31,13 +39,15 @@ class Rows:
         folder: Where the chunks are, a safetensors file each; `None`: in memory.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, *, lasting: bool = True) -> None:
         """Takes up what a folder already holds.
 
         Args:
             folder: For the chunks, or `None`.
+            lasting: Whether another process may take the files up, which they then hold a checksum for.
         """
-        self.folder = folder
+        self.folder, self._lasting = folder, lasting
+        self._writing: Future[None] | None = None
         self._held: dict[int, dict[str, Any]] = {}
         self._examples: dict[int, np.ndarray] = {}
         if folder is not None:
@@ -54,47 +64,77 @@ class Rows:
         """Returns how many examples the chunk at a position holds; 0 where there is none."""
         return len(self._examples.get(position, ()))
 
-    def put(self, position: int, examples: np.ndarray, arrays: Mapping[str, Any]) -> None:
-        """Adds a chunk, whole or not at all.
+    def put(self, position: int, examples: np.ndarray, arrays: Mapping[str, Any], *, at_once: bool = False) -> None:
+        """Adds a chunk, whole or not at all; to files while the next is computed.
 
         Args:
             position: That orders the chunks.
             examples: Which ones, ascending.
             arrays: By name, an example on the leading axis; one that is zero everywhere may be left out. Those on a
                 device stay there, unless they go to files, and more than the examples may follow.
+            at_once: Whether a file is written before this returns; then a failure is of this chunk alone.
         """
         arrays = {
             name: value if self.folder is None and isinstance(value, jax.Array) else _storable(np.asarray(value))
             for name, value in arrays.items()
         }
+        examples = np.asarray(examples)
         if self.folder is None:
             self._held[position] = dict(arrays)
+            self._examples[position] = examples
+        elif at_once:
+            self._write(position, examples, arrays)
         else:
-            file = self._file(position)
-            content = {**arrays, _INDICES: np.asarray(examples, np.int64)}
-            # Not by save_file, whose errors do not say that the disk is full.
-            file.with_suffix(".partial").write_bytes(save(content, metadata={"crc32": _checksum(content)}))
-            os.replace(file.with_suffix(".partial"), file)
-        self._examples[position] = np.asarray(examples)
+            self.wait()
+            self._writing = _writer().submit(self._write, position, examples, arrays)
+
+    def wait(self) -> None:
+        """Waits until what was put is in its file; raises, from then on, what kept it from that."""
+        if self._writing is not None:
+            self._writing.result()
+
+    def settle(self) -> None:
+        """Waits until nothing is being written, whether or not that went well."""
+        if self._writing is not None:
+            wait([self._writing])
+
+    def _write(self, position: int, examples: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+        file = self._file(position)
+        content = {**arrays, _INDICES: examples.astype(np.int64)}
+        partial = file.with_suffix(".partial")
+        try:
+            save_file(content, partial, metadata={"crc32": _checksum(content)} if self._lasting else None)
+            os.replace(partial, file)
+        except SafetensorError as error:  # says what the system said in words only
+            if number := re.search(r"(?:os error|code:) (\d+)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1])), str(partial)) from error
+            raise
+        finally:
+            partial.unlink(missing_ok=True)
+        self._examples[position] = examples
 
     def chunks(
         self, names: tuple[str, ...], start: int, stop: int
     ) -> Iterator[tuple[np.ndarray, int, tuple[Any, ...]]]:
         """Yields examples of a chunk from `start` to `stop`, where they begin in it, its arrays if all are there."""
+        for position, first, last in self._between(start, stop):
+            if arrays := self.arrays(position, names):
+                yield self._examples[position][first:last], first, arrays
+
+    def _between(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Chunks with examples from `start` to `stop`, and where those begin and end in them."""
+        self.wait()
         for position in sorted(self._examples):
-            examples = self._examples[position]
-            first, last = np.searchsorted(examples, (start, stop)).tolist()
-            if first < last and (arrays := self._arrays(position, names)):
-                yield examples[first:last], first, arrays
+            first, last = np.searchsorted(self._examples[position], (start, stop)).tolist()
+            if first < last:
+                yield position, first, last
 
     def read(self, names: tuple[str, ...], start: int, stop: int) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
-        """Yields the arrays of every example from `start` to `stop` that has all of them; from files, copies."""
-        for examples, first, arrays in self.chunks(names, start, stop):
-            on_host = jax.device_get(arrays)
-            for i, example in enumerate(examples.tolist(), start=first):
-                own = tuple(array[i] for array in on_host)
-                # From files: a view would hold the whole chunk.
-                yield example, own if self.folder is None else tuple(array.copy() for array in own)
+        """Yields the arrays of every example from `start` to `stop` that has all of them."""
+        for position, first, last in self._between(start, stop):
+            on_host = jax.device_get(self.arrays(position, names, slice(first, last)))
+            for i, example in enumerate(self._examples[position][first:last].tolist() if on_host else ()):
+                yield example, tuple(array[i] for array in on_host)
 
     def stacked(self, name: str, start: int, stop: int) -> np.ndarray | None:
         """Returns an array of the examples from `start` to `stop`; `None` where it vanishes for all of them."""
@@ -109,14 +149,14 @@ class Rows:
         assert self.folder is not None
         return self.folder / f"{position:010d}.safetensors"
 
-    def _arrays(self, position: int, names: tuple[str, ...]) -> tuple[Any, ...]:
-        """Arrays of a chunk; none where one of them is not there."""
+    def arrays(self, position: int, names: tuple[str, ...], some: slice = slice(None)) -> tuple[Any, ...]:
+        """Arrays of some of a chunk's examples; none where one of them is not there."""
         if self.folder is None:
             held = self._held[position]
-            return tuple(held[name] for name in names) if all(name in held for name in names) else ()
+            return tuple(held[name][some] for name in names) if all(name in held for name in names) else ()
         with safe_open(self._file(position), framework="numpy") as file:
             there = set(file.keys())
-            return tuple(file.get_tensor(name) for name in names) if there.issuperset(names) else ()
+            return tuple(file.get_slice(name)[some] for name in names) if there.issuperset(names) else ()
 
 
 def _storable(value: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from jaxlin.ntk.factored import Site, columns, readers, summed_in
+from jaxlin.ntk.factored import Factors, Site, columns, readers, summed_in
 from jaxlin.ntk.jacobian import gram, gram_of_equal
 from jaxlin.ntk.kinds import Kind, signs, thresholds
 from jaxlin.ntk.rows import Rows
@@ -17,7 +17,9 @@ Slab = tuple[slice, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """Some rows of a leaf; the examples on the left that they matter to, `[n]`, and their derivatives `[n, k, size]`; the
 same on the right. Examples are counted from the first of the range."""
 
-_CACHED_BYTES, _SLAB_ROWS = 1 << 26, 64
+_FORMED, _ENTRY = 1.5, 64
+"""What a multiply-add in forming derivatives costs, where memory is what bounds it, and what a product of two products
+of tokens does, in multiply-adds of a large product in float64; by the lengths at which the two ways take as long."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -43,20 +45,28 @@ class Derivatives:
 
     def slabs(self, path: str, left: range, right: range, slab_bytes: int) -> Iterator[Slab]:
         """Yields the derivatives with respect to a leaf, some of its rows at a time where it is large."""
-        same = self.last is self.first and left == right
         site = self.sites.get(path)
         if site is None:
             rows1 = self.first.stacked(path, left.start, left.stop)
-            rows2 = rows1 if same else self.last.stacked(path, right.start, right.stop)
+            rows2 = rows1 if self._same(left, right) else self.last.stacked(path, right.start, right.stop)
             if rows1 is not None and rows2 is not None:
                 yield slice(None), np.arange(len(left)), rows1, np.arange(len(right)), rows2
             return
-        factors1 = dict(self.first.read(site.names, left.start, left.stop))
-        factors2 = factors1 if same else dict(self.last.read(site.names, right.start, right.stop))
+        factors1, factors2 = self._factors(site, left, right)
         if site.factored == "embedding":
             yield from self._words(site, factors1, left.start, factors2, right.start)
         else:
             yield from self._columns(site, factors1, left, factors2, right, slab_bytes)
+
+    def _same(self, left: range, right: range) -> bool:
+        return self.last is self.first and left == right
+
+    def _factors(self, site: Site, left: range, right: range) -> tuple[Mapping, Mapping]:
+        """The factors of both sides; one object where they are the same."""
+        factors = dict(self.first.read(site.names, left.start, left.stop))
+        if self._same(left, right):
+            return factors, factors
+        return factors, dict(self.last.read(site.names, right.start, right.stop))
 
     def _words(self, site: Site, factors1: Mapping, start1: int, factors2: Mapping, start2: int) -> Iterator[Slab]:
         """One word at a time: only examples that hold it have a derivative with respect to its embedding."""
@@ -79,8 +89,7 @@ class Derivatives:
         sides = [(factors1, left)] if factors2 is factors1 else [(factors1, left), (factors2, right)]
         dtype = summed_in(self.dtype)
         one = np.dtype(dtype).itemsize * self.k * d_out * sum(len(side) for _, side in sides)
-        # No more at a time than a cache holds, unless products of few rows would be slow.
-        width = int(np.clip(min(slab_bytes, max(_CACHED_BYTES, _SLAB_ROWS * one)) // one, 1, d_in))
+        width = int(np.clip(slab_bytes // one, 1, d_in))
         sizes = [len(side) * self.k * width * d_out for _, side in sides]
         if len(self._buffer) < sum(sizes):
             self._buffer = np.empty(sum(sizes), dtype)
@@ -106,6 +115,15 @@ class Derivatives:
         shape = (len(left), len(right)) + ((self.k,) if self.kind.diagonal else (self.k, self.k))
         product, total = gram_of_equal if self.kind.diagonal else gram, np.zeros(shape)
         for path in paths:
+            site = self.sites.get(path)
+            if site is not None and site.factored != "embedding" and not self.kind.of_signs:
+                factors1, factors2 = self._factors(site, left, right)
+                if by_tokens(site, self.k, self.kind.diagonal, factors1, factors2, slab_bytes):
+                    _add_by_tokens(total, self.kind.diagonal, factors1, left.start, factors2, right.start)
+                else:
+                    for _, _, rows1, _, rows2 in self._columns(site, factors1, left, factors2, right, slab_bytes):
+                        total += product(rows1, rows2)
+                continue
             for _, examples1, rows1, examples2, rows2 in self.rows(path, left, right, slab_bytes):
                 if len(examples1) == len(left) and len(examples2) == len(right):
                     total += product(rows1, rows2)
@@ -133,6 +151,82 @@ class Derivatives:
             else:
                 signed2 = signs(rows2, limits[1][examples2]) if self.kind.signs[1] else rows2
             yield some, examples1, signed1, examples2, signed2
+
+
+def multiply_adds(
+    site: Site, k: int, diagonal: bool, examples: Sequence[int], tokens: Sequence[int], *, same: bool, slab_bytes: int
+) -> tuple[bool, float]:
+    """Finds the faster way to the product of a dense module's derivatives, and what it takes.
+
+    Products of activations and cotangents take less than those of derivatives for short texts: they grow with the
+    square of the tokens, and not with the size of the kernel.
+
+    Args:
+        site: The module.
+        k: Rows of J an example.
+        diagonal: Whether only rows of equal index are multiplied.
+        examples: How many there are on the left and on the right.
+        tokens: Of all of these together.
+        same: Whether those are the same examples.
+        slab_bytes: That derivatives, or products of tokens, may take.
+
+    Returns:
+        Whether tokens are to be multiplied, and the cost in multiply-adds of a large product in float64.
+    """
+    d_in, d_out = site.inputs[-1], site.outputs[-1]
+    (n1, n2), (tokens1, tokens2) = examples, tokens
+    pairs, half = k if diagonal else k**2, 2 if same else 1
+    formed = _FORMED * k * (tokens1 if same else tokens1 + tokens2) * d_in * d_out
+    multiplied = pairs * n1 * n2 * d_in * d_out / half
+    of_tokens = tokens1 * tokens2 * (d_in + pairs * d_out + _ENTRY * pairs) / half
+    held = 24 * tokens1 * tokens2 + 12 * (tokens1 + tokens2) * (d_in + k * d_out)
+    if of_tokens < formed + multiplied and held <= slab_bytes:
+        return True, of_tokens
+    return False, formed + multiplied
+
+
+def by_tokens(site: Site, k: int, diagonal: bool, factors1: Factors, factors2: Factors, slab_bytes: int) -> bool:
+    """Returns whether the products of tokens are the faster way; one object twice for examples with themselves."""
+    both = (factors1, factors2)
+    tokens = [sum(x.size // site.inputs[-1] for x, _ in factors.values()) for factors in both]
+    same = factors2 is factors1
+    return multiply_adds(site, k, diagonal, [*map(len, both)], tokens, same=same, slab_bytes=slab_bytes)[0]
+
+
+def _add_by_tokens(
+    total: np.ndarray, diagonal: bool, factors1: Factors, start1: int, factors2: Factors, start2: int
+) -> None:
+    """Adds `Σ_{t,s} (x_{it}·x_{js})(δ_{iat}·δ_{jbs})` to the tile, in float64: no derivative is formed."""
+    if not (factors1 and factors2):
+        return
+    mirrored = factors2 is factors1
+    x1, delta1, begins1, there1 = _tokens(factors1)
+    x2, delta2, begins2, there2 = (x1, delta1, begins1, there1) if mirrored else _tokens(factors2)
+    where = np.ix_(there1 - start1, there2 - start2)
+    similar = x1 @ x2.T
+    for a, b in np.ndindex(len(delta1), len(delta2)):
+        if (diagonal and a != b) or (mirrored and a > b):
+            continue
+        products = delta1[a] @ delta2[b].T
+        products *= similar
+        found = np.add.reduceat(np.add.reduceat(products, begins2, axis=1), begins1, axis=0)
+        if diagonal:
+            total[(*where, a)] += (found + found.T) / 2 if mirrored else found
+        elif a == b and mirrored:
+            total[(*where, a, b)] += (found + found.T) / 2
+        else:
+            total[(*where, a, b)] += found
+            if mirrored:
+                total[(*where, b, a)] += found.T
+
+
+def _tokens(factors: Factors) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Activations `[tokens, d_in]`, cotangents `[k, tokens, d_out]`, where each example's begin, and which they are."""
+    xs = [x.reshape(-1, x.shape[-1]) for x, _ in factors.values()]
+    deltas = [delta.reshape(len(delta), len(x), -1) for x, (_, delta) in zip(xs, factors.values(), strict=True)]
+    begins = np.cumsum([0, *map(len, xs[:-1])])
+    x, delta = np.concatenate(xs).astype(np.float64), np.concatenate(deltas, axis=1).astype(np.float64)
+    return x, delta, begins, np.array(list(factors))
 
 
 def _stacked(found: Sequence[tuple[int, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxlin.data.dataset import Dataset
-from jaxlin.errors import InputError
+from jaxlin.errors import InputError, is_out_of_memory
 from jaxlin.ntk.factored import Site, derivatives_and_factors, find_sites
 from jaxlin.ntk.jacobian import (
     MAX_CHUNK,
@@ -36,7 +36,7 @@ from jaxlin.ntk.kinds import Kind, signs, thresholds
 from jaxlin.ntk.on_device import COPIED_NUMBERS, PINNED_BYTES, DeviceDerivatives, multiplies_on_device, on_its_way
 from jaxlin.ntk.rows import Rows
 from jaxlin.ntk.threads import num_threads
-from jaxlin.ntk.tiles import Derivatives, transposed
+from jaxlin.ntk.tiles import Derivatives, multiply_adds, transposed
 from jaxlin.tunable import Batch, Blocks, Tunable, leaf_paths
 
 PhaseProgress = Callable[[str, int, int], None]
@@ -48,7 +48,7 @@ PASSES, TILES = "Jacobians", "kernel tiles"
 _SLAB_BYTES = 1 << 28
 """Largest size of the derivatives that are formed at a time on the host."""
 
-_SMALLEST_SLAB = 1 << 20
+SMALLEST_SLAB = 1 << 20
 
 _CPU_CHUNK = 32
 """Examples of a pass that keeps factors on a CPU, a few of which are in the network at a time."""
@@ -69,7 +69,7 @@ class Plan:
         row_block: Examples of a side of a tile.
         slab_bytes: Size of the derivatives with respect to a large leaf that are formed at a time.
         spilled: Whether what the passes give is kept in files though the kernel is not stored; over a mesh, whether
-            it is computed anew.
+            it is computed anew for every tile, or read from the store's files.
         events: What was changed on the way, and why.
     """
 
@@ -181,9 +181,14 @@ class Work:
         """Whether other processes take part."""
         return False
 
+    @property
+    def _mirrored(self) -> bool:
+        """Whether tiles on one side of the diagonal are the others, transposed."""
+        return self.data2 is None and self.kind.symmetric
+
     @functools.cached_property
     def on_device(self) -> bool:
-        """Whether what the passes give stays on the device and is multiplied there; signs are of the host."""
+        """Whether what the passes give stays on the device and is multiplied there; without a mesh not of signs."""
         return multiplies_on_device() and not self.kind.of_signs
 
     @functools.cached_property
@@ -271,7 +276,8 @@ class Work:
             InputError: If not even one example does.
         """
         budget, one, longest = self.memory_budget, self._example_bytes(), max(map(len, self._both()))
-        chunk = int(np.clip(budget // 16 // max(one, 1), 1, self._most_examples()))
+        # On a CPU a few together are faster than one or two; a GPU pads what it keeps to them.
+        chunk = int(np.clip(budget // (16 if self.on_device else 4) // max(one, 1), 1, self._most_examples()))
         chunk = power_of_two(chunk) if self._in_parts else chunk
         given = self._given_bytes(chunk if self.on_device else 1)
         slab = budget // 32 if self.on_device else int(np.clip(budget // 8, 1, _SLAB_BYTES))
@@ -300,14 +306,14 @@ class Work:
             InputError: If they do not.
         """
         needed = self._given_bytes() + (self._kernel_bytes() if stored else 0)
-        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
-        held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
-        free = shutil.disk_usage(there).free + held
+        self._check_room(folder, needed, f"what the passes give{' and the kernel take' if stored else ' takes'}")
+
+    def _check_room(self, folder: Path, needed: int, what: str) -> None:
+        free, there = free_bytes(folder)
         if needed > free:
             raise InputError(
-                f"what the passes give{' and the kernel take' if stored else ' takes'} {needed / 2**30:.1f} GiB in "
-                f"{there}, which has {free / 2**30:.1f} GiB free; use fewer examples, tune less, or give a folder on "
-                "another disk"
+                f"{what} {needed / 2**30:.1f} GiB in {there}, which has {free / 2**30:.1f} GiB free; use fewer "
+                "examples, tune less, or give a folder on another disk"
             )
 
     def _kernel_bytes(self) -> int:
@@ -320,7 +326,8 @@ class Work:
         return sum(math.ceil(size / chunk) * chunk for size in sizes) * self._example_bytes()
 
     @contextlib.contextmanager
-    def _precisely(self) -> Iterator[None]:
+    def precisely(self) -> Iterator[None]:
+        """Has JAX compute in the dtype and precision that are asked for."""
         with (
             jax.enable_x64(self.dtype == "float64" or jax.config.read("jax_enable_x64")),
             jax.default_matmul_precision(self.precision),
@@ -331,7 +338,7 @@ class Work:
         """What one pass gives for the first examples of a batch, of `count` of this length; on its way on a device."""
         fetch = (lambda found: found) if self.on_device else jax.device_get
         seeds = self.kind.seeds(self.c).astype(np.float64 if self._dtype == np.float64 else np.float32)
-        with self._precisely():
+        with self.precisely():
             if self.engine == "factored":
                 given = *self._function, batch, seeds, self.sites, np.int32(wanted), self._together(batch, count)
                 return fetch(derivatives_and_factors(*given))
@@ -374,6 +381,7 @@ class Work:
                         start += done
                         report(done)
                 except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                    rows.wait()  # what a file failed for is no matter of the pass
                     if plan.chunk == 1 or not is_out_of_memory(error):
                         raise
                     event = f"out of memory in a pass of {plan.chunk} examples: {plan.chunk // 2} from then on"
@@ -382,6 +390,7 @@ class Work:
                     start = oldest
                     running.clear()
             base += len(group)
+        rows.wait()
         return plan
 
     def _keep(self, rows: Rows, position: int, examples: np.ndarray, found: Mapping[str, Any]) -> None:
@@ -406,7 +415,9 @@ class Work:
             if not is_out_of_memory(error):
                 raise
             event = "out of memory in the float64 rows that ε_J is measured by: it is not measured"
-            return None, dataclasses.replace(plan, events=(*plan.events, event))
+            if event not in plan.events:  # of a store that is gone on with it tells already
+                plan = dataclasses.replace(plan, events=(*plan.events, event))
+            return None, plan
         rows = Rows(None)
         plan = self._run_passes(self.data1, rows, plan, lambda new: changed(new, None), only=check.chosen)
         derivatives = self._derivatives(rows, rows)
@@ -436,8 +447,7 @@ class Work:
 
     def pairs(self, plan: Plan) -> list[tuple[range, range]]:
         """Returns rows and columns of the tiles of a block; above the diagonal only where symmetric."""
-        sides = self.sides(plan)
-        half = self.data2 is None and self.kind.symmetric
+        sides, half = self.sides(plan), self._mirrored
         return [(left, right) for left in sides[0] for right in sides[-1] if not half or right.start >= left.start]
 
     def tiles(self, plan: Plan) -> list[tuple[str, range, range]]:
@@ -485,6 +495,7 @@ class Work:
         if not todo:
             return epsilon
         with contextlib.ExitStack() as stack:
+            lasting = folder is not None
             if folder is None and plan.spilled:
                 folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxlin-ntk-")))
                 self.check_disk(folder, stored=False)
@@ -500,7 +511,8 @@ class Work:
                 changed(new, epsilon)
 
             for name, data in zip(("rows", "columns"), self._both(), strict=False):
-                rows.append(Rows(folder and folder / name))
+                rows.append(Rows(folder and folder / name, lasting=lasting))
+                stack.callback(rows[-1].settle)  # before the folder, or the store's lock, is given up
                 plan = self._run_passes(data, rows[-1], plan, replanned, report)
             derivatives = self._derivatives(rows[0], rows[-1])
             count = len(tiles) - len(todo)
@@ -533,7 +545,7 @@ class Work:
             try:
                 return jax.block_until_ready(derivatives.tile(paths, left, right, plan.slab_bytes)), plan
             except (MemoryError, jax.errors.JaxRuntimeError) as error:
-                in_slabs = bool(self._large) and plan.slab_bytes > _SMALLEST_SLAB
+                in_slabs = bool(self._large) and plan.slab_bytes > SMALLEST_SLAB
                 if not is_out_of_memory(error) or not (in_slabs or len(left) > 1 or len(right) > 1):
                     raise
             derivatives.release()
@@ -550,12 +562,11 @@ class Work:
         if event not in plan.events:
             plan = dataclasses.replace(plan, events=(*plan.events, event))
         rows: list[np.ndarray] = []
-        for some in _halves(left):
+        for some in halves(left):
             parts = []
-            for others in _halves(right):
-                mirrored = self.data2 is None and self.kind.symmetric and left == right and others.start < some.start
-                if mirrored:
-                    part = transposed(rows[0][:, len(_halves(left)[0]) :])
+            for others in halves(right):
+                if self._mirrored and left == right and others.start < some.start:
+                    part = transposed(rows[0][:, len(halves(left)[0]) :])
                 else:
                     part, plan = self._tile(derivatives, block, some, others, plan)
                 parts.append(np.asarray(part))
@@ -572,27 +583,19 @@ class Work:
             Time, memory and disk.
         """
         plan = self.plan()
-        n = [len(data) for data in self._both()]
-        with tempfile.TemporaryDirectory(prefix="jaxlin-ntk-") as folder:
-            rows = Rows(Path(folder) if plan.spilled or stored else None)
+        with contextlib.ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxlin-ntk-")))
+            rows = Rows(folder if plan.spilled or stored else None, lasting=stored)
+            stack.callback(rows.settle)
             seconds = sum(self._seconds_of_passes(data, rows, plan) for data in self._both())
-        # Of an embedding only words that two examples share are multiplied: next to nothing.
-        dense = {path: site for path, site in self._large.items() if site.factored == "kernel"}
-        formed = sum(n) * self.k * sum(math.prod(site.inputs) * site.outputs[-1] for site in dense.values())
-        formed *= 1 + self.kind.of_signs
-        blocks = math.ceil(max(n) / plan.row_block)
-        pairs = n[0] * n[-1] * self.k * (1 if self.kind.diagonal else self.k)
-        multiplied = sum(size for path, size in self._sizes.items() if path in dense or path not in self._large)
-        halved = self.data2 is None and self.kind.symmetric and not self.on_device  # there a tile is multiplied whole
-        products = pairs * multiplied * (0.5 if halved else 1)
-        time32, time64 = (_seconds_a_product(dtype, self.on_device) for dtype in (np.float32, np.float64))
+            reading = 0.0 if rows.folder is None else self._read_bytes(plan) * self._seconds_a_byte_read(rows)
         kernel = self._kernel_bytes()
         given = self._given_bytes(plan.chunk if self.on_device else 1)
         fetching = kernel * _seconds_a_fetched_byte() if self.on_device else 0.0
         return Cost(
             self.engine,
             plan,
-            seconds + formed * blocks * time32 + products * time64 + fetching,
+            seconds + self._seconds_of_products(plan) + reading + fetching,
             seconds,
             self._tile_bytes(plan.row_block, plan.slab_bytes, plan.spilled or stored)
             + (2 * plan.chunk * self._example_bytes() if plan.spilled or stored else given)
@@ -600,6 +603,59 @@ class Work:
             (kernel if stored else 0) + (given if stored or plan.spilled else 0),
             kernel,
         )
+
+    def _seconds_of_products(self, plan: Plan) -> float:
+        """Time of forming and multiplying derivatives for all tiles, from that of two products."""
+        # Of an embedding only words that two examples share are multiplied: next to nothing.
+        dense = [site for site in self._large.values() if site.factored == "kernel"]
+        small = sum(size for path, size in self._sizes.items() if path not in self._large)
+        paired = self.k * (1 if self.kind.diagonal else self.k)
+        time32, time64 = (_seconds_a_product(dtype, self.on_device) for dtype in (np.float32, np.float64))
+        tokens, seconds = self._mean_tokens(), 0.0
+        for (n1, n2, same), count in self._alike(plan).items():
+            halved = 2 if same and self._mirrored and not self.on_device else 1  # there a tile is multiplied whole
+            products = n1 * n2 * paired * small / halved
+            for site in dense:
+                size, mine = site.inputs[-1] * site.outputs[-1], math.prod(site.inputs[:-1]) * tokens
+                if self.on_device or self.kind.of_signs:
+                    formed = (1 + self.kind.of_signs) * self.k * mine * (n1 if same else n1 + n2) * size
+                    seconds += count * formed * time32
+                    products += n1 * n2 * paired * size / halved
+                else:
+                    sides = [n1, n2], [int(mine * n1), int(mine * n2)]
+                    options: dict[str, Any] = {"same": same and self._mirrored, "slab_bytes": plan.slab_bytes}
+                    products += multiply_adds(site, self.k, self.kind.diagonal, *sides, **options)[1]
+            seconds += count * products * time64
+        return seconds
+
+    def _mean_tokens(self) -> float:
+        """Tokens of an example as it is computed, in the mean, as a share of those of the longest."""
+        tokens = [np.repeat(data.buckets, [*map(len, data.groups())]) for data in self._both() if data.buckets]
+        return float(np.concatenate(tokens).mean() / np.concatenate(tokens).max()) if tokens else 1.0
+
+    def _alike(self, plan: Plan) -> collections.Counter[tuple[int, int, bool]]:
+        """Numbers of examples on both sides of a tile, and whether they are the same, to how many such tiles."""
+        pairs = self.pairs(plan)
+        return collections.Counter(
+            (len(left), len(right), self.data2 is None and left == right) for left, right in pairs
+        )
+
+    def _read_bytes(self, plan: Plan) -> int:
+        """Of all that tiles read from files."""
+        item = max(4, self._dtype.itemsize)
+        small = sum(size for path, size in self._sizes.items() if path not in self._large)
+        one = item * (self.k * small + sum(site.numbers(self.k) for site in self._large.values()))
+        read = sum((n1 if same else n1 + n2) * count for (n1, n2, same), count in self._alike(plan).items())
+        return int(read * one * self._mean_tokens() * (1 + self.kind.of_signs))
+
+    def _seconds_a_byte_read(self, rows: Rows) -> float:
+        """Time of reading what the passes gave from files, by what is there."""
+        size, begin = 0, time.perf_counter()
+        for path in self._sizes:
+            names = self._large[path].names if path in self._large else (path,)
+            for _, arrays in rows.read(names, 0, max(map(len, self._both()))):
+                size += sum(array.nbytes for array in arrays)
+        return (time.perf_counter() - begin) / size if size else 0.0
 
     def _seconds_of_passes(self, data: Dataset, rows: Rows, plan: Plan) -> float:
         """Time of all passes over a data set, from one for each length, with what is done with its results."""
@@ -611,6 +667,7 @@ class Work:
                 jax.block_until_ready(self._pass(batch, len(examples), len(group)))  # compiles
                 begin = time.perf_counter()
                 self._keep(rows, 0, examples, self._pass(batch, len(examples), len(group)))
+                rows.wait()
                 together = self._together(batch, len(group))
                 rounds = math.ceil(len(group) / together) / math.ceil(len(examples) / together)
                 seconds += (time.perf_counter() - begin) * rounds
@@ -639,12 +696,17 @@ def _seconds_a_fetched_byte() -> float:
     return (time.perf_counter() - begin) / size
 
 
-def _halves(examples: range) -> list[range]:
+def halves(examples: range) -> list[range]:
     """The two halves of some examples; one example is not cut."""
     middle = examples.start + (len(examples) + 1) // 2
     return [half for half in (range(examples.start, middle), range(middle, examples.stop)) if half]
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, the host's or a device's."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+def free_bytes(folder: Path) -> tuple[int, Path]:
+    """Returns what a folder's files may take, with those that are there; and the folder that its disk is known by."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    held = 0
+    for file in folder.rglob("*") if folder.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError):  # another process's, that it has just renamed
+            held += file.stat().st_size if file.is_file() else 0
+    return shutil.disk_usage(there).free + held, there

@@ -110,13 +110,18 @@ def check_lams(lams: Lams, lam_rel: Sequence[float] | np.ndarray | None, pull: s
         raise InputError(f"lams={grid}; expected at least one λ, each at least 0, finite, and given once")
 
 
-def _grid(lams: Lams, lam_rel: Sequence[float] | np.ndarray | None, mu1: float, pull: str) -> list[float]:
+def _grid(
+    lams: Lams, lam_rel: Sequence[float] | np.ndarray | None, mu1: float, pull: str
+) -> tuple[list[float], list[float | None]]:
+    """Returns every λ, and each in units of μ₁: the number that was asked for, where it was given so."""
     if lam_rel is None and not isinstance(lams, str):
-        return np.atleast_1d(np.asarray(lams, float)).tolist()
+        grid = np.atleast_1d(np.asarray(lams, float)).tolist()
+        # SPD's strength is a share of the way back, not a curvature.
+        return grid, [None if pull == "spd" else relative(lam, mu1) for lam in grid]
     if not mu1 > 0:
         raise InputError("the kernel at θ₀ vanishes, so that λ in units of μ₁ means nothing; give lams as numbers")
-    shares = np.atleast_1d(np.asarray(AUTO_LAMS if lam_rel is None else lam_rel, float))
-    return (shares if pull == "spd" else shares * mu1).tolist()
+    shares = np.atleast_1d(np.asarray(AUTO_LAMS if lam_rel is None else lam_rel, float)).tolist()
+    return (shares, [None] * len(shares)) if pull == "spd" else ([share * mu1 for share in shares], shares)
 
 
 def check_comparison(
@@ -369,9 +374,12 @@ def _compare(
     spec = spectrum(start.kernel)
     n, c = start.f0["train"].shape
     mu1 = float(spec.eigenvalues[0]) * n / len(start.chosen)
-    grid = _grid(lams, lam_rel, mu1, config.pull)
+    grid, shares = _grid(lams, lam_rel, mu1, config.pull)
     if sweep is not None:
         grid = sweep.grid(grid)
+    labels_of: dict[float, Row] = {
+        lam: {"lam": lam, "lam_over_mu1": share} for lam, share in zip(grid, shares, strict=True)
+    }
 
     if mesh is not None:
         tun = shard(tun, mesh, rules)
@@ -401,10 +409,6 @@ def _compare(
     steps_done = 0
     limits = {pulled: start.limit(config, pulled) for pulled in {lam > 0 for lam in grid}}
 
-    def labels_of(lam: float) -> Row:
-        # SPD's strength is a share of the way back, not a curvature.
-        return {"lam": lam, "lam_over_mu1": None if config.pull == "spd" else relative(lam, mu1)}
-
     def run(name: str, arm: _Arm, lam: float, begin: TrainState | None = None) -> TrainResult:
         nonlocal steps_done
         before = steps_done - (begin.step if begin is not None else 0)
@@ -413,7 +417,7 @@ def _compare(
             nonlocal steps_done
             tell = replay if replayed else log
             if tell is not None:
-                tell({"arm": name, **labels_of(lam), **row})
+                tell({"arm": name, **labels_of[lam], **row})
             if name in counted or begin is not None:
                 steps_done = before + row["step"]
                 if progress is not None and not replayed:  # its rate is of steps that are taken
@@ -445,7 +449,7 @@ def _compare(
             progress(phase, len(reports) * len(tracked) + done, len(grid) * len(tracked))
 
     for lam in grid:
-        labels = labels_of(lam)
+        labels = labels_of[lam]
         outputs: dict[str, dict[str, np.ndarray]] = {}
         for name, arm in arms.items():
             results[name, lam] = run(name, arm, lam)

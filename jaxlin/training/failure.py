@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import jax
 from jax.sharding import Mesh
 
-from jaxlin.errors import DeviceMemoryError, ProcessLostError
+from jaxlin.errors import DeviceMemoryError, ProcessLostError, is_out_of_memory
 from jaxlin.linearize import Linearized
 from jaxlin.sharding import DATA
 from jaxlin.training.config import TrainConfig
@@ -72,7 +72,7 @@ def explained(
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
+        if is_out_of_memory(error):
             groups = batch if isinstance(batch, Groups) else Groups((batch,), (config.gradient_accumulation_steps,))
             shape = ", ".join(map(_shape, groups.batches))
             shape += f" in each of {runs} runs" if runs > 1 else ""

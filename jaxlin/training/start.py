@@ -85,7 +85,8 @@ class Start:
         epsilon = measure_epsilon(tun, wanted["train"], None, found["train"], 2, _PRECISION, budget)
         jac = found["train"]
         if hold and len(chosen) < n:
-            jac = Jacobian(jac.outputs[chosen], {path: rows[chosen] for path, rows in jac.rows.items()})
+            rows = {path: rows[chosen] for path, rows in jac.rows.items()}
+            jac = dataclasses.replace(jac, outputs=jac.outputs[chosen], rows=rows)
         # A Gram in float64 resolves all that a float32 Jacobian holds (theory 6), for a fraction of an SVD's time.
         keep = jac.outputs.dtype == np.float64
         kernel = kernel_from_jacobian(jac, jac, blocks, _PRECISION, epsilon, keep)

@@ -109,7 +109,9 @@ def _difference_figure(table: Sequence[Row]) -> Figure:
                 if line == lines - 1:
                     axis.set_xlabel(f"{name}:\nchosen − other\n({'more' if better > 0 else 'less'} is better)")
             title = name_of(tasks[line]) if own else "mean of the tasks, interval over tasks"
-            axes[line, 1].set_title(f"{title} ({metric_of(of(table, task=tasks[line]))})" if own else title)
+            axes[line, 1].set_title(title)
+            if own:
+                axes[line, 0].set_title(f"score: {metric_of(of(table, task=tasks[line]))}")
         axes[0, 0].set_yticks(range(len(OTHERS)), [NAMES[other] for other in OTHERS])
         axes[0, 0].set_ylim(len(OTHERS) - 0.5, -0.5)
         plots.headline(

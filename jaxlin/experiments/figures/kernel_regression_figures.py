@@ -133,7 +133,8 @@ def _calibration(tables: Tables) -> Figure:
             if across == "confidence":
                 axis.set(xlim=_around(reliability, "confidence"), ylim=_around(reliability, "accuracy"))
         axes[0, 0].legend()
-        plots.headline(figure, f"Calibration on validation examples (dotted: perfect)\n{sizes(coverage)}")
+        title = "Calibration on validation examples (dotted: perfect); bands: (a) and (b) only"
+        plots.headline(figure, f"{title}\n{sizes(coverage)}")
     return figure
 
 

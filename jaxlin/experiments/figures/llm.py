@@ -22,6 +22,7 @@ from jaxlin.experiments.figures.study import FAST, AdamSetting, Problem, Row, St
 from jaxlin.experiments.figures.summary import (
     against_the_pull,
     band,
+    counted,
     distinct,
     mean_interval,
     name_of,
@@ -239,8 +240,8 @@ def _kernels(tables: Tables) -> Figure:
             axes[1, 0].plot([], [], f"{MARKERS[start]}-", color=COLOURS[start], label=NAMES[start])
         figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         examples = max(row["index"] for row in values)
-        title = f"Tangent kernels at the start, {examples} training examples (contrasts of the logits)\n{sizes(values)}"
-        plots.headline(figure, title)
+        title = f"Tangent kernels at the start, {examples} training examples (contrasts of the logits)"
+        plots.headline(figure, f"{title}\n{counted(len(distinct(values, 'seed')), 'seed')} (mean and range)")
     return figure
 
 
@@ -334,8 +335,9 @@ def findings(tables: Tables) -> dict[str, str]:
     if set(nearest) == {STARTS[0]}:
         verdict += "with the prompt on every task, as Malladi et al. would have it."
     else:
-        which = zip(nearest, distinct(full, "task"), strict=True)
-        verdict += "with " + "; ".join(f"{NAMES[start]} on {name_of(task)}" for start, task in which)
+        which = list(zip(nearest, distinct(full, "task"), strict=True))
+        tasks = {start: [name_of(task) for found, task in which if found == start] for start in dict.fromkeys(nearest)}
+        verdict += "with " + "; ".join(f"{NAMES[start]} on {' and '.join(names)}" for start, names in tasks.items())
         verdict += ". That a prompt makes fine-tuning the most linear does not show here."
     if reasons := untestable(table, tables["shares"]):
         verdict += f" **But with this decoder the claim cannot be tested:** {'; '.join(reasons)}."

@@ -54,9 +54,12 @@ class Claim:
         """Says how many tasks, draws and training examples that table is of."""
         rows = poolable(tables[self.table])
         draws = len(distinct(rows, "seed" if "seed" in rows[0] else "draw"))
-        return (
-            f"{counted(len(distinct(rows, 'task')), 'task')}, {counted(draws, 'draw')}, "
-            f"n = {spread(distinct(rows, 'train_examples'))}"
+        n, kernels = (
+            distinct(rows, "train_examples"),
+            distinct(rows, "kernel_examples") if "kernel_examples" in rows[0] else [],
+        )
+        return f"{counted(len(distinct(rows, 'task')), 'task')}, {counted(draws, 'draw')}, n = {spread(n)}" + (
+            f", kernels of {spread(kernels)}" if kernels not in ([], n) else ""
         )
 
 
@@ -99,7 +102,8 @@ def _distance_bounds(tables: Tables) -> tuple[str, str]:
     gap = regularization.looseness(rows, *regularization.ON_GAP)
     measured += (
         f"; at the median those on the distance are {spread(distance, '.2g')} times what is measured, those on the "
-        f"gap (5(b), 5(c)) {' and '.join(number(x, '.2g') for x in gap)} times"
+        f"gap (5(b), 5(c)) {' and '.join(number(x, '.2g') for x in gap)} times. The runs end "
+        f"{spread(regularization.reached(rows), '.2g')} from θ₀"
     )
     return measured, f"{holds} (H is sampled: no proof)" if holds == "yes" else holds
 

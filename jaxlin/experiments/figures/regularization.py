@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxlin import plots
 from jaxlin.errors import InputError
 from jaxlin.experiments.data_arguments import STDLIB
-from jaxlin.experiments.figures.study import FAST, PAPER_ADAM, AdamSetting, Row, Study, Tables, Work
+from jaxlin.experiments.figures.study import FAST, PAPER_ADAM, PAPER_KERNEL, AdamSetting, Row, Study, Tables, Work
 from jaxlin.experiments.figures.summary import (
     against_the_pull,
     band,
@@ -59,7 +59,7 @@ class RegularizationSetting(AdamSetting):
     frozen_tasks: tuple[str, ...] = ("cola", "sst2")
     pull_tasks: tuple[str, ...] = ("sst2",)
     pull_lam_rel: tuple[float, ...] = (1e-3, 1e-2, 1e-1)
-    bound_examples: int = 48
+    bound_examples: int = 1000
     bound_steps: int = 24
 
 
@@ -170,6 +170,7 @@ _BASELINES = (("start", "-."), (MAJORITY, "-."))
 _GAP = "#000000"
 _PARTS = (("A", "v-"), ("B", "s--"), ("head", "x-."))
 """Parts of theta that the parameter gap is split into."""
+_PART_LOOK: dict[str, Any] = {"color": _GAP, "mfc": "none", "alpha": 0.5, "lw": 0.8, "ms": 2.5}
 
 
 def _main(table: Sequence[Row]) -> Figure:
@@ -196,11 +197,12 @@ def _main(table: Sequence[Row]) -> Figure:
                     band(axis, of(mine, arm=arm), "lam_over_mu1", key, at, fmt=style, **own)
                 if key == "parameter_gap":
                     for part, style in _PARTS:
-                        look = {"color": _GAP, "mfc": "none", "alpha": 0.5, "lw": 0.8, "ms": 2.5, "label": f"in {part}"}
-                        band(axis, of(mine, arm=FULL), "lam_over_mu1", f"{key}_{part}", at, style, **look)
+                        band(axis, of(mine, arm=FULL), "lam_over_mu1", f"{key}_{part}", at, style, **_PART_LOOK)
                 if key == "agreement_eval":
-                    grey = {"fmt": "d--", "color": plots.COLOURS["start"], "label": "full with start f₀"}
+                    grey = {"fmt": "d--", "color": plots.COLOURS["start"], "label": "with start f₀"}
                     band(axis, of(mine, arm=FULL), "lam_over_mu1", "agreement_f0_eval", at, **grey)
+                if key == "output_gap_relative_eval":
+                    axis.axhline(LIMIT, color=plots.COLOURS["start"], lw=0.6, zorder=0)
                 if key == "score_eval":
                     _baselines(axis, mine)
                 if key in plots.SCALINGS or key == "output_gap_eval":
@@ -210,19 +212,20 @@ def _main(table: Sequence[Row]) -> Figure:
                     axis.set_ylabel(name)
             axes[0, column].set_title(name_of(task))
             axes[-1, column].set_xlabel(f"pull λ/μ₁\n(score: {metric_of(mine)})")
-        for axis in axes[:3, 0]:
+        for axis in (*axes[:3, 0], axes[-2, 0]):
             told_below = list(plots.NAMES.values())
             handles = [line for line in axis.get_legend_handles_labels()[0] if line.get_label() not in told_below]
             axis.legend(handles=handles, loc="lower left", fontsize=6, borderpad=0.1, labelspacing=0.2)
-        axes[-2, 0].lines[0].set_label("full with linearized")
-        axes[-2, 0].legend()
-        for arm, style in (*_ARMS, *_BASELINES):
-            axes[-1, 0].plot([], [], style, color=plots.COLOURS[arm], label=plots.NAMES[arm])
-        figure.legend(handles=axes[-1, 0].lines[-4:], loc="outside lower center", ncols=4)
+        looks = [(style, {"color": plots.COLOURS[arm], "label": plots.NAMES[arm]}) for arm, style in _ARMS]
+        looks += [("^-", {"color": _GAP, "label": "full against linearized"})]
+        looks += [(style, {"color": plots.COLOURS[arm], "label": plots.NAMES[arm]}) for arm, style in _BASELINES]
+        looks += [(style, {**_PART_LOOK, "label": f"θ−θ̄ in {part}"}) for part, style in _PARTS]
+        told = [axes[-1, 0].plot([], [], style, **look)[0] for style, look in looks]
+        figure.legend(handles=told, loc="outside lower center", ncols=4)
         plots.headline(
             figure,
-            "Full (θ, f) against linearized (θ̄, f̄), trained by Adam, validation outputs; dotted: theory 5’s slopes for"
-            " descent\n" + sizes(rows),
+            "Full (θ, f) against linearized (θ̄, f̄), trained by Adam; outputs f of all validation examples together\n"
+            f"Dotted: theory 5’s slopes for descent; thin line: {LIMIT:g}; KL in nats\n" + sizes(rows),
         )
     return figure
 
@@ -370,8 +373,9 @@ def findings(tables: Tables) -> dict[str, str]:
     head = ["", "Task", *at, "good", "slope of ‖θ−θ₀‖", "of ‖θ−θ̄‖", "of ‖f−f̄‖", ""]
     gap = (
         "Relative output gap ‖f−f̄‖/‖f−f₀‖ and agreement of decisions on validation examples: mean over seeds, and "
-        f"range. A gap below {LIMIT:g} counts as good. Slopes are log-log between the two largest λ; theory 5 gives "
-        f"−1, −2, −2.\n\n{' | '.join(head).strip()}\n{'|---' * (len(head) - 2)}|\n" + "\n".join(lines)
+        f"range. A gap below {LIMIT:g} (the thin line) counts as good. Slopes are log-log between the two largest λ; "
+        f"of descent theory 5 gives −1, −2, −2.\n\n{' | '.join(head).strip()}\n{'|---' * (len(head) - 2)}|\n"
+        + "\n".join(lines)
     )
     known = [found for task in tasks if (found := good_from(of(full, task=task), LIMIT)) is not None]
     if len(known) == len(tasks) and (left := left_of_gains(rows, max(known))):
@@ -410,7 +414,40 @@ def _of_pulls(table: Sequence[Row]) -> str:
             cells = [written(values_of(frozen, c)) for c in ("distance", "output_gap_relative_eval", "score_eval")]
             lines.append(f"| {name_of(task)} | coupled, A frozen | " + " | ".join(cells) + " |")
     head = "At λ/μ₁ = 0.01:\n\n| Task | pull | ‖θ−θ₀‖ | ‖f−f̄‖/‖f−f₀‖ | score |\n|---|---|---|---|---|\n"
-    return head + "\n".join(lines)
+    return "\n\n".join(filter(None, [head + "\n".join(lines), _hardly_pulls(table), _of_frozen(table)]))
+
+
+def _hardly_pulls(table: Sequence[Row]) -> str:
+    """How far runs under the decoupled pull go, beside those without any."""
+    rows = of(table, arm=FULL, pull="decoupled")
+    if not rows:
+        return ""
+    free = of(table, arm=FULL, pull="coupled", lam_over_mu1=0.0, task=rows[0]["task"])
+    shares = sorted(distinct(rows, "lam_over_mu1"))
+    ends = [values_of(of(rows, lam_over_mu1=share), "distance").mean() for share in shares]
+    return (
+        f"Under the decoupled pull, which Adam does not scale, runs end {spread(ends, '.3g')} from θ₀ at λ/μ₁ = "
+        f"{spread(shares, 'g')}; without a pull {number(values_of(free, 'distance').mean(), '.3g')} "
+        f"({name_of(rows[0]['task'])}): it hardly pulls."
+        if min(ends) > 0.9 * values_of(free, "distance").mean()
+        else ""
+    )
+
+
+def _of_frozen(table: Sequence[Row]) -> str:
+    """What freezing A does without a pull."""
+    lines = []
+    for task in distinct(of(table, arm=FROZEN_A), "task"):
+        free = of(table, task=task, pull="coupled", lam_over_mu1=0.0)
+        gaps, scores = (
+            [written(values_of(of(free, arm=arm), column)) for arm in (FULL, FROZEN_A)]
+            for column in ("output_gap_relative_eval", "score_eval")
+        )
+        lines.append(
+            f"- {name_of(task)}: gap ‖f−f̄‖/‖f−f₀‖ {gaps[0]} with A trained, {gaps[1]} with A frozen; score "
+            f"{scores[0]} and {scores[1]}"
+        )
+    return "Without a pull:\n\n" + "\n".join(lines) if lines else ""
 
 
 def _of_bounds(tables: Tables) -> str:
@@ -418,12 +455,38 @@ def _of_bounds(tables: Tables) -> str:
     applying = [row for row in rows if row["applies"]]
     holding = [row for row in applying if row["holds"]]
     return (
-        f"Of {len(rows)} bounds evaluated on full-batch descent ({rows[0]['train_examples']} examples), "
-        f"{len(applying)} apply, and {len(holding)} of these hold. They are far from equally tight. At the end of the "
-        f"runs, at the median over λ, those of theory 4 on ‖θ−θ₀‖ are "
-        f"{spread(looseness(rows, *ON_DISTANCE), '.2g')} times what is measured, and those of theory 5 on the gaps "
-        f"‖θ−θ̄‖ and ‖f−f̄‖ {' and '.join(number(x, '.2g') for x in looseness(rows, *ON_GAP))} times."
+        f"Of {len(rows)} bounds of theory 3 to 7 evaluated on full-batch descent "
+        f"({rows[0]['train_examples']} examples), {len(applying)} apply, and {len(holding)} of these hold. "
+        "They are far from equally tight. At the end of the runs, at the median over λ, those of theory 4 on ‖θ−θ₀‖ "
+        f"are {spread(looseness(rows, *ON_DISTANCE), '.2g')} times what is measured, and those of theory 5 on the gaps "
+        f"‖θ−θ̄‖ and ‖f−f̄‖ {' and '.join(number(x, '.2g') for x in looseness(rows, *ON_GAP))} times.\n\n"
+        f"{_of_descent(tables)}"
     )
+
+
+def reached(rows: Sequence[Row]) -> np.ndarray:
+    """Returns how far from θ₀ the runs end that the bounds are evaluated on."""
+    return values_of(of_theory(rows, "4(a)"), "measured")
+
+
+def _of_descent(tables: Tables) -> str:
+    """How far those runs go, beside Adam's, and how what is measured falls with λ."""
+    rows = tables["bounds"]
+    free = of(tables["table"], task=rows[0]["task"], pull="coupled", arm=FULL, lam_over_mu1=0.0)
+    two = sorted(distinct(rows, "lam_over_mu1"))[-2:]
+    said = f"These runs are short: they end {spread(reached(rows), '.2g')} from θ₀"
+    if free:
+        said += f", Adam’s without a pull, above, {number(values_of(free, 'distance').mean(), '.2g')}"
+    if len(two) > 1:
+        ends = [[values_of(of_theory(of(rows, lam_over_mu1=s), name), "measured")[0] for s in two] for name in _FALLING]
+        slopes = [number(np.log(high / low) / np.log(two[1] / two[0]), ".2f") for low, high in ends]
+        names = ", ".join(f"{name} {slope}" for name, slope in zip(_FALLING.values(), slopes, strict=True))
+        said += f". Between the two largest λ their slopes are: {names}; theory 5 says −1, −2, −2 and −1"
+    return f"{said}."
+
+
+_FALLING = {"4(a)": "‖θ−θ₀‖", "5(b)": "‖θ−θ̄‖", "5(c)": "‖f−f̄‖", "5(d)": "‖K−K₀‖"}
+"""Bounds, and what they are of, that falls as a power of λ."""
 
 
 STUDY = Study(
@@ -437,7 +500,7 @@ STUDY = Study(
         bound_steps=6,
     ),
     full=RegularizationSetting(),
-    paper=RegularizationSetting(**PAPER_ADAM),
+    paper=RegularizationSetting(**PAPER_ADAM, bound_examples=PAPER_KERNEL),
     compute=compute,
     draw=draw,
     findings=findings,

@@ -68,8 +68,8 @@ class FiguresConfig:
             profile, 05 spectra and layers, 06 condition number, 07 choose layers, 08 kernel regression, 09 a language
             model (of the folder JAXLIN_MODELS); default: all.
         fast: One to three minutes a study, on embedded data.
-        full: The setting of the results that are kept: needs the data (--data_dir), and hours; 06 a GPU. (01 has one
-            setting only.)
+        full: The setting of the results that are kept: needs the data (--data_dir), and hours; 04, 06 and the bounds of
+            02 a GPU. (01 has one setting only.)
         paper: The paper's model and training, roberta-base on whole data sets (03 and 08: 1,000 training examples):
             for a GPU, and hours.
         output_dir: Folder for tables and figures, one folder a study in it.

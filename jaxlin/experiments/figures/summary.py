@@ -277,7 +277,8 @@ def against_the_pull(
                         look |= {"mfc": "none", "lw": max(2.4 - 0.6 * place, 1.0), "ms": max(8.0 - 2.5 * place, 3.0)}
                     band(axis, of(mine, **values), "lam_over_mu1", key, at, style, **look)
                 name = metric_of(mine) if key == "score_eval" else name
-                axis.set(ylabel=name, xlabel="pull λ/μ₁", title=name_of(task) if column == len(panels) // 2 else "")
+                axis.set(ylabel=name, title=name_of(task) if column == len(panels) // 2 else "")
+                axis.set_xlabel("pull λ/μ₁" if task == tasks[-1] else "")
         drawn = {line.get_label(): line for axis in axes[0] for line in axis.lines}
         shown = [drawn[label] for _, label, *_ in lines if label in drawn]
         figure.legend(handles=shown, loc="outside lower center", ncols=3)
