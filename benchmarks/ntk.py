@@ -1,6 +1,6 @@
 """Time and memory of the kernel engines as ratios to one forward pass, and against other ways to the same kernel.
 
-    uv run python benchmarks/ntk.py [--examples 16 32] [--length 128] [--outputs 2] [--repeats 3] [--json FILE]
+    uv run python benchmarks/ntk.py [--examples 16 32] [--length 128] [--outputs 2 3] [--repeats 3] [--json FILE]
     uv run python benchmarks/ntk.py --examples 32 64 128 256 --cases "LoRA q, v"    # growth: time, memory, compilation
     uv run python benchmarks/ntk.py --text FOLDER/sst2/train.tsv --examples 32      # MiniLM, real text
 
@@ -9,15 +9,17 @@ matrix products: N·F forward, N·C·F back through activations (and as much aga
 the weights tuned), at the best rate of products of these shapes, forward or transposed, measured in the same run; and
 (NC)²·P for the Gram matrices in float64 of the P weights whose derivatives are not all zero, at the rate of a float64
 product of a matrix with itself, measured likewise. The first call's excess over the median is told apart, as
-compilation; ε_J is not measured. The peak is of the process during the calls (Linux), with the model.
+compilation; ε_J is not measured. Of --engines all but the first are timed for the first of --examples only. The peak is
+of the process during the calls (Linux), with the model.
 `--head cls` reads one position, for which the last layer then works alone; `--head mean` reads all; `--head both` times
 the factored engine with the two in turn, and says what one position gains.
 
 Beside jaxlin's engines: `one block`, the same engine for the summed kernel alone; `neural_tangents`, the fastest of
 its implementations for LoRA (JACOBIAN_CONTRACTION), in tiles, and checked; `neural_tangents alone`, the library itself
-with all examples at once, whose program says what memory it needs before it runs; `paper's script`, the Jacobian of all
-parameters, one example at a time, twice, of texts padded to 512 tokens as that script pads them (`--length` where
-tokens are random).
+with all examples at once, whose program says what memory it needs before it runs, and `neural_tangents structured` by
+STRUCTURED_DERIVATIVES, which is its faster one where all weights are tuned and texts are short; `paper's script`, the
+Jacobian of all parameters, one example at a time, twice, of texts padded to 512 tokens as that script pads them
+(`--length` where tokens are random).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import itertools
 import json
 import platform
 import resource
@@ -120,31 +123,37 @@ def multiply_adds(config: EncoderConfig, data: Dataset) -> float:
     return config.num_layers * sum(n * (t * layer + 2 * t**2 * config.hidden_size) for t, n in tokens)
 
 
-def roberta_shape(args: argparse.Namespace, rng: np.random.Generator) -> tuple[Any, Dataset]:
+def roberta_shape(args: argparse.Namespace, outputs: int) -> tuple[Any, Dataset]:
     """RoBERTa-base's shape with random weights, and random tokens of one length."""
-    ids = rng.integers(5, CONFIG.vocab_size, (max(args.examples), args.length))
+    ids = np.random.default_rng(0).integers(5, CONFIG.vocab_size, (max(args.examples), args.length))
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    module = SequenceClassifier(CONFIG, args.outputs, args.head)
+    module = SequenceClassifier(CONFIG, outputs, args.head)
     return jl.from_linen(module, jax.jit(module.init)(jax.random.key(0), batch)["params"]), as_dataset(batch)
 
 
-def minilm(args: argparse.Namespace) -> tuple[Any, Dataset]:
+def minilm(args: argparse.Namespace, outputs: int) -> tuple[Any, Dataset]:
     """The embedded model, and the first texts of a file at their own lengths."""
     with args.text.open(encoding="utf-8") as stream:
         texts = [row["sentence"] for row in csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)]
-    model = jl.load_model(num_labels=args.outputs, head=args.head)
+    model = jl.load_model(num_labels=outputs, head=args.head)
     tokens = model.tokenizer(texts[: max(args.examples)], padding="longest", truncation=True, return_tensors="np")
     return model, as_dataset(dict(tokens))
 
 
-def neural_tangents_alone(tun: jl.Tunable, data: Dataset, repeats: int) -> Timed:
+ALONE = {
+    "neural_tangents alone": "JACOBIAN_CONTRACTION",
+    "neural_tangents structured": "STRUCTURED_DERIVATIVES",
+}
+
+
+def neural_tangents_alone(implementation: str, tun: jl.Tunable, data: Dataset, repeats: int) -> Timed:
     """Times a kernel of all examples by the library itself, without tiles and check."""
     nt, batch = jl.load_neural_tangents(), dict(data.columns)
     kernel = nt.empirical_ntk_fn(
         tun.apply,
         trace_axes=(),
         vmap_axes=(dict.fromkeys(batch, 0), 0, {}),
-        implementation=nt.NtkImplementation.JACOBIAN_CONTRACTION,
+        implementation=nt.NtkImplementation[implementation],
     )
     with jax.default_matmul_precision("highest"):
         begin = time.perf_counter()
@@ -159,8 +168,8 @@ def neural_tangents_alone(tun: jl.Tunable, data: Dataset, repeats: int) -> Timed
 
 def call(engine: str, model: Any, tun: jl.Tunable, data: Dataset, args: argparse.Namespace) -> Timed:
     """Times a kernel of all examples by one of the ways."""
-    if engine == "neural_tangents alone":
-        return neural_tangents_alone(tun, data, args.repeats)
+    if engine in ALONE:
+        return neural_tangents_alone(ALONE[engine], tun, data, args.repeats)
     if engine == "paper's script":
         everything = jl.full(model)
         length = 512 if args.text else data["input_ids"].shape[1]
@@ -186,7 +195,7 @@ def gain_of_one_position(args: argparse.Namespace) -> list[dict[str, Any]]:
     setups = []
     for head in ("mean", "cls"):
         own = argparse.Namespace(**{**vars(args), "head": head})
-        setups.append(minilm(own) if args.text else roberta_shape(own, np.random.default_rng(0)))
+        setups.append((minilm if args.text else roberta_shape)(own, args.outputs[0]))
     rows = []
     for name in args.cases:
         last = (setups[0][0].module.config if args.text else CONFIG).num_layers - 1
@@ -200,7 +209,7 @@ def gain_of_one_position(args: argparse.Namespace) -> list[dict[str, Any]]:
                     each.append(time.perf_counter() - begin)
             all_of_them, one = (statistics.median(each[1:]) for each in times)
             rows.append(
-                {"tuned": name, "N": n, "C": args.outputs, "seconds": one, "seconds_all_positions": all_of_them}
+                {"tuned": name, "N": n, "C": args.outputs[0], "seconds": one, "seconds_all_positions": all_of_them}
             )
             print(f"{name:18} N={n:<4} one position {one / n:.3f} s/example, all {all_of_them / n:.3f}", flush=True)
     return rows
@@ -211,11 +220,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--outputs", type=int, default=2)
+    parser.add_argument("--outputs", type=int, nargs="+", default=[2])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    engines = ("jacobian", "factored", "one block", "neural_tangents", "neural_tangents alone", "paper's script")
+    engines = ("factored", "one block", "jacobian", "neural_tangents", *ALONE, "paper's script")
     parser.add_argument("--engines", nargs="+", choices=engines, default=engines[:3])
+    parser.add_argument("--few", nargs="+", choices=CASES, default=[], help="cases of the first of --examples only")
     parser.add_argument("--head", choices=("mean", "cls", "both"), default="mean")
     parser.add_argument("--subsets", type=int, default=0, help="time the spectra of so many subsets of layers")
     parser.add_argument("--text", type=Path, help="TSV with a column `sentence`: MiniLM in place of RoBERTa-base")
@@ -229,8 +239,8 @@ def main() -> None:
             about = {"repeats": args.repeats, "jax": jax.__version__, "length": None if args.text else args.length}
             args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=2))
         return
-    rng, c = np.random.default_rng(0), args.outputs
-    model, data_all = minilm(args) if args.text else roberta_shape(args, rng)
+    rng, load = np.random.default_rng(0), minilm if args.text else roberta_shape
+    model, data_all = load(args, args.outputs[0])
     config = model.module.config if args.text else CONFIG
     apply = jax.jit(model.module.apply)
     with jax.default_matmul_precision("highest"):
@@ -248,18 +258,18 @@ def main() -> None:
     print(f"products {rate / 1e9:.0f} G multiply-adds/s; Gram {gram_rate / 1e9:.0f} in float64")
 
     rows = []
-    for name in args.cases:
-        make, share = CASES[name]
+    for name, c in itertools.product(args.cases, args.outputs):
+        model, (make, share) = load(args, c)[0], CASES[name]
         tun, depth = make(model, config.num_layers - 1), 1.0
         if name == "full, last layer":
             share = depth = 1 / config.num_layers
         sizes = zip(leaf_paths(tun.theta0), jax.tree.leaves(tun.theta0), strict=True)
         weights = sum(leaf.size for path, leaf in sizes if "lora_A" not in path)  # A's derivatives are zero at θ₀
-        for n in args.examples:
+        for n in args.examples[:1] if name in args.few else args.examples:
             data = data_all.take(np.arange(n))
             passes = multiply_adds(config, data) * (1 + c * (depth + share)) / rate
             limit = passes + (n * c) ** 2 * weights / gram_rate
-            for engine in args.engines:
+            for engine in args.engines if n == args.examples[0] else args.engines[:1]:
                 row = {"tuned": name, "N": n, "C": c, "engine": engine, "limit_seconds": limit}
                 peak_memory(reset=True)
                 try:
