@@ -23,7 +23,8 @@
 #
 # f(θ) ≈ f̄(θ) = f(θ₀) + J₀ (θ − θ₀), where J₀ are the derivatives of the outputs with respect to the weights.
 #
-# f̄ is as nonlinear in the text as f is, but to train it is ordinary least squares, about which everything is known.
+# f̄ is as nonlinear in the text as f is, but to train it on the squared loss, as here, is ordinary least squares, about
+# which everything is known.
 # Whether that says anything about your fine-tuning depends on how close f̄ stays to f. So: measure it.
 
 # %%

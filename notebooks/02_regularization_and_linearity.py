@@ -84,8 +84,8 @@ study.found("pulls")
 #
 # The bounds of [theory 4](../docs/theory.md#4-how-far-the-weights-move) and
 # [theory 5](../docs/theory.md#5-how-good-the-linearization-is) are of full-batch descent with a constant step, so they
-# are held against such runs, in float64 on few examples. A hollow marker is a bound that does not apply there. H is
-# sampled, so that bounds 5 that hold are no proof.
+# are held against such runs, in float64. A marker would be hollow where a bound does not apply. H, how fast the
+# Jacobian changes (notebook 04), is sampled, so that bounds 5 that hold are no proof.
 
 # %%
 study.show("bounds")

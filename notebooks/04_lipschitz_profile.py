@@ -39,7 +39,7 @@ study.found("in_short")
 # eigenvalue of the tangent kernel, estimated on part of the training examples.) A ratio that does not depend on the
 # radius is a horizontal line.
 #
-# L_upper is the largest of a sample, of few directions and few examples: the true supremum is at least as large. A
+# L_upper is the largest of a sample, of few directions: the true supremum is at least as large. A
 # bound that uses such an H is an estimate, and no proof. L_avg is a mean over the directions, and bounds nothing. The
 # first point of the runs, after one step from θ₀, is the same with and without a pull: the diamond lies in the circle.
 
@@ -53,7 +53,7 @@ study.found("profile")
 # ## How far training goes
 #
 # A random direction has no reason to be one in which the Jacobian changes most, and training takes quite special ones.
-# The fourth column says how much faster (or slower) the Jacobian changes along its way than in random directions at the
+# The fifth column says how much faster (or slower) the Jacobian changes along its way than in random directions at the
 # same distance. The last two translate both into the change of the Jacobian relative to its norm at θ₀: what happens,
 # and what random directions would have let one expect.
 

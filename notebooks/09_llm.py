@@ -59,7 +59,7 @@ study.show("kernels")
 #
 # `jl.select_layers` ranks sets of layers and of query, key and value by the leave-one-out error of their kernels on a
 # few of the training examples, before anything is trained. Here is what fine-tuning then gives, beside the last layers,
-# random ones with as many, and all.
+# random ones that use the whole budget of parameters, which the choice need not, and all.
 
 # %%
 study.show("choices")

@@ -23,8 +23,9 @@ def executed(source: Path, timeout: int = 1800):
     notebook = jupytext.read(source)
     client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", coalesce_streams=True)
     client.execute(cwd=str(HERE), env={**QUIET, **os.environ})
-    for cell in notebook.cells:
-        cell.get("metadata", {}).pop("execution", None)  # times of day: a run of the same is then the same file
+    for number, cell in enumerate(notebook.cells):  # a run of the same is then the same file
+        cell["id"] = f"cell-{number}"  # random otherwise
+        cell.get("metadata", {}).pop("execution", None)  # times of day
     return notebook
 
 
