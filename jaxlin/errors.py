@@ -42,3 +42,22 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory ran out, the host's or a device's."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def halved(size: int, what: str, error: Exception) -> tuple[int, str]:
+    """Finds how to go on where memory ran out.
+
+    Args:
+        size: Examples that were computed together.
+        what: What they are together, with `{}` in the place of their number.
+        error: What was raised.
+
+    Returns:
+        Half of the size, and what to record of it.
+
+    Raises:
+        Exception: The error itself, where it is another or there is one example only.
+    """
+    if size == 1 or not is_out_of_memory(error):
+        raise error
+    return size // 2, f"out of memory in {what.format(size)}: {size // 2} from then on"

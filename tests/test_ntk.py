@@ -309,6 +309,9 @@ def test_out_of_memory_halves_what_is_computed_at_a_time(monkeypatch):
 
     def check(found, events):
         assert cases.relative_error(found, exact.matrix()) < 1e-5
+        check_told(events)
+
+    def check_told(events):
         assert [event.split(": ")[1] for event in events] == [f"{size} from then on" for size in sizes]
 
     def in_pass(apply, theta, batch, *_):
@@ -321,6 +324,7 @@ def test_out_of_memory_halves_what_is_computed_at_a_time(monkeypatch):
         check(kept.matrix(), kept.info.note.split("; ")[1:])
         assert kept.info.note.startswith("chosen since the Jacobian is to be held")
         random = jl.sketch(tun, data, 4)
+        check_told(random.events)
     np.testing.assert_allclose(random.rows, jl.sketch(tun, data, 4).rows, rtol=1e-5, atol=1e-6)
     with monkeypatch.context() as patch:
         patch.setattr(products, "push", full_above(products.push, 2, lambda *given: len(given[3].buckets[0][0][0])))

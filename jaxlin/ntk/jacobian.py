@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from jaxlin.data.dataset import Dataset
-from jaxlin.errors import InputError, is_out_of_memory
+from jaxlin.errors import InputError, halved
 from jaxlin.ntk.threads import in_parallel, num_threads, split
 from jaxlin.tunable import Batch, Tunable, leaf_paths
 
@@ -241,10 +241,8 @@ def _passes(
             try:
                 f, derivatives = jax.device_get(outputs_and_jacobian(apply, theta, part))
             except (MemoryError, jax.errors.JaxRuntimeError) as error:
-                if most == 1 or not is_out_of_memory(error):
-                    raise
-                events.append(f"out of memory in a pass of {most} examples: {most // 2} from then on")
-                most //= 2
+                most, event = halved(most, "a pass of {} examples", error)
+                events.append(event)
                 continue
             yield indices[start : start + most], f, jax.tree.leaves(derivatives)
             start += most

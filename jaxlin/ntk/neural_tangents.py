@@ -23,7 +23,7 @@ from jax.interpreters import ad
 from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset
-from jaxlin.errors import InputError, is_out_of_memory
+from jaxlin.errors import InputError, halved
 from jaxlin.ntk.jacobian import (
     MEMORY_BUDGET,
     Progress,
@@ -345,10 +345,8 @@ def neural_tangents_parts(
             try:
                 parts[name] = _block(tun, data1, data2, theta, chosen, implementation, size, c, report)
             except (MemoryError, jax.errors.JaxRuntimeError) as error:
-                if size == 1 or not is_out_of_memory(error):
-                    raise
-                events.append(f"out of memory in a tile of {size} examples a side: {size // 2} from then on")
-                size //= 2
+                size, event = halved(size, "a tile of {} examples a side", error)
+                events.append(event)
     _check_entries(
         tun, data1, other, theta, np.sum(list(parts.values()), axis=0), implementation, precision, memory_budget
     )

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset, as_dataset
-from jaxlin.errors import InputError, is_out_of_memory
+from jaxlin.errors import InputError, halved
 from jaxlin.ntk.jacobian import (
     MAX_CHUNK,
     MEMORY_BUDGET,
@@ -281,10 +281,8 @@ def ntk_vector_product(
         try:
             return checked(size)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if size == 1 or not is_out_of_memory(error):
-                raise
-        events = (*events, f"out of memory in a pass of {size} examples: {size // 2} from then on")
-        size //= 2
+            size, event = halved(size, "a pass of {} examples", error)
+            events = (*events, event)
 
 
 def _checked(operator: NTKOperator) -> NTKOperator:

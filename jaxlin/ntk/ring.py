@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PyTree
 
 from jaxlin.data.dataset import Dataset
-from jaxlin.errors import NO_SPACE, DeviceMemoryError, InputError, is_out_of_memory
+from jaxlin.errors import NO_SPACE, DeviceMemoryError, InputError, halved, is_out_of_memory
 from jaxlin.mesh import Share, everywhere, fetch, place
 from jaxlin.ntk.factored import Site, derivatives_and_factors, summed_in
 from jaxlin.ntk.jacobian import at_a_time, outputs_and_jacobian
@@ -567,8 +567,8 @@ class RingWork(Work):
             event = "out of memory on a device: from then on it holds what the passes give of one tile's examples only"
             return dataclasses.replace(plan, spilled=True, events=(*plan.events, event))
         if computing and plan.chunk > 1:
-            event = f"out of memory in a pass of {plan.chunk} examples a device: {plan.chunk // 2} from then on"
-            return dataclasses.replace(plan, chunk=plan.chunk // 2, events=(*plan.events, event))
+            chunk, event = halved(plan.chunk, "a pass of {} examples a device", error)
+            return dataclasses.replace(plan, chunk=chunk, events=(*plan.events, event))
         if not computing and plan.slab_bytes > SMALLEST_SLAB:
             event = f"out of memory in a tile with slabs of {plan.slab_bytes} bytes: half of it from then on"
             return dataclasses.replace(plan, slab_bytes=plan.slab_bytes // 2, events=(*plan.events, event))

@@ -37,12 +37,14 @@ class Sketch:
         trace: tr K: exact, up to the rounding of the Jacobian.
         column_fourth: D, exact likewise.
         seed: Data of the key that R was drawn from: sketches of one seed share R.
+        events: What was changed on the way: that memory ran out, and passes took fewer examples.
     """
 
     rows: Float[np.ndarray, "N C d"]
     trace: float
     column_fourth: float
     seed: bytes
+    events: tuple[str, ...] = ()
 
     @property
     def dimension(self) -> int:
@@ -130,10 +132,12 @@ def sketch(
     size = min(len(data), int(memory_budget // max(one, 1)))
     rows: np.ndarray | None = None
     trace = 0.0
+    events: dict[str, None] = {}  # each once, in order
     columns: dict[str, np.ndarray] = {}  # of every leaf Σ over rows of J², by column
     for start in range(0, len(data), size):
         part = _part(data, np.arange(start, min(start + size, len(data))))
         jac = jacobian(tun, part, theta, dtype=dtype, precision=precision, memory_budget=memory_budget)
+        events |= dict.fromkeys(jac.events)
         if rows is None:
             rows = np.zeros((len(data), jac.outputs.shape[1], dimension))
         for path, leaf in jac.rows.items():
@@ -147,7 +151,8 @@ def sketch(
             progress(start + len(part), len(data))
     assert rows is not None  # a Dataset is never empty
     fourth = sum(float(squares @ squares) for squares in columns.values())
-    return Sketch(rows / dimension**0.5, trace, fourth, np.asarray(jax.random.key_data(key)).tobytes())
+    seed = np.asarray(jax.random.key_data(key)).tobytes()
+    return Sketch(rows / dimension**0.5, trace, fourth, seed, tuple(events))
 
 
 def _part(data: Dataset, examples: np.ndarray) -> Dataset:

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from jaxlin.data.dataset import Dataset
-from jaxlin.errors import InputError, is_out_of_memory
+from jaxlin.errors import InputError, halved, is_out_of_memory
 from jaxlin.ntk.factored import Site, derivatives_and_factors, find_sites
 from jaxlin.ntk.jacobian import (
     MAX_CHUNK,
@@ -382,10 +382,8 @@ class Work:
                         report(done)
                 except (MemoryError, jax.errors.JaxRuntimeError) as error:
                     rows.wait()  # what a file failed for is no matter of the pass
-                    if plan.chunk == 1 or not is_out_of_memory(error):
-                        raise
-                    event = f"out of memory in a pass of {plan.chunk} examples: {plan.chunk // 2} from then on"
-                    plan = dataclasses.replace(plan, chunk=plan.chunk // 2, events=(*plan.events, event))
+                    chunk, event = halved(plan.chunk, "a pass of {} examples", error)
+                    plan = dataclasses.replace(plan, chunk=chunk, events=(*plan.events, event))
                     changed(plan)
                     start = oldest
                     running.clear()
