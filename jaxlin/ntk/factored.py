@@ -372,12 +372,12 @@ Factors = Mapping[int, tuple[np.ndarray, np.ndarray]]
 """Example to what a module read and the cotangents `[k, …]` at it."""
 
 
-def columns(site: Site, factors: Factors, start: int, stop: int, first: int, out: np.ndarray) -> np.ndarray:
+def columns(factors: Factors, d_out: int, start: int, stop: int, first: int, out: np.ndarray) -> np.ndarray:
     """Forms derivatives with respect to some rows of a dense kernel.
 
     Args:
-        site: The dense module.
         factors: Of the examples.
+        d_out: Size of a row of the kernel.
         start: First row of the kernel.
         stop: One past the last.
         first: The example that comes first in `out`.
@@ -386,7 +386,7 @@ def columns(site: Site, factors: Factors, start: int, stop: int, first: int, out
     Returns:
         The derivatives `[N, k, size]`, in `out`; of examples without factors, zero.
     """
-    some = out[..., : (stop - start) * site.outputs[-1]].reshape(*out.shape[:2], stop - start, -1)
+    some = out[..., : (stop - start) * d_out].reshape(*out.shape[:2], stop - start, -1)
     if len(factors) < len(out):
         some[:] = 0
 

@@ -87,12 +87,10 @@ class Derivatives:
         """Some rows of a dense kernel at a time."""
         d_in, d_out = site.inputs[-1], site.outputs[-1]
         sides = [(factors1, left)] if factors2 is factors1 else [(factors1, left), (factors2, right)]
-        dtype = summed_in(self.dtype)
-        one = np.dtype(dtype).itemsize * self.k * d_out * sum(len(side) for _, side in sides)
-        width = int(np.clip(slab_bytes // one, 1, d_in))
+        width = slab_width(site, self.k, sum(len(side) for _, side in sides), self.dtype, slab_bytes)
         sizes = [len(side) * self.k * width * d_out for _, side in sides]
         if len(self._buffer) < sum(sizes):
-            self._buffer = np.empty(sum(sizes), dtype)
+            self._buffer = np.empty(sum(sizes), summed_in(self.dtype))
         starts = (0, sizes[0])
         out = [
             self._buffer[start : start + size].reshape(len(side), self.k, -1)
@@ -101,7 +99,7 @@ class Derivatives:
         for start in range(0, d_in, width):
             stop = min(start + width, d_in)
             rows = [
-                columns(site, factors, start, stop, side.start, into)
+                columns(factors, d_out, start, stop, side.start, into)
                 for (factors, side), into in zip(sides, out, strict=True)
             ]
             yield slice(start, stop), np.arange(len(left)), rows[0], np.arange(len(right)), rows[-1]
@@ -151,6 +149,12 @@ class Derivatives:
             else:
                 signed2 = signs(rows2, limits[1][examples2]) if self.kind.signs[1] else rows2
             yield some, examples1, signed1, examples2, signed2
+
+
+def slab_width(site: Site, k: int, examples: int, dtype: np.dtype, slab_bytes: int) -> int:
+    """Returns how many rows of a dense kernel are differentiated at a time, for the examples of both sides."""
+    one = np.dtype(summed_in(dtype)).itemsize * k * site.outputs[-1] * examples
+    return int(np.clip(slab_bytes // one, 1, site.inputs[-1]))
 
 
 def multiply_adds(

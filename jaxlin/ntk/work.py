@@ -8,9 +8,10 @@ import dataclasses
 import functools
 import math
 import shutil
+import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from jaxtyping import PyTree
 
 from jaxlin.data.dataset import Dataset
 from jaxlin.errors import InputError, halved, is_out_of_memory
-from jaxlin.ntk.factored import Site, derivatives_and_factors, find_sites
+from jaxlin.ntk.factored import Site, columns, derivatives_and_factors, find_sites, summed_in
 from jaxlin.ntk.jacobian import (
     MAX_CHUNK,
     EpsilonCheck,
     at_a_time,
+    gram,
     gram_columns,
+    gram_of_equal,
     num_outputs,
     outputs_and_jacobian,
     power_of_two,
@@ -36,7 +39,7 @@ from jaxlin.ntk.kinds import Kind, signs, thresholds
 from jaxlin.ntk.on_device import COPIED_NUMBERS, PINNED_BYTES, DeviceDerivatives, multiplies_on_device, on_its_way
 from jaxlin.ntk.rows import Rows
 from jaxlin.ntk.threads import num_threads
-from jaxlin.ntk.tiles import Derivatives, multiply_adds, transposed
+from jaxlin.ntk.tiles import Derivatives, multiply_adds, slab_width, transposed
 from jaxlin.tunable import Batch, Blocks, Tunable, leaf_paths
 
 PhaseProgress = Callable[[str, int, int], None]
@@ -603,28 +606,50 @@ class Work:
         )
 
     def _seconds_of_products(self, plan: Plan) -> float:
-        """Time of forming and multiplying derivatives for all tiles, from that of two products."""
+        """Time of forming and multiplying derivatives for all tiles, from that of some products."""
         # Of an embedding only words that two examples share are multiplied: next to nothing.
         dense = [site for site in self._large.values() if site.factored == "kernel"]
-        small = sum(size for path, size in self._sizes.items() if path not in self._large)
-        paired = self.k * (1 if self.kind.diagonal else self.k)
-        time32, time64 = (_seconds_a_product(dtype, self.on_device) for dtype in (np.float32, np.float64))
-        tokens, seconds = self._mean_tokens(), 0.0
-        for (n1, n2, same), count in self._alike(plan).items():
-            halved = 2 if same and self._mirrored and not self.on_device else 1  # there a tile is multiplied whole
-            products = n1 * n2 * paired * small / halved
-            for site in dense:
-                size, mine = site.inputs[-1] * site.outputs[-1], math.prod(site.inputs[:-1]) * tokens
-                if self.on_device or self.kind.of_signs:
-                    formed = (1 + self.kind.of_signs) * self.k * mine * (n1 if same else n1 + n2) * size
-                    seconds += count * formed * time32
-                    products += n1 * n2 * paired * size / halved
-                else:
-                    sides = [n1, n2], [int(mine * n1), int(mine * n2)]
-                    options: dict[str, Any] = {"same": same and self._mirrored, "slab_bytes": plan.slab_bytes}
-                    products += multiply_adds(site, self.k, self.kind.diagonal, *sides, **options)[1]
-            seconds += count * products * time64
+        small = [size for path, size in self._sizes.items() if path not in self._large]
+        in_a_tile = self._seconds_on_device if self.on_device else self._seconds_on_host
+        return sum(count * in_a_tile(dense, small, plan, *tile) for tile, count in self._alike(plan).items())
+
+    def _seconds_on_device(
+        self, dense: Sequence[Site], small: Sequence[int], plan: Plan, n1: int, n2: int, same: bool
+    ) -> float:
+        """Of a tile, whole also where it is its own mirror image."""
+        products, formed = n1 * n2 * self._paired * sum(small), 0.0
+        for site in dense:
+            size, tokens = site.inputs[-1] * site.outputs[-1], math.prod(site.inputs[:-1]) * self._mean_tokens()
+            formed += (1 + self.kind.of_signs) * self.k * tokens * (n1 if same else n1 + n2) * size
+            products += n1 * n2 * self._paired * size
+        return formed * _seconds_a_product(np.float32, True) + products * _seconds_a_product(np.float64, True)
+
+    def _seconds_on_host(
+        self, dense: Sequence[Site], small: Sequence[int], plan: Plan, n1: int, n2: int, same: bool
+    ) -> float:
+        """Of a tile, from products with as many rows: those of few examples run at a fraction of the rate."""
+        a_call, a_column = _seconds_of_gram(self.k, self.kind.diagonal, n1, n2, same and self._mirrored)
+        seconds = sum(a_call + a_column * size for size in small)
+        for site in dense:
+            (*_, d_in), (*_, d_out), tokens = site.inputs, site.outputs, math.prod(site.inputs[:-1])
+            tokens = max(1, round(tokens * self._mean_tokens()))
+            sides = [n1, n2], [tokens * n1, tokens * n2]
+            options: dict[str, Any] = {"same": same and self._mirrored, "slab_bytes": plan.slab_bytes}
+            by_tokens, cost = multiply_adds(site, self.k, self.kind.diagonal, *sides, **options)
+            if by_tokens and not self.kind.of_signs:
+                seconds += cost * _seconds_a_product(np.float64, False)
+                continue
+            formed = n1 if same else n1 + n2
+            width, dtype = slab_width(site, self.k, formed, self._dtype, plan.slab_bytes), summed_in(self._dtype)
+            an_entry = _seconds_of_forming(d_in, d_out, self.k, tokens, formed, width, np.dtype(dtype))
+            seconds += (1 + self.kind.of_signs) * formed * d_in * d_out * an_entry
+            seconds += math.ceil(d_in / width) * a_call + d_in * d_out * a_column
         return seconds
+
+    @property
+    def _paired(self) -> int:
+        """Entries of the kernel for two examples."""
+        return self.k * (1 if self.kind.diagonal else self.k)
 
     def _mean_tokens(self) -> float:
         """Tokens of an example as it is computed, in the mean, as a share of those of the longest."""
@@ -672,18 +697,52 @@ class Work:
         return seconds
 
 
+def _seconds_of(function: Callable[[], Any], repeats: int = 5) -> float:
+    """Median time of some calls."""
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+@functools.cache
 def _seconds_a_product(dtype: type[np.floating], on_device: bool) -> float:
-    """Time of a multiplication and addition within a matrix product."""
+    """Time of a multiplication and addition within a large matrix product."""
     size = 1 << 12 if on_device else 512
-    wide, times = np.ones((size, 1 << 13), dtype), []
+    wide = np.ones((size, 1 << 13), dtype)
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         product = jax.jit(lambda a, b: a @ b.T) if on_device else lambda a, b: a @ b.T
         sides = jax.device_put((wide, wide)) if on_device else (wide, wide.copy())
-        for _ in range(5):
-            begin = time.perf_counter()
-            jax.block_until_ready(product(*sides))
-            times.append(time.perf_counter() - begin)
-    return min(times) / (size * size * (1 << 13))
+        return _seconds_of(lambda: product(*sides)) / (size * size * (1 << 13))
+
+
+@functools.cache
+def _seconds_of_gram(k: int, diagonal: bool, n1: int, n2: int, mirrored: bool) -> tuple[float, float]:
+    """Times of multiplying the derivatives of two sides' examples: of a call, and of each of their columns."""
+    product, few = gram_of_equal if diagonal else gram, 1 << 8
+    # So many that they come from memory, as derivatives do, or take a while.
+    many = int(np.clip((1 << 32) // (n1 * n2 * k**2), 1 << 10, (1 << 23) // (n1 * k) + (1 << 10)))
+
+    def seconds(columns: int) -> float:
+        rows1 = np.ones((n1, k, columns), np.float32)
+        rows2 = rows1 if mirrored else np.ones((n2, k, columns), np.float32)
+        return _seconds_of(lambda: product(rows1, rows2))
+
+    short, long = seconds(few), seconds(many)
+    a_column = max(0.0, long - short) / (many - few)
+    return max(0.0, short - few * a_column), a_column
+
+
+@functools.cache
+def _seconds_of_forming(
+    d_in: int, d_out: int, k: int, tokens: int, examples: int, width: int, dtype: np.dtype
+) -> float:
+    """Time of one entry of the derivatives of an example, some rows of a dense kernel at a time."""
+    factors = {i: (np.ones((tokens, d_in), dtype), np.ones((k, tokens, d_out), dtype)) for i in range(examples)}
+    out = np.empty((examples, k, width * d_out), dtype)
+    return _seconds_of(lambda: columns(factors, d_out, 0, width, 0, out)) / (examples * width * d_out)
 
 
 def _seconds_a_fetched_byte() -> float:
