@@ -213,8 +213,8 @@ PLANS = {
 
 @pytest.mark.parametrize("of", PLANS)
 def test_parts_of_the_examples(mesh, of, monkeypatch):
-    monkeypatch.setattr(ring.RingWork, "_seconds_of_a_pass", lambda _, rows, *others: (1.0, rows))
-    monkeypatch.setattr(ring.RingWork, "_seconds_of_a_meeting", lambda *_: 1000.0)
+    monkeypatch.setattr(ring.RingWork, "_timed_pass", lambda _, rows, *others: (work.Timed(1, 20), rows))
+    monkeypatch.setattr(ring.RingWork, "_timed_meeting", lambda *_: work.Timed(1000, 10_000))
     tun, x1, (x2, plans) = cases.mlp(2), cases.vectors(8), PLANS[of]
     whole = kernel(mesh, tun, x1, x2)
     for budget, expected in plans.items():
@@ -230,6 +230,7 @@ def test_parts_of_the_examples(mesh, of, monkeypatch):
         cost = jl.ntk_estimate(tun, x1, x2, mesh=mesh, memory_budget=budget)
         assert cost.seconds - cost.pass_seconds == 1000 * done[-1][1]
         assert cost.pass_seconds == sum(phase == PASSES for phase, *_ in seen)
+        assert cost.compile_seconds == 10_020
         if x2 is None:
             np.testing.assert_array_equal(found, transposed(found))
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -157,6 +158,7 @@ def test_an_estimate_writes_nothing(run, options, tmp_path, devices):
     assert code == 0
     what = ["engine", "time", "memory", "disk"]
     assert [line.split()[0] for line in out.splitlines()] == ["kernel.zarr:", *what, "kernel_eval.zarr:", *what]
+    assert len(re.findall(r"of it passes over the data\), and \S+ s to compile", out)) == 2
     assert not (tmp_path / "out").exists()
 
 

@@ -142,7 +142,8 @@ def cost_lines(cost: Cost, num_blocks: int) -> list[str]:
     devices = f" on each of {cost.devices} devices" if cost.devices > 1 else ""
     return [
         f"engine {cost.engine}: passes of {plan.chunk} examples, tiles of {plan.row_block} × {plan.row_block} examples",
-        f"time   about {cost.seconds:.3g} s on this machine ({cost.pass_seconds:.3g} s of it passes over the data)",
+        f"time   about {cost.seconds:.3g} s on this machine ({cost.pass_seconds:.3g} s of it passes over the data), "
+        f"and {cost.compile_seconds:.3g} s to compile",
         f"memory about {size(cost.memory_bytes)}{devices} beside the model",
         f"disk   {size(cost.disk_bytes)} while it runs, {size(cost.kernel_bytes)} in the end ({num_blocks} blocks)",
     ]

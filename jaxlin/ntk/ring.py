@@ -43,6 +43,7 @@ from jaxlin.ntk.work import (
     Cost,
     PhaseProgress,
     Plan,
+    Timed,
     Work,
     free_bytes,
     halves,
@@ -301,40 +302,43 @@ class RingWork(Work):
         """Times one pass of all devices for each length and one meeting of what they hold, and reckons the whole."""
         plan = self.plan()
         pairs, shares, weights, ring = self.pairs(plan), self._shares(plan), self._weights(), self._ring
-        seconds: dict[tuple[Any, ...], float] = {}
+        timed: dict[tuple[Any, ...], Timed] = {}
         passes, held = 0.0, self._empty(next(iter(shares.values())))
         for part in self._computed(plan, pairs, stored):
             for _, batch in shares[part].data.chunks(ring.size * plan.chunk):
                 shapes = tuple(value.shape for value in batch.values())
-                if shapes not in seconds:
-                    seconds[shapes], held = self._seconds_of_a_pass(held, batch, weights)
-                passes += seconds[shapes]
-        meeting = self._seconds_of_a_meeting(held, plan)
+                if shapes not in timed:
+                    timed[shapes], held = self._timed_pass(held, batch, weights)
+                passes += timed[shapes].seconds
+        meeting = self._timed_meeting(held, plan)
         kernel = self._kernel_bytes()
         return Cost(
             self.engine,
             plan,
-            passes + meeting * sum(self._steps(len(self._meeting(*pair))) for pair in pairs),
+            passes + meeting.seconds * sum(self._steps(len(self._meeting(*pair))) for pair in pairs),
             passes,
+            sum(each.compile_seconds for each in (*timed.values(), meeting)),
             self._needed(plan),
             self.disk_bytes(plan) if stored else 0,
             kernel,
             self.devices,
         )
 
-    def _seconds_of_a_pass(self, held: _Held, batch: Batch, weights: _Weights) -> tuple[float, _Held]:
-        """Time of a pass over a batch, once compiled; and what is held, which it takes over."""
+    def _timed_pass(self, held: _Held, batch: Batch, weights: _Weights) -> tuple[Timed, _Held]:
+        """Time of a pass over a batch; and what is held, which it takes over."""
+        times = [time.perf_counter()]
         for _ in range(2):
-            begin = time.perf_counter()
             held = self._filled(held, 0, batch, weights)
-        return time.perf_counter() - begin, held
+            times.append(time.perf_counter())
+        return Timed.of_two(*times), held
 
-    def _seconds_of_a_meeting(self, held: _Held, plan: Plan) -> float:
-        """Time of one step of a round, with its tiles' way to the host, once compiled."""
+    def _timed_meeting(self, held: _Held, plan: Plan) -> Timed:
+        """Time of one step of a round, with its tiles' way to the host."""
+        times = [time.perf_counter()]
         for _ in range(2):
-            begin = time.perf_counter()
             fetch(self._met(held, held, self.devices > 1, plan)[0])
-        return time.perf_counter() - begin
+            times.append(time.perf_counter())
+        return Timed.of_two(*times)
 
     def plan(self) -> Plan:
         """Returns the largest tiles with which what a device holds, and a tile on the host, fit the budget.

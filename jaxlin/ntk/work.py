@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,7 @@ class Cost:
         plan: How the work would be cut.
         seconds: Time of the passes and of the products, from a pass over one chunk and products that were timed.
         pass_seconds: Of the passes alone.
+        compile_seconds: Of compiling the programs, beside that: a process does so once for texts of each length.
         memory_bytes: Of what is held at a time, beside the model; of a mesh: by each device.
         disk_bytes: While it runs: the kernel's blocks where they are stored, and what passes give where it is spilled.
         kernel_bytes: Of all blocks.
@@ -107,10 +108,23 @@ class Cost:
     plan: Plan
     seconds: float
     pass_seconds: float
+    compile_seconds: float
     memory_bytes: int
     disk_bytes: int
     kernel_bytes: int
     devices: int = 1
+
+
+class Timed(NamedTuple):
+    """Time of some work, and by how much longer it took where its programs were compiled."""
+
+    seconds: float
+    compile_seconds: float
+
+    @classmethod
+    def of_two(cls, start: float, between: float, end: float) -> Timed:
+        """Returns those of work that was done twice, of which the first time compiled what had not been."""
+        return cls(end - between, max(0.0, (between - start) - (end - between)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -588,8 +602,9 @@ class Work:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxlin-ntk-")))
             rows = Rows(folder if plan.spilled or stored else None, lasting=stored)
             stack.callback(rows.settle)
-            seconds = sum(self._seconds_of_passes(data, rows, plan) for data in self._both())
+            timed = [self._timed_passes(data, rows, plan) for data in self._both()]
             reading = 0.0 if rows.folder is None else self._read_bytes(plan) * self._seconds_a_byte_read(rows)
+        seconds, compiling = map(sum, zip(*timed, strict=True))
         kernel = self._kernel_bytes()
         given = self._given_bytes(plan.chunk if self.on_device else 1)
         fetching = kernel * _seconds_a_fetched_byte() if self.on_device else 0.0
@@ -598,6 +613,7 @@ class Work:
             plan,
             seconds + self._seconds_of_products(plan) + reading + fetching,
             seconds,
+            compiling,
             self._tile_bytes(plan.row_block, plan.slab_bytes, plan.spilled or stored)
             + (2 * plan.chunk * self._example_bytes() if plan.spilled or stored else given)
             + (0 if stored else kernel),
@@ -680,21 +696,24 @@ class Work:
                 size += sum(array.nbytes for array in arrays)
         return (time.perf_counter() - begin) / size if size else 0.0
 
-    def _seconds_of_passes(self, data: Dataset, rows: Rows, plan: Plan) -> float:
+    def _timed_passes(self, data: Dataset, rows: Rows, plan: Plan) -> Timed:
         """Time of all passes over a data set, from one for each length, with what is done with its results."""
-        seconds = 0.0
+        seconds = compiling = 0.0
         for group in data.groups():
             if len(group):
                 examples = group[: plan.chunk]
                 batch = data.batch(examples, plan.chunk)
-                jax.block_until_ready(self._pass(batch, len(examples), len(group)))  # compiles
+                first = time.perf_counter()
+                jax.block_until_ready(self._pass(batch, len(examples), len(group)))
                 begin = time.perf_counter()
                 self._keep(rows, 0, examples, self._pass(batch, len(examples), len(group)))
                 rows.wait()
                 together = self._together(batch, len(group))
+                timed = Timed.of_two(first, begin, time.perf_counter())
+                compiling += timed.compile_seconds
                 rounds = math.ceil(len(group) / together) / math.ceil(len(examples) / together)
-                seconds += (time.perf_counter() - begin) * rounds
-        return seconds
+                seconds += timed.seconds * rounds
+        return Timed(seconds, compiling)
 
 
 def _seconds_of(function: Callable[[], Any], repeats: int = 5) -> float:
