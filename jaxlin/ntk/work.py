@@ -56,6 +56,9 @@ SMALLEST_SLAB = 1 << 20
 _CPU_CHUNK = 32
 """Examples of a pass that keeps factors on a CPU, a few of which are in the network at a time."""
 
+_TIMED = 32
+"""Examples at most whose derivatives are formed for an estimate."""
+
 _TILES_ON_THEIR_WAY = 4
 """Tiles that are fetched from a device while the next is computed, where none is to survive the process."""
 
@@ -657,7 +660,7 @@ class Work:
                 continue
             formed = n1 if same else n1 + n2
             width, dtype = slab_width(site, self.k, formed, self._dtype, plan.slab_bytes), summed_in(self._dtype)
-            an_entry = _seconds_of_forming(d_in, d_out, self.k, tokens, formed, width, np.dtype(dtype))
+            an_entry = _seconds_of_forming(d_in, d_out, self.k, tokens, min(formed, _TIMED), width, np.dtype(dtype))
             seconds += (1 + self.kind.of_signs) * formed * d_in * d_out * an_entry
             seconds += math.ceil(d_in / width) * a_call + d_in * d_out * a_column
         return seconds
