@@ -274,18 +274,20 @@ def derivatives_and_factors(
     if at_a_time >= size:
         return _together(apply, theta, batch, seeds, sites)
 
-    def part(start: int | Array) -> dict[str, Array]:
+    @jax.jit  # so that the network is traced once
+    def part(start: Array) -> dict[str, Array]:
         some = {name: jax.lax.dynamic_slice_in_dim(value, start, at_a_time) for name, value in batch.items()}
         return _together(apply, theta, some, seeds, sites)
 
-    def add(i: int | Array, found: dict[str, Array]) -> dict[str, Array]:
+    def add(i: Array, found: dict[str, Array]) -> dict[str, Array]:
         start = i * at_a_time
         new = part(start)
         return {name: jax.lax.dynamic_update_slice_in_dim(found[name], new[name], start, 0) for name in found}
 
-    shapes = jax.eval_shape(part, 0)
+    first = jnp.zeros_like(wanted)
+    shapes = jax.eval_shape(part, first)
     found = {name: jnp.zeros((size, *shape.shape[1:]), shape.dtype) for name, shape in shapes.items()}
-    return jax.lax.fori_loop(0, (wanted + at_a_time - 1) // at_a_time, add, found)
+    return jax.lax.fori_loop(first, (wanted + at_a_time - 1) // at_a_time, add, found)
 
 
 def _together(
