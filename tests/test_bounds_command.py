@@ -54,6 +54,7 @@ def test_it_writes_tables_and_a_figure_and_says_what_holds(run, options, tmp_pat
             assert after["measured"] == pytest.approx(before["measured"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_an_interrupt(run, options, tmp_path, monkeypatch):
     folder, descend, lams = tmp_path / "out", module.descend, []
 

@@ -62,6 +62,7 @@ def test_each_is_what_training_it_alone_gives(model, options):
                     np.testing.assert_array_equal(leaves(result.theta)[path], leaves(tun.theta0)[path])
 
 
+@pytest.mark.slow
 def test_one_that_diverges_leaves_the_others(model, batch):
     tun, config = jl.lora(model, rank=2), jl.TrainConfig(optimizer="sgd", batch_size=3, max_steps=6)
     found = jl.train_choices(tun, batch, config=config, choices=CHOICES[:2], learning_rates=[0.1, 1e30])

@@ -23,7 +23,7 @@ def setting():
 CONFIG = jl.TrainConfig(batch_size=4, max_steps=6, learning_rate=0.01, eval_steps=3)
 
 
-@pytest.fixture(scope="module", params=["cached", "streaming"])
+@pytest.fixture(scope="module", params=["cached", pytest.param("streaming", marks=pytest.mark.slow)])
 def result(request, setting):
     tun, frozen, train, held_out = setting
     seen = {"rows": [], "progress": []}

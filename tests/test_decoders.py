@@ -23,16 +23,6 @@ def inputs(case):
     return {key: np.array(value) for key, value in case["inputs"].items()}
 
 
-@jax.jit
-def _logits(model, batch):
-    return model.apply(model.params, batch)
-
-
-def logits(model, batch):
-    """Compiled: quicker than one operation at a time."""
-    return np.asarray(_logits(model, batch))
-
-
 def text(n, longest):
     batch = cases.text_batch(n, longest=longest, ids=40)
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
@@ -60,16 +50,16 @@ def test_every_family_equals_pytorch(tmp_path, name):
     if "LM" in name:
         model = jl.load_causal_lm(folder)
         live = batch["attention_mask"].astype(bool)
-        found = logits(model, batch)
+        found = cases.outputs(model, batch)
         np.testing.assert_allclose(found[live], expected[live], **close)
         assert np.isfinite(found).all()
         at = np.array([5, 3])
-        some = logits(model, {**batch, "positions": at})
+        some = cases.outputs(model, {**batch, "positions": at})
         np.testing.assert_allclose(some, expected[np.arange(2), at], **close)
     else:
         model = jl.load_model(folder, expected.shape[1])
         assert (model.module.head, model.source.head_is_new) == ("last", False)
-        np.testing.assert_allclose(logits(model, batch), expected, **close)
+        np.testing.assert_allclose(cases.outputs(model, batch), expected, **close)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +71,7 @@ def test_the_real_tiny_llama_equals_pytorch(stories):
     golden, model = json.loads((cases.GOLDEN / "stories260k.json").read_text()), jl.load_causal_lm(stories)
     ids = np.array([model.tokenizer(golden["text"])["input_ids"]])
     assert ids[0].tolist() == golden["input_ids"]
-    found = logits(model, {"input_ids": ids, "attention_mask": np.ones_like(ids)}).astype(np.float64)
+    found = cases.outputs(model, {"input_ids": ids, "attention_mask": np.ones_like(ids)}).astype(np.float64)
     np.testing.assert_allclose(found[0, golden["positions"]], golden["logits"], atol=2e-5, rtol=0)
     logp = found - np.log(np.exp(found).sum(axis=-1, keepdims=True))
     loss = -np.take_along_axis(logp[0, :-1], ids[0, 1:, None], axis=1).mean()
@@ -93,17 +83,17 @@ def test_the_real_tiny_llama_equals_pytorch(stories):
 def test_padding_and_batch_do_not_change_an_example(family):
     model = cases.decoder(family, head="mean" if family in ("gpt2", "llama") else "last")
     batch = text(3, 12)
-    whole = logits(model, batch)
+    whole = cases.outputs(model, batch)
     assert np.abs(whole - whole[0]).max() > 1e-2
     length = batch["attention_mask"][1].sum()
     assert length < 12
     alone = {name: value[1:2, :length] for name, value in batch.items()}
     left = {name: np.roll(value, 12 - length, axis=1) for name, value in batch.items()}
     filler = {**batch, "input_ids": np.where(batch["attention_mask"], batch["input_ids"], 39)}
-    np.testing.assert_allclose(logits(model, alone)[0], whole[1], atol=5e-6)
-    np.testing.assert_allclose(logits(model, left)[1], whole[1], atol=5e-6)
-    np.testing.assert_allclose(logits(model, filler), whole, atol=5e-6)
-    assert np.isfinite(logits(model, {**batch, "attention_mask": 0 * batch["attention_mask"]})).all()
+    np.testing.assert_allclose(cases.outputs(model, alone)[0], whole[1], atol=5e-6)
+    np.testing.assert_allclose(cases.outputs(model, left)[1], whole[1], atol=5e-6)
+    np.testing.assert_allclose(cases.outputs(model, filler), whole, atol=5e-6)
+    assert np.isfinite(cases.outputs(model, {**batch, "attention_mask": 0 * batch["attention_mask"]})).all()
 
 
 def test_positions_and_last_token_by_hand():
@@ -116,27 +106,27 @@ def test_the_future_is_not_read(tmp_path):
     model = jl.load_causal_lm(folder_of(tmp_path, "mistral: LM"))
     ids = np.arange(5, 17)[None]
     mask = np.ones_like(ids)
-    before = logits(model, {"input_ids": ids, "attention_mask": mask})
+    before = cases.outputs(model, {"input_ids": ids, "attention_mask": mask})
     changed = ids.copy()
     changed[0, 6] = 30
-    after = logits(model, {"input_ids": changed, "attention_mask": mask})
+    after = cases.outputs(model, {"input_ids": changed, "attention_mask": mask})
     np.testing.assert_array_equal(before[0, :6], after[0, :6])
     # Two layers with a window of 4 see 3 tokens back each.
     differs = np.abs(before - after)[0].max(axis=1) > 1e-7
     assert differs.tolist() == [False] * 6 + [True] * 6
     changed[0, 6], changed[0, 0] = ids[0, 6], 30
-    after = logits(model, {"input_ids": changed, "attention_mask": mask})
+    after = cases.outputs(model, {"input_ids": changed, "attention_mask": mask})
     assert (np.abs(before - after)[0].max(axis=1) > 1e-7).tolist() == [True] * 7 + [False] * 5
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "qwen3"])
 def test_float64_reference_differs_from_float32_and_follows_the_parameters(family):
     batch, narrow = text(4, 10), cases.decoder(family)
     with jax.enable_x64(True):
-        wide = logits(cases.decoder(family, dtype=jnp.float64), batch)
-    coarse = logits(cases.decoder(family, dtype=jnp.bfloat16), batch)
+        wide = cases.outputs(cases.decoder(family, dtype=jnp.float64), batch)
+    coarse = cases.outputs(cases.decoder(family, dtype=jnp.bfloat16), batch)
     assert (wide.dtype, coarse.dtype) == (np.float64, jnp.bfloat16)
-    gap = np.abs(logits(narrow, batch) - wide).max()
+    gap = np.abs(cases.outputs(narrow, batch) - wide).max()
     assert 1e-9 < gap < 1e-5
     np.testing.assert_allclose(coarse.astype(np.float32), wide, atol=0.05 * np.abs(wide).max() + 0.05)
 
@@ -199,12 +189,13 @@ def test_rematerialised_layers_are_the_same_function():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max() + 1e-7), remat, plain)
 
 
+@pytest.mark.slow
 def test_the_trunk_of_a_decoder_is_cached():
     tun = jl.lora(cases.decoder("llama"), rank=2, layers=[1])
     batch = text(4, 9)
     fast, data = jl.cache_trunk(tun, batch)
     assert fast.apply.cut.path.startswith("decoder/layer_")
-    np.testing.assert_allclose(fast.apply(fast.theta0, data.columns), tun.apply(tun.theta0, batch), atol=1e-5)
+    np.testing.assert_allclose(cases.outputs(fast, data.columns), cases.outputs(tun, batch), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2: LM", "qwen2: LM", "llama: LM"])
@@ -218,7 +209,7 @@ def test_sharding_rules_know_every_matrix(tmp_path, name):
         jl.lora(model, rank=2), jl.make_mesh({"data": 1, "model": 1}, devices=jax.devices()[:1]), DECODER_RULES
     )
     batch = {**inputs(cases.DECODERS[name]), "positions": np.array([2, 3])}
-    np.testing.assert_allclose(tun.apply(tun.theta0, batch), logits(model, batch), atol=1e-5)
+    np.testing.assert_allclose(cases.outputs(tun, batch), cases.outputs(model, batch), atol=1e-5)
 
 
 def test_llama3_scaling_by_hand():
@@ -249,7 +240,7 @@ def test_older_configurations_and_buffers_load(tmp_path):
     model = jl.load_causal_lm(folder_of(tmp_path, name, buffer, **old))
     case = cases.DECODERS[name]
     live = np.array(case["inputs"]["attention_mask"]).astype(bool)
-    found = logits(model, inputs(case))
+    found = cases.outputs(model, inputs(case))
     np.testing.assert_allclose(found[live], np.array(case["logits"])[live], atol=1e-5, rtol=0)
 
     def bare(tensors):  # the first GPT-2: no prefix, its mask as a buffer
@@ -276,10 +267,10 @@ def test_a_language_model_becomes_a_classifier(tmp_path):
         model.params["embeddings"]["word"]["embedding"], lm.params["embeddings"]["word"]["embedding"]
     )
     batch = inputs(cases.DECODERS["llama: LM"])
-    last = model.features(model.params, batch)
+    last = jax.jit(model.features)(model.params, batch)
     ends = batch["attention_mask"].sum(axis=1) - 1
     np.testing.assert_allclose(
-        last @ lm.params["lm_head"]["kernel"], lm.apply(lm.params, {**batch, "positions": ends}), atol=1e-5
+        last @ lm.params["lm_head"]["kernel"], cases.outputs(lm, {**batch, "positions": ends}), atol=1e-5
     )
 
 
@@ -373,7 +364,7 @@ def test_bfloat16_shards(tmp_path):
     half, full = jl.load_model(folder), jl.load_model(folder, dtype=jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.bfloat16)}
     case = cases.DECODERS["qwen2: uneven, C = 2"]
-    np.testing.assert_allclose(logits(full, inputs(case)), case["logits"], atol=0.05)
+    np.testing.assert_allclose(cases.outputs(full, inputs(case)), case["logits"], atol=0.05)
 
 
 def test_probe_reads_the_last_state():
@@ -381,9 +372,9 @@ def test_probe_reads_the_last_state():
     batch = cases.text_batch(8, longest=9, ids=40)
     y = np.eye(3)[batch["labels"]]
     probed = jl.probe_head(model, {k: batch[k] for k in ("input_ids", "attention_mask")}, y, ridge=0.5)
-    features = np.asarray(model.features(model.params, text(8, 9)), np.float64)
+    features = np.asarray(jax.jit(model.features)(model.params, text(8, 9)), np.float64)
     w = np.linalg.solve(features.T @ features + 0.5 * np.eye(16), features.T @ y)  # its head has no bias
-    np.testing.assert_allclose(logits(probed, text(8, 9)), features @ w, atol=1e-5)
+    np.testing.assert_allclose(cases.outputs(probed, text(8, 9)), features @ w, atol=1e-5)
 
 
 def test_text_ends_fill_rows_where_a_tokenizer_knows_no_padding(stories):

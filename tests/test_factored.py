@@ -26,7 +26,7 @@ def check(tun, data, theta=None, tolerance=5e-6, **options):
 
 
 # By default each kind of module is met once, at theta0 or elsewhere; the rest is slow.
-FAST = {("lora", False), ("ia3", True), ("full", True)}
+FAST = {("lora", False), ("full", True)}
 POINTS = [(name, away, (name, away) in FAST) for name in cases.PEFT for away in (False, True)]
 
 
@@ -70,6 +70,7 @@ def test_float64_and_the_columns_of_other_examples(model, batch):
     assert cases.relative_error(between.matrix(), j1 @ j2.T) < 5e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "diagonal"])
 def test_products_of_tokens_equal_those_of_derivatives(model, batch, kind, monkeypatch):
     tun, other = jl.select(model, "layer_1/"), cases.text_batch(4, seed=9, longest=12)
@@ -160,7 +161,8 @@ def test_only_examples_that_are_wanted_go_through_the_network(model):
         assert not np.any(np.asarray(five[name])[6:])
 
 
-@pytest.mark.parametrize("pattern", ["layer_1/mlp/up", pytest.param("word", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["layer_1/mlp/up", "word"])
 def test_half_precision_is_summed_in_float32(batch, pattern):
     kernel = jl.ntk(jl.select(cases.tiny_model(dtype=jnp.bfloat16), pattern), batch, engine="factored")
     exact = jl.ntk(jl.select(cases.tiny_model(), pattern), batch)

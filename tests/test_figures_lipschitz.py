@@ -43,6 +43,7 @@ def study(setting, tmp_path_factory):
     return folder, run_study(lipschitz.STUDY, setting, folder, "test", quiet=True)[0]
 
 
+@pytest.mark.slow
 def test_the_profiles_are_those_of_the_parts(setting, study, tmp_path):
     problem = Work(setting, Cache(tmp_path), lambda *_: None).problem("sst2", 0)
     tun = problem.tun
@@ -73,6 +74,7 @@ def test_the_profiles_are_those_of_the_parts(setting, study, tmp_path):
             assert row["L_upper"] == pytest.approx(point.largest(), rel=1e-2)
 
 
+@pytest.mark.slow
 def test_findings_are_of_the_tables(study):
     tables = study[1]
     lines = [line for line in lipschitz.findings(tables)["reach"].splitlines() if line.startswith("| SST-2")]

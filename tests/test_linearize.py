@@ -30,7 +30,7 @@ def test_first_order_by_finite_differences(model, batch, name):
             return jax.tree.map(lambda a, d: a + t * d, at, direction)
 
         f = jax.jit(lambda t: apply(shifted(t), text))
-        slope = (lin.apply(shifted(1.0), text) - f(0.0)).block_until_ready()
+        slope = cases.outputs(lin, text, shifted(1.0)) - f(0.0)
         step = 1e-4  # fourth order, so that truncation is below 1e-10
         central = (8 * (f(step) - f(-step)) - (f(2 * step) - f(-2 * step))) / (12 * step)
         assert slope.dtype == jnp.float64
@@ -53,6 +53,7 @@ def test_linear_in_delta(seed, a, b):
         np.testing.assert_allclose(response(mixed), a * response(u) + b * response(v), atol=1e-12)
 
 
+@pytest.mark.parametrize("x64", [False, pytest.param(True, marks=pytest.mark.slow)], indirect=True)
 def test_value_at_the_point_and_late_linearization(model, batch, x64):
     tun = jl.lora(model, rank=3)
     at = cases.moved(tun)
@@ -63,7 +64,7 @@ def test_value_at_the_point_and_late_linearization(model, batch, x64):
     late = jl.linearize(tun, at)
     again = jl.linearize(late, cases.moved(tun, seed=5))  # a linear function is its own linearization
     there = cases.moved(tun, seed=6)
-    np.testing.assert_allclose(again.apply(there, batch), late.apply(there, batch), atol=1e-5)
+    np.testing.assert_allclose(cases.outputs(again, batch, there), cases.outputs(late, batch, there), atol=1e-5)
 
 
 def test_transformations(model, batch):
@@ -71,18 +72,21 @@ def test_transformations(model, batch):
     lin, theta = jl.linearize(tun), cases.moved(tun)
     text = {key: jnp.asarray(value) for key, value in batch.items() if key != "labels"}
     plain = lin.apply(theta, text)
-    np.testing.assert_allclose(jax.jit(lin.apply)(theta, text), plain, atol=1e-5)
-    each = jax.vmap(lambda example: lin.apply(theta, {k: v[None] for k, v in example.items()})[0])(text)
+    np.testing.assert_allclose(cases.outputs(lin, text, theta), plain, atol=1e-5)
+    each = jax.jit(jax.vmap(lambda example: lin.apply(theta, {k: v[None] for k, v in example.items()})[0]))(text)
     np.testing.assert_allclose(each, plain, atol=1e-5)
     tangent = jax.tree.map(jnp.ones_like, theta)
-    _, pushed = jax.jvp(lambda p: lin.apply(p, text), (theta,), (tangent,))
-    _, expected = jax.jvp(lambda p: tun.apply(p, text), (tun.theta0,), (tangent,))
+
+    @jax.jit
+    def products(t, at):
+        _, pushed = jax.jvp(lambda p: t.apply(p, text), (at,), (tangent,))
+        outputs, pullback = jax.vjp(lambda p: t.apply(p, text), at)
+        return pushed, pullback(jnp.ones_like(outputs))[0]
+
+    (pushed, pulled), (expected, wanted) = products(lin, theta), products(tun, tun.theta0)
     np.testing.assert_allclose(pushed, expected, atol=1e-4)
-    cotangent = jnp.ones_like(plain)
-    (pulled,) = jax.vjp(lambda p: lin.apply(p, text), theta)[1](cotangent)
-    (wanted,) = jax.vjp(lambda p: tun.apply(p, text), tun.theta0)[1](cotangent)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), pulled, wanted)
-    grads = jax.grad(lambda p: lin.apply(p, text).sum())(theta)
+    grads = jax.jit(jax.grad(lambda p: lin.apply(p, text).sum()))(theta)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), grads, pulled)
 
 

@@ -39,7 +39,7 @@ PROBLEMS = {
 }
 
 
-@pytest.fixture(scope="module", params=PROBLEMS)
+@pytest.fixture(scope="module", params=["mlp", "one output", pytest.param("bert-lora", marks=pytest.mark.slow)])
 def problem(request):
     return PROBLEMS[request.param]()
 

@@ -113,8 +113,14 @@ def kernel(mesh, tun, x1, x2=None, **options):
     return jl.ntk(tun, x1, x2, mesh=mesh, **{"check_examples": 0, **options}).array
 
 
-@pytest.mark.parametrize("x2", [None, cases.text_batch(3, seed=1, longest=9)], ids=["itself", "others"])
-@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.of_signs])
+@pytest.mark.parametrize(
+    "x2",
+    [
+        pytest.param(None, id="itself"),
+        pytest.param(cases.text_batch(3, seed=1, longest=9), id="others", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("kind", [pytest.param("signgd", marks=pytest.mark.slow), "asymmetric_signgd"])
 def test_kinds_of_signs(mesh, kind, x2):
     tun, x1 = jl.select(cases.tiny_model(), "embeddings/word|layer_1/attention"), cases.text_batch(5, longest=14)
     options = {"kind": kind, "dtype": "float64", "blocks": "leaf", "check_examples": 0}
@@ -262,6 +268,7 @@ def test_store(mesh, tmp_path):
         np.testing.assert_array_equal(again.parts[block], part)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("away", [False, True])
 def test_zero_derivatives_are_neither_held_nor_passed_on(mesh, batch, away, monkeypatch):
     tun = jl.lora(cases.tiny_model(), rank=3, layers=[1])
@@ -303,6 +310,7 @@ def test_where_not_all_parts_fit_they_are_computed_anew(mesh, monkeypatch):
     assert len(passes) > 3 * -(-4 // plan.chunk) + 1
 
 
+@pytest.mark.slow
 def test_passes_outlive_the_process(mesh, tmp_path, monkeypatch):
     """Interrupted in its first tile, it goes on without a pass, on what is of its own only."""
     tun, x1, path = jl.full(cases.tiny_model()), cases.text_batch(9, longest=14), tmp_path / "K"
@@ -325,6 +333,7 @@ def test_passes_outlive_the_process(mesh, tmp_path, monkeypatch):
     assert not (path / "rows").exists()
 
 
+@pytest.mark.slow
 def test_the_other_examples_may_be_longer(mesh):
     """Whose lengths are less, but in wider arrays."""
     tun, x1 = jl.select(cases.tiny_model(), "layer_1/mlp"), cases.text_batch(5, longest=10)
@@ -352,6 +361,7 @@ def test_nothing_that_has_a_sign(mesh, tmp_path):
         assert not found.array.any()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_after_all_keeps_no_passes(mesh, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -524,7 +534,9 @@ FULL_DEVICES = {
 }
 
 
-@pytest.mark.parametrize("case", FULL_DEVICES)
+@pytest.mark.parametrize(
+    "case", ["passes", *(pytest.param(case, marks=pytest.mark.slow) for case in ("slabs", "parts"))]
+)
 @pytest.mark.parametrize("x2", [None, cases.text_batch(6, seed=1, longest=14)], ids=["itself", "others"])
 def test_where_memory_runs_out_it_goes_on_with_less(mesh, case, x2, monkeypatch, tmp_path):
     name, limit, events = FULL_DEVICES[case]

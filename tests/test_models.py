@@ -26,7 +26,7 @@ def inputs(golden):
 def test_logits_equal_pytorch(model, golden, activation):
     config = dataclasses.replace(model.module.config, activation=activation)
     module = dataclasses.replace(model.module, config=config)
-    logits = dataclasses.replace(model, module=module).apply(model.params, inputs(golden))
+    logits = cases.outputs(dataclasses.replace(model, module=module), inputs(golden))
     np.testing.assert_allclose(logits, golden[f"logits_{activation}"], atol=1e-5, rtol=0)
 
 
@@ -34,7 +34,7 @@ def test_logits_equal_pytorch(model, golden, activation):
 def test_pooled_features_equal_pytorch(golden, head):
     model = cases.tiny_model(head=head)
     assert model.source.head_is_new
-    np.testing.assert_allclose(model.features(model.params, inputs(golden)), golden[head], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(jax.jit(model.features)(model.params, inputs(golden)), golden[head], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", cases.ENCODERS)
@@ -46,14 +46,14 @@ def test_every_family_equals_pytorch(tmp_path, name):
     if "masked LM" in name:
         model = jl.load_masked_lm(folder)
         at = np.array([2, 0])
-        some = model.apply(model.params, {**batch, "positions": at})
+        some = cases.outputs(model, {**batch, "positions": at})
         np.testing.assert_allclose(some, expected[np.arange(2), at], atol=1e-5, rtol=0)
         with pytest.raises(jl.InputError, match="positions holds 6, outside the tokens"):
             model.apply(model.params, {**batch, "positions": np.array([2, 6])})
     else:
         model = jl.load_model(folder, expected.shape[1])
         assert not model.source.head_is_new
-    np.testing.assert_allclose(model.apply(model.params, batch), expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(cases.outputs(model, batch), expected, atol=1e-5, rtol=0)
 
 
 def sharded(folder, count=3):
@@ -151,17 +151,17 @@ def test_minilm_equals_pytorch():
 def test_float64_reference_differs_from_float32_and_follows_the_parameters(model, batch):
     with jax.enable_x64(True):
         wide = jl.load_model(str(cases.TINY_BERT), 3, dtype=jnp.float64)
-        logits = wide.apply(wide.params, batch)
+        logits = cases.outputs(wide, batch)
         assert logits.dtype == jnp.float64
-    gap = np.abs(np.asarray(model.apply(model.params, batch), np.float64) - np.asarray(logits)).max()
+    gap = np.abs(cases.outputs(model, batch).astype(np.float64) - logits).max()
     assert 1e-9 < gap < 1e-5
 
 
 def test_padding_and_batch_do_not_change_an_example(model, batch):
-    whole = np.asarray(model.apply(model.params, batch))
+    whole = cases.outputs(model, batch)
     for i, length in enumerate(batch["attention_mask"].sum(axis=1)):
         alone = {name: value[i : i + 1, :length] for name, value in batch.items() if name != "labels"}
-        np.testing.assert_allclose(model.apply(model.params, alone)[0], whole[i], atol=5e-6)
+        np.testing.assert_allclose(cases.outputs(model, alone)[0], whole[i], atol=5e-6)
 
 
 @pytest.mark.parametrize("activation", [gelu_tanh, jax.nn.silu])
@@ -220,19 +220,19 @@ def test_probe_head_is_ridge_regression(batch):
     model = cases.tiny_model(head="mean")
     y = np.eye(3)[batch["labels"]]
     probed = jl.probe_head(model, batch, y, ridge=0.7)
-    features = np.asarray(model.features(model.params, batch), np.float64)
+    features = np.asarray(jax.jit(model.features)(model.params, batch), np.float64)
     x = np.concatenate([features, np.ones((len(features), 1))], axis=1)
     penalty = 0.7 * np.eye(33)
     penalty[-1, -1] = 0
     w = np.linalg.solve(x.T @ x + penalty, x.T @ y)
-    np.testing.assert_allclose(probed.apply(probed.params, batch), x @ w, atol=1e-5)
+    np.testing.assert_allclose(cases.outputs(probed, batch), x @ w, atol=1e-5)
     chosen = jl.probe_head(model, batch, y)
     assert np.isfinite(chosen.params["classifier"]["kernel"]).all()
     with pytest.raises(jl.InputError, match="y has shape"):
         jl.probe_head(model, batch, y[:, :2])
     same = {key: np.repeat(value[:1], 2, axis=0) for key, value in batch.items()}
     flat = jl.probe_head(model, same, y[:2])  # features without variance: the mean target
-    np.testing.assert_allclose(flat.apply(flat.params, same), np.tile(y[:2].mean(axis=0), (2, 1)), atol=5e-6)
+    np.testing.assert_allclose(cases.outputs(flat, same), np.tile(y[:2].mean(axis=0), (2, 1)), atol=5e-6)
 
 
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
@@ -269,9 +269,9 @@ def test_bfloat16_checkpoint(tmp_path, model, batch):
         tensors.update({name: value.astype(jnp.bfloat16) for name, value in tensors.items()})
 
     half = jl.load_model(cases.edited_checkpoint(tmp_path, halve), 3)
-    logits = half.apply(half.params, batch)
+    logits = cases.outputs(half, batch)
     assert logits.dtype == jnp.bfloat16
-    np.testing.assert_allclose(logits.astype(jnp.float32), model.apply(model.params, batch), atol=0.1)
+    np.testing.assert_allclose(logits.astype(np.float32), cases.outputs(model, batch), atol=0.1)
 
 
 def test_old_layer_norm_names_and_missing_prefix_load(tmp_path, model, batch):
@@ -281,7 +281,7 @@ def test_old_layer_norm_names_and_missing_prefix_load(tmp_path, model, batch):
             tensors[new.replace("LayerNorm.bias", "LayerNorm.beta")] = tensors.pop(name)
 
     loaded = jl.load_model(cases.edited_checkpoint(tmp_path, rename), 3)
-    np.testing.assert_array_equal(loaded.apply(loaded.params, batch), model.apply(model.params, batch))
+    np.testing.assert_array_equal(cases.outputs(loaded, batch), cases.outputs(model, batch))
 
 
 BAD_CONFIGS = {

@@ -105,6 +105,7 @@ def test_invariance_to_chunks_tiles_and_slabs(model, batch, memory_budget, as_on
         assert cases.relative_error(found.parts[name], whole.parts[name]) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails_at", [1, 3])
 def test_memory_that_runs_out_in_a_pass_that_is_on_its_way(model, batch, fails_at, as_on_a_gpu, monkeypatch):
     """A device says so when a result is waited for, with the next pass begun."""

@@ -17,6 +17,7 @@ def tun(model):
     return jl.lora(model, rank=2)
 
 
+@pytest.mark.slow
 def test_a_part_is_the_function_of_its_leaves(tun, batch):
     part = part_of(tun, BLOCKS)
     moved = cases.moved(part)

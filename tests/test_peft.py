@@ -18,14 +18,14 @@ def tun(request, model):
 
 
 def test_start_is_the_pretrained_model(tun, model, batch):
-    np.testing.assert_allclose(tun.apply(tun.theta0, batch), model.apply(model.params, batch), atol=5e-6)
+    np.testing.assert_allclose(cases.outputs(tun, batch), cases.outputs(model, batch), atol=5e-6)
 
 
 def test_merge_agrees(tun, model, batch):
     theta = cases.moved(tun)
-    found = tun.apply(theta, batch)
-    assert np.abs(found - model.apply(model.params, batch)).max() > 1e-3
-    np.testing.assert_allclose(model.apply(jl.merge(tun, theta), batch), found, atol=2e-5)
+    found = cases.outputs(tun, batch, theta)
+    assert np.abs(found - cases.outputs(model, batch)).max() > 1e-3
+    np.testing.assert_allclose(cases.outputs(model, batch, jl.merge(tun, theta)), found, atol=2e-5)
 
 
 def test_theta_and_frozen_weights_cover_the_model_once(tun, model):

@@ -69,7 +69,10 @@ def test_product_equals_the_dense_reference(n1, n2, away):
     assert (operator @ np.zeros((kernel.shape[1], 0))).shape == (kernel.shape[0], 0)
 
 
-@pytest.mark.parametrize(("name", "away"), [("lora", False), ("lora", True), ("full", False)])
+@pytest.mark.parametrize(
+    ("name", "away"),
+    [("lora", True), *(pytest.param(name, False, marks=pytest.mark.slow) for name in ("lora", "full"))],
+)
 def test_product_with_text_of_several_lengths(model, name, away):
     tun, text = cases.PEFT[name](model), cases.text_batch(19, seed=5, longest=12)
     theta = cases.moved(tun) if away else None
@@ -149,6 +152,7 @@ def test_nothing_is_compiled_again():
     assert not traced
 
 
+@pytest.mark.slow
 def test_weights_are_arguments_and_memory_does_not_grow(model):
     lora = ntk_vector_product(jl.lora(model, rank=2), cases.text_batch(3, longest=8), check_examples=0)
     with jax.enable_x64(True):
@@ -225,6 +229,7 @@ def test_effective_dimension(small):
     np.testing.assert_array_equal(same.samples, short.samples)
 
 
+@pytest.mark.slow
 def test_where_the_kernel_does_not_fit():
     """Of 30,000 examples K has 27 GiB; JᵀJ, of 35 parameters, has its eigenvalues."""
     tun, data = cases.mlp(), cases.vectors(30_000)
@@ -299,6 +304,7 @@ def test_a_kernel_that_vanishes():
         extreme_eigenvalues(operator, 2)
 
 
+@pytest.mark.slow
 def test_estimates_with_text(model):
     tun, text = cases.PEFT["lora"](model), cases.text_batch(19, seed=5, longest=12)
     theta, calls = cases.moved(tun), []

@@ -30,11 +30,11 @@ def test_logits_of_label_words_in_the_blank(masked):
     batch, tok = jl.prompt_batch(model, TEXTS), masked.tokenizer
     for row, mask, text in zip(batch["input_ids"], batch["attention_mask"], TEXTS, strict=True):
         assert row[mask == 1].tolist() == tok(f"it is [MASK]: {text}")["input_ids"]
-    whole = np.asarray(masked.apply(masked.params, batch))
+    whole = cases.outputs(masked, batch)
     at = (batch["input_ids"] == tok.mask_token_id).argmax(axis=1)
     words = tok.convert_tokens_to_ids(["good", "bad"])
     expected = whole[np.arange(3), at][:, words]
-    np.testing.assert_allclose(model.apply(model.params, batch), expected, atol=5e-6)
+    np.testing.assert_allclose(cases.outputs(model, batch), expected, atol=5e-6)
     assert np.ptp(expected) > 1e-2
     broken = {**batch, "input_ids": batch["input_ids"].copy()}
     broken["input_ids"][1, at[1]] = 7
@@ -98,10 +98,10 @@ def test_layers_of_a_prompted_model_are_rematerialised_and_its_trunk_cached(mask
     batch = jl.prompt_batch(model, TEXTS)
     again = jl.with_remat(model)
     assert again.module.module.config.remat
-    expected = model.apply(model.params, batch)
-    np.testing.assert_allclose(again.apply(again.params, batch), expected, atol=5e-6)
+    expected = cases.outputs(model, batch)
+    np.testing.assert_allclose(cases.outputs(again, batch), expected, atol=5e-6)
     fast, data = jl.cache_trunk(jl.lora(model, rank=2, layers=[1]), batch)
-    np.testing.assert_allclose(fast.apply(fast.theta0, data.columns), expected, atol=5e-6)
+    np.testing.assert_allclose(cases.outputs(fast, data.columns), expected, atol=5e-6)
 
 
 def test_label_words_are_one_token_each(masked):
@@ -140,8 +140,8 @@ def test_a_causal_lm_reads_what_stands_before_the_blank(models_folder):
         assert row[mask == 1].tolist() == tok(f"{text} One day,")["input_ids"]
     words = [tok(f"day, {word}")["input_ids"][-1] for word in ("Lily", "Tim")]
     ends = batch["attention_mask"].sum(axis=1) - 1
-    expected = np.asarray(lm.apply(lm.params, batch))[np.arange(2), ends][:, words]
-    found = np.asarray(model.apply(model.params, batch))
+    expected = cases.outputs(lm, batch)[np.arange(2), ends][:, words]
+    found = cases.outputs(model, batch)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     # It has learnt that a story goes on about whom it began with.
     assert found[0, 0] > found[0, 1]

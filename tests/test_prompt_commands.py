@@ -66,7 +66,8 @@ def test_compare_has_no_probe(run, options, tmp_path):
     assert (saved["template"], saved["label_words"]) == (TEMPLATE, WORDS)
 
 
-@pytest.mark.parametrize("kind", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_the_kernel_is_that_of_the_prompts(run, options, files, tmp_path, kind):
     case, load = MODELS[kind]
     folder = cases.write_language_model(tmp_path / kind, case)

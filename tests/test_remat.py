@@ -44,7 +44,8 @@ AS_ON_ACCELERATORS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 """On a CPU XLA takes the barriers away that keep what is computed anew apart from what was computed before."""
 
 
-@pytest.mark.parametrize("linear", [pytest.param(False, marks=pytest.mark.slow), True], ids=["full", "linearized"])
+@pytest.mark.slow
+@pytest.mark.parametrize("linear", [False, True], ids=["full", "linearized"])
 def test_a_step_holds_less(linear):
     batch = cases.text_batch(16, longest=32, ids=50)
     module = SequenceClassifier(CONFIG, 2, "mean")

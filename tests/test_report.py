@@ -156,7 +156,7 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("case", PROBLEMS)
+@pytest.mark.parametrize("case", ["mlp", pytest.param("bert", marks=pytest.mark.slow)])
 def test_a_report_is_that_of_the_dense_reference(case):
     tun, data = (make() for make in PROBLEMS[case])
     full, linear = run_both(tun, data, [0, 2, 6])

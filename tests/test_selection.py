@@ -227,6 +227,7 @@ def report(batch, y):
     return jl.select_layers(tunable, batch, y, **options)
 
 
+@pytest.mark.slow
 def test_block_sums_equal_kernels_of_the_smaller_tunable(batch):
     kernel = jl.ntk(tunable(), batch, blocks="module", check_examples=0)
     grid = layer_grid(tunable())
@@ -240,6 +241,7 @@ def test_block_sums_equal_kernels_of_the_smaller_tunable(batch):
     assert layer_grid(tunable(train_head=False)).always == ()
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_h_is_sampled_of_what_is_chosen(batch, y, report):
     options = {"criterion": "leave_one_out_error", "budget": 900, "draws": 1, "lipschitz_directions": 2}
@@ -260,6 +262,7 @@ def test_h_is_sampled_of_what_is_chosen(batch, y, report):
     assert h == pytest.approx(profile.largest(), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_report(report, batch, y):
     assert report.num_params <= 900
     assert (report.draws, report.examples) == (2, 24)

@@ -104,6 +104,7 @@ def test_interrupted_anywhere_it_ends_the_same(model, batch, whole, tmp_path, ph
     assert_same(path, whole)
 
 
+@pytest.mark.slow
 def test_the_measured_error_is_kept(model, batch, tmp_path):
     path, options = tmp_path / "k", {**OPTIONS, "memory_budget": 400_000}
 
@@ -350,6 +351,7 @@ def test_an_empty_folder_is_planned_for(tmp_path):
     assert jl.ntk(tun, data, store=tmp_path / "k", resume=True).array.shape == (3, 3, 2, 2)
 
 
+@pytest.mark.slow
 def test_an_estimate(model):
     tun, batch = tuned(model), cases.text_batch(40)
     small = jl.ntk_estimate(tun, batch, engine="factored", memory_budget=400_000, blocks="layer")
@@ -368,7 +370,7 @@ def test_an_estimate(model):
         jl.ntk_estimate(tun, batch, engine="neural_tangents")
 
 
-@pytest.mark.parametrize("engine", ["factored", "jacobian"])
+@pytest.mark.parametrize("engine", ["factored", pytest.param("jacobian", marks=pytest.mark.slow)])
 def test_an_estimate_counts_what_tiles_read(model, monkeypatch, engine):
     tun, batch = tuned(model), cases.text_batch(40)
     options = {"engine": engine, "memory_budget": 600_000, "blocks": "layer"}
