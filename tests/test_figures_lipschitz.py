@@ -97,6 +97,7 @@ def test_findings_are_of_the_tables(study):
     assert "from below" in lipschitz.findings(tables)["profile"]
 
 
+@pytest.mark.slow
 def test_the_figure_and_what_a_second_run_computes(setting, study, monkeypatch):
     folder, tables = study
     assert (folder / "figures" / "profile.png").is_file()

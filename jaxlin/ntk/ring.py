@@ -569,13 +569,12 @@ class RingWork(Work):
             raise self._explained(error, plan) from error
         if beside and (computing or plan.slab_bytes <= SMALLEST_SLAB):
             event = "out of memory on a device: from then on it holds what the passes give of one tile's examples only"
-            return dataclasses.replace(plan, spilled=True, events=(*plan.events, event))
+            return plan.after(event, spilled=True)
         if computing and plan.chunk > 1:
             chunk, event = halved(plan.chunk, "a pass of {} examples a device", error)
-            return dataclasses.replace(plan, chunk=chunk, events=(*plan.events, event))
+            return plan.after(event, chunk=chunk)
         if not computing and plan.slab_bytes > SMALLEST_SLAB:
-            event = f"out of memory in a tile with slabs of {plan.slab_bytes} bytes: half of it from then on"
-            return dataclasses.replace(plan, slab_bytes=plan.slab_bytes // 2, events=(*plan.events, event))
+            return plan.with_half_slabs()
         return None
 
     def _explained(self, error: Exception, plan: Plan) -> DeviceMemoryError:
@@ -598,9 +597,7 @@ class RingWork(Work):
         self, left: range, right: range, plan: Plan, weights: _Weights
     ) -> tuple[list[Float[np.ndarray, "n1 n2 ..."]], Plan]:
         """A tile of every block from those of the halves of its examples, each computed with nothing else held."""
-        event = f"out of memory in a tile of {len(left)} × {len(right)} examples: computed in parts"
-        if event not in plan.events:
-            plan = dataclasses.replace(plan, events=(*plan.events, event))
+        plan = plan.in_parts(left, right)
         tiles = [np.zeros((len(left), len(right), *self._outputs)) for _ in self.blocks]
         mirrored = self._mirrored and left == right
         for some in halves(left):

@@ -90,6 +90,21 @@ class Plan:
         """Returns the plan that `dataclasses.asdict` made JSON of."""
         return cls(**{**fields, "events": tuple(fields["events"])})
 
+    def after(self, event: str, **changed: Any) -> Plan:
+        """Returns the plan as it goes on after an event, which is told once."""
+        if event in self.events and not changed:
+            return self
+        return dataclasses.replace(self, **changed, events=tuple(dict.fromkeys((*self.events, event))))
+
+    def with_half_slabs(self) -> Plan:
+        """Returns the plan as it goes on where memory ran out in a tile."""
+        event = f"out of memory in a tile with slabs of {self.slab_bytes} bytes: half of it from then on"
+        return self.after(event, slab_bytes=self.slab_bytes // 2)
+
+    def in_parts(self, left: range, right: range) -> Plan:
+        """Returns the plan as it goes on where memory ran out in a tile of these examples, with the least slabs."""
+        return self.after(f"out of memory in a tile of {len(left)} × {len(right)} examples: computed in parts")
+
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
@@ -403,7 +418,7 @@ class Work:
                 except (MemoryError, jax.errors.JaxRuntimeError) as error:
                     rows.wait()  # what a file failed for is no matter of the pass
                     chunk, event = halved(plan.chunk, "a pass of {} examples", error)
-                    plan = dataclasses.replace(plan, chunk=chunk, events=(*plan.events, event))
+                    plan = plan.after(event, chunk=chunk)
                     changed(plan)
                     start = oldest
                     running.clear()
@@ -432,10 +447,7 @@ class Work:
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            event = "out of memory in the float64 rows that ε_J is measured by: it is not measured"
-            if event not in plan.events:  # of a store that is gone on with it tells already
-                plan = dataclasses.replace(plan, events=(*plan.events, event))
-            return None, plan
+            return None, plan.after("out of memory in the float64 rows that ε_J is measured by: it is not measured")
         rows = Rows(None)
         plan = self._run_passes(self.data1, rows, plan, lambda new: changed(new, None), only=check.chosen)
         derivatives = self._derivatives(rows, rows)
@@ -569,16 +581,13 @@ class Work:
             derivatives.release()
             if not in_slabs:
                 return self._from_halves(derivatives, block, left, right, plan)
-            event = f"out of memory in a tile with slabs of {plan.slab_bytes} bytes: half of it from then on"
-            plan = dataclasses.replace(plan, slab_bytes=plan.slab_bytes // 2, events=(*plan.events, event))
+            plan = plan.with_half_slabs()
 
     def _from_halves(
         self, derivatives: Derivatives, block: str, left: range, right: range, plan: Plan
     ) -> tuple[np.ndarray, Plan]:
         """A tile from those of the halves of its examples."""
-        event = f"out of memory in a tile of {len(left)} × {len(right)} examples: computed in parts"
-        if event not in plan.events:
-            plan = dataclasses.replace(plan, events=(*plan.events, event))
+        plan = plan.in_parts(left, right)
         rows: list[np.ndarray] = []
         for some in halves(left):
             parts = []
