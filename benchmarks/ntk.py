@@ -65,13 +65,13 @@ class Timed(NamedTuple):
 
 
 def timed(function: Callable[[], Any], repeats: int) -> Timed:
-    """Calls a function once to compile it, and then so often."""
+    """Calls a function once to compile it, and then so often; not again if that is 0 times."""
     times = []
     for _ in range(1 + repeats):
         begin = time.perf_counter()
         result = function()
         times.append(time.perf_counter() - begin)
-    middle = statistics.median(times[1:])
+    middle = statistics.median(times[1:] or times)
     return Timed(middle, max(0.0, times[0] - middle), result)
 
 
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--outputs", type=int, nargs="+", default=[2])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="0: the call that compiles is timed, for long ones")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     engines = ("factored", "one block", "jacobian", "neural_tangents", *ALONE, "paper's script")
     parser.add_argument("--engines", nargs="+", choices=engines, default=engines[:3])
@@ -242,17 +242,16 @@ def main() -> None:
     rng, load = np.random.default_rng(0), minilm if args.text else roberta_shape
     model, data_all = load(args, args.outputs[0])
     config = model.module.config if args.text else CONFIG
-    apply = jax.jit(model.module.apply)
+    apply, times = jax.jit(model.module.apply), max(1, args.repeats)
     with jax.default_matmul_precision("highest"):
         # Of texts of several lengths: the time of all of them, shared out.
         chunks = [batch for _, batch in data_all.chunks(8)]
         forward = sum(
-            median(lambda b=batch: apply({"params": model.params}, b).block_until_ready(), args.repeats)
-            for batch in chunks
+            median(lambda b=batch: apply({"params": model.params}, b).block_until_ready(), times) for batch in chunks
         ) / (8 * len(chunks))
     square = rng.normal(size=(512, 1 << 14))
-    gram_rate = 512 * 512 * (1 << 14) / median(lambda: square @ square.T, args.repeats)  # multiply-adds a second
-    rate = product_rate(config, 4 * args.repeats)
+    gram_rate = 512 * 512 * (1 << 14) / median(lambda: square @ square.T, times)  # multiply-adds a second
+    rate = product_rate(config, 4 * times)
     share_of_rate = multiply_adds(config, data_all) / len(data_all) / forward / rate
     print(f"forward {forward:.4f} s an example, {share_of_rate:.2f} of the rate of its products", end="; ")
     print(f"products {rate / 1e9:.0f} G multiply-adds/s; Gram {gram_rate / 1e9:.0f} in float64")

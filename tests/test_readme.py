@@ -40,8 +40,9 @@ def test_no_pull_of_the_default_run_ends_below_the_loss_of_the_start():
 
 def test_kernel_times_are_those_measured():
     shares = []
+    parts = ("alone", "growth", "ways", "short", "encoder_2", "encoder_3")
     texts = ("text", "text_encoder", "text_ways", "text_structured")
-    for name in ("ntk", *(f"ntk_{part}" for part in ("alone", "growth", "ways", "short", *texts))):
+    for name in ("ntk", *(f"ntk_{part}" for part in (*parts, *texts))):
         record = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
         forward = record["about"]["forward_seconds"]
         for row in record["rows"]:
