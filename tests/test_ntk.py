@@ -145,7 +145,8 @@ def test_layer_blocks_by_name(model, batch):
     assert kernel.subset(["layer_0"]).array.any()
 
 
-@settings(max_examples=1)  # each compiles
+@pytest.mark.slow
+@settings(max_examples=3)  # each compiles
 @given(st.integers(0, 10**6))
 def test_invariance_to_batch_order_and_padding(seed):
     model, batch = cases.tiny_model(), cases.text_batch(5, seed=3, longest=11)
