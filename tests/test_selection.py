@@ -242,7 +242,6 @@ def test_block_sums_equal_kernels_of_the_smaller_tunable(batch):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_h_is_sampled_of_what_is_chosen(batch, y, report):
     options = {"criterion": "leave_one_out_error", "budget": 900, "draws": 1, "lipschitz_directions": 2}
     found = jl.select_layers(tunable, batch, y, **options)
